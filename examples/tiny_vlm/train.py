@@ -1,0 +1,453 @@
+"""Train the small vision-language model from nothing, score it on held-out samples, and save it.
+
+    python examples/tiny_vlm/train.py --size tiny --output tiny_vlm_checkpoint
+
+Every batch is a function of `--seed` and its index, so `--samples` and `--seed` name a run; `--minutes` measures the
+rate first and prints the `--samples` that it chose. One GPU is assumed for a whole run; a few steps run on a CPU.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+)
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tiny_vlm import score, world
+
+logger = logging.getLogger("tiny_vlm.train")
+
+PATCH_SIZE = 8
+NUM_IMAGE_TOKENS = (world.IMAGE_SIZE // PATCH_SIZE) ** 2
+SPECIAL_TOKENS = ("<pad>", "<end>", "<image>", "<user>", "<assistant>")
+PAD, END, IMAGE, USER, ASSISTANT = range(256, 261)  # ids 0..255 are the bytes
+VOCAB_SIZE = 264  # 261, rounded up to a multiple of 8
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<' + message['role'] + '>' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}"
+    "{%- else -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<image>' -}}"
+    "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{- '<end>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
+)
+
+SEQUENCE_LENGTH = 320  # tokens of a training row; whole turns fill it as far as they fit
+TEXT_ONLY = 1 / 8  # fraction of a batch without an image
+# How often a skill is asked first; a scene's later turns are drawn evenly from what fits it.
+VISUAL_WEIGHTS = {"color": 6, "shape": 6, "size": 5, "position": 7, "count": 15, "exists": 15, "read": 28, "chart": 18}
+TEXT_WEIGHTS = {"arithmetic": 5, "copy": 3, "recall": 2}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's widths and depths, its learning rate, and its number of training rows."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    vision_hidden_size: int
+    vision_intermediate_size: int
+    vision_num_layers: int
+    vision_num_heads: int
+    learning_rate: float
+    samples: int
+
+
+SIZES = {
+    "tiny": Size(256, 512, 4, 8, 160, 320, 4, 5, learning_rate=1.5e-3, samples=5_799_424),
+    "small": Size(512, 1408, 6, 8, 256, 768, 4, 8, learning_rate=1e-3, samples=2_000_000),
+}
+
+
+# ---- model and processor
+
+
+def build_processor() -> LlavaProcessor:
+    """Return the processor: one token a byte, five special tokens, images of 96 × 96 in patches of 8 × 8."""
+    letters = _byte_letters()
+    tokenizer = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<end>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+    side = {"height": world.IMAGE_SIZE, "width": world.IMAGE_SIZE}
+    return LlavaProcessor(
+        image_processor=SiglipImageProcessor(size=side, do_convert_rgb=True),
+        tokenizer=fast,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        image_token="<image>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(size: str, seed: int) -> LlavaForConditionalGeneration:
+    """Return a LLaVA model (SigLIP tower, two-layer projector, Llama) with random float32 weights."""
+    s = SIZES[size]
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=s.vision_hidden_size,
+            intermediate_size=s.vision_intermediate_size,
+            num_hidden_layers=s.vision_num_layers,
+            num_attention_heads=s.vision_num_heads,
+            image_size=world.IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            vision_use_head=False,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=s.hidden_size,
+            intermediate_size=s.intermediate_size,
+            num_hidden_layers=s.num_layers,
+            num_attention_heads=s.num_heads,
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=2048,
+            pad_token_id=PAD,
+            bos_token_id=None,
+            eos_token_id=END,
+            tie_word_embeddings=False,
+        ),
+        image_token_index=IMAGE,
+        image_seq_length=NUM_IMAGE_TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    return LlavaForConditionalGeneration(config)
+
+
+def _byte_letters():
+    """Return the printable character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+# ---- data
+
+
+def encode(sample: world.Sample, max_length: int = SEQUENCE_LENGTH) -> tuple[list[int], list[bool]]:
+    """Return the token ids that the processor and its chat template give, and which of them are answers.
+
+    Turns from the first that does not fit `max_length` on are left out whole. Answers include the token that ends them.
+    """
+    ids, answers = [], []
+    for i, (question, answer) in enumerate(sample.turns):
+        image = [IMAGE] * NUM_IMAGE_TOKENS if i == 0 and sample.image is not None else []
+        asked = [USER, *image, *question.encode(), END, ASSISTANT]
+        answered = [*answer.encode(), END]
+        if len(ids) + len(asked) + len(answered) > max_length:
+            break
+        ids += asked + answered
+        answers += [False] * len(asked) + [True] * len(answered)
+    return ids, answers
+
+
+class Batches(Dataset):
+    """Training batches, drawn when they are asked for; batch i depends on the seed and i only.
+
+    An item is (pixels uint8 [num_images, 96, 96, 3], ids int16 [batch_size, length], answers bool [batch_size,
+    length]), the rows with an image first.
+    """
+
+    def __init__(self, num: int, batch_size: int, seed: int):
+        self.num, self.batch_size, self.seed = num, batch_size, seed
+        self.num_images = batch_size - round(batch_size * TEXT_ONLY)
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rng = random.Random(f"train/{self.seed}/{i}")
+        visual = rng.choices(list(VISUAL_WEIGHTS), VISUAL_WEIGHTS.values(), k=self.num_images)
+        pixels = np.empty((self.num_images, world.IMAGE_SIZE, world.IMAGE_SIZE, 3), np.uint8)
+        ids = np.full((self.batch_size, SEQUENCE_LENGTH), PAD, np.int16)
+        answers = np.zeros((self.batch_size, SEQUENCE_LENGTH), bool)
+        for row in range(self.batch_size):
+            if row < self.num_images:
+                sample = world.sample(rng, visual[row], turns=6)
+                pixels[row] = np.asarray(sample.image)
+            else:
+                sample = world.Sample("text", None, [])
+            room = SEQUENCE_LENGTH - (NUM_IMAGE_TOKENS if sample.image else 0)
+            room -= sum(4 + len(question) + len(answer) for question, answer in sample.turns)
+            while room > 0:  # what a picture has no more questions for, exercises fill
+                pair = world.sample(rng, rng.choices(list(TEXT_WEIGHTS), TEXT_WEIGHTS.values())[0]).turns[0]
+                sample.turns.append(pair)
+                room -= 4 + len(pair[0]) + len(pair[1])
+            row_ids, row_answers = encode(sample)
+            ids[row, : len(row_ids)] = row_ids
+            answers[row, : len(row_ids)] = row_answers
+        return torch.from_numpy(pixels), torch.from_numpy(ids), torch.from_numpy(answers)
+
+
+# ---- training
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """Return uint8 [N, 96, 96, 3] as the image processor's float32 [N, 3, 96, 96] in -1..1."""
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+
+
+def compute_losses(model, pixels, ids, answers):
+    """Return the summed loss and the number of answer tokens, each [2]: of the rows with an image, of the others.
+
+    The same function as `model(...)` on rows whose images all stand at positions 1 to 144: it calls the model's
+    modules in turn, so that no step depends on the data (placeholder search, mask building) and the whole compiles to
+    one graph.
+
+    pixels: [num_images, 96, 96, 3] uint8, of the first rows.
+    ids: [rows, length] int64, padded on the right.
+    answers: [rows, length] bool, the tokens that count.
+    """
+    inner = model.model
+    tower = getattr(inner.vision_tower, "vision_model", inner.vision_tower)
+    llama = inner.language_model
+    num_images, length = len(pixels), ids.shape[1]
+
+    patches = tower.embeddings(normalize(pixels))
+    features = inner.multi_modal_projector(tower.encoder(inputs_embeds=patches).last_hidden_state)
+    embeds = llama.embed_tokens(ids)
+    features = features.to(embeds.dtype)
+    with_image = torch.cat([embeds[:num_images, :1], features, embeds[:num_images, 1 + NUM_IMAGE_TOKENS :]], dim=1)
+    hidden = torch.cat([with_image, embeds[num_images:]])
+
+    positions = torch.arange(length, device=ids.device)[None]
+    rotary = llama.rotary_emb(hidden, positions)
+    for layer in llama.layers:  # no mask: attention is causal, and padding is on the right
+        hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+    logits = model.lm_head(llama.norm(hidden))[:, :-1].float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
+        len(ids), length - 1
+    )
+    loss = loss * answers[:, 1:]
+    counts = answers[:, 1:].sum(-1)
+    rows = loss.sum(-1)
+    return (
+        torch.stack([rows[:num_images].sum(), rows[num_images:].sum()]),
+        torch.stack([counts[:num_images].sum(), counts[num_images:].sum()]),
+    )
+
+
+class Trainer:
+    """AdamW with warm-up and cosine decay, float32 weights, bf16 arithmetic on a GPU."""
+
+    def __init__(self, model, learning_rate: float, num_steps: int, compile: bool):
+        self.model, self.learning_rate, self.num_steps = model, learning_rate, num_steps
+        self.device = next(model.parameters()).device
+        self.losses = torch.compile(compute_losses) if compile else compute_losses
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the optimizer's state and begin the schedule again."""
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        warmup = max(1, min(400, self.num_steps // 10))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.num_steps - warmup)))
+
+    def step(self, index: int, batch) -> torch.Tensor:
+        """Take one step; return nats per answer token of the rows with and without an image, [2], on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(index)
+        pixels, ids, answers = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        cuda = self.device.type == "cuda"
+        with torch.autocast("cuda", dtype=torch.bfloat16) if cuda else contextlib.nullcontext():
+            losses, counts = self.losses(self.model, pixels, ids.long(), answers)
+        (losses.sum() / counts.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return (losses / counts).detach()
+
+
+def load_batches(num: int, batch_size: int, seed: int, workers: int) -> DataLoader:
+    """Return a loader over the first `num` batches, in order."""
+    return DataLoader(
+        Batches(num, batch_size, seed),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def measure_seconds_per_step(trainer: Trainer, batch_size: int, seed: int, workers: int, seconds: float) -> float:
+    """Run the trainer on throw-away weights for a while, and put the weights back."""
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    start, warm = None, 20
+    for i, batch in enumerate(load_batches(100_000, batch_size, seed, workers)):
+        trainer.step(i, batch)
+        if i + 1 == warm:
+            _synchronize(trainer.device)
+            start = time.perf_counter()
+        if start and i % 10 == 0:
+            _synchronize(trainer.device)
+            if time.perf_counter() - start > seconds:
+                break
+    elapsed = (time.perf_counter() - start) / (i + 1 - warm)
+    trainer.model.load_state_dict(before)
+    trainer.restart()
+    return elapsed
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def train(trainer: Trainer, batch_size: int, seed: int, workers: int) -> None:
+    """Train for the trainer's number of steps; log the loss."""
+    begun = time.perf_counter()
+    sums, num = torch.zeros(2, device=trainer.device), 0
+    for i, batch in enumerate(load_batches(trainer.num_steps, batch_size, seed, workers)):
+        sums += trainer.step(i, batch)
+        num += 1
+        if num == 250 or i + 1 == trainer.num_steps:
+            visual, text = (sums / num).tolist()
+            seconds = time.perf_counter() - begun
+            logger.info(
+                f"step {i + 1}/{trainer.num_steps}  nats/answer token: image rows {visual:.4f}, text rows {text:.4f}  "
+                f"{(i + 1) * batch_size / seconds:.0f} samples/s  {seconds:.0f} s"
+            )
+            sums, num = torch.zeros_like(sums), 0
+
+
+# ---- saving
+
+
+def save(model, processor, directory: Path) -> None:
+    """Write the model in bfloat16, and its processor, as transformers 4.57 and 5 both read them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model = model.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=PAD, do_sample=False)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+
+    # transformers 5 names the SigLIP tower's modules without `vision_model`, and reads both names; 4.57 reads one.
+    file = directory / "model.safetensors"
+    tensors = {
+        key
+        if "vision_tower.vision_model." in key
+        else key.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for key, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)
+
+    # transformers 5 keeps the image processor in the processor's file, and lists where 4.57 wants dictionaries.
+    processor_config = json.loads((directory / "processor_config.json").read_text())
+    image_config = processor_config.pop("image_processor", None)
+    if image_config is None:
+        image_config = json.loads((directory / "preprocessor_config.json").read_text())
+    tokenizer_config = json.loads((directory / "tokenizer_config.json").read_text())
+    for key in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder", "backend"):
+        tokenizer_config.pop(key, None)  # tokenizer.json has them
+    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    image_config["image_processor_type"] = "SiglipImageProcessor"
+    for name, content in (
+        ("processor_config", processor_config),
+        ("preprocessor_config", image_config),
+        ("tokenizer_config", tokenizer_config),
+    ):
+        (directory / f"{name}.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument("--seed", type=int, default=0)
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--samples", type=int, help="training rows, four or five questions each (default: the recipe's)"
+    )
+    amount.add_argument("--minutes", type=float, help="measure the rate, then train for as many samples as fit")
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--workers", type=int, default=14, help="processes that draw data")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--eval-samples", type=int, default=2200)
+    parser.add_argument("--state", type=Path, help="also save the float32 weights here, as safetensors")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    recipe = SIZES[args.size]
+    processor = build_processor()
+    model = build_model(args.size, args.seed).to(device).train()
+    logger.info(f"{args.size}: {model.num_parameters():,} parameters, on {device}")
+
+    num_steps = (args.samples or recipe.samples) // args.batch_size
+    trainer = Trainer(model, recipe.learning_rate, num_steps, args.compile)
+    if args.minutes:
+        begun = time.perf_counter()
+        per_step = measure_seconds_per_step(trainer, args.batch_size, args.seed, args.workers, seconds=15)
+        trainer.num_steps = int(args.minutes * 60 / per_step)
+        logger.info(
+            f"{1e3 * per_step:.1f} ms a step, measured in {time.perf_counter() - begun:.0f} s: "
+            f"--samples {trainer.num_steps * args.batch_size}"
+        )
+    begun = time.perf_counter()
+    train(trainer, args.batch_size, args.seed, args.workers)
+    logger.info(f"trained {trainer.num_steps * args.batch_size} samples in {time.perf_counter() - begun:.0f} s")
+
+    if args.state:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, args.state)
+    save(model, processor, args.output)
+    model = AutoModelForImageTextToText.from_pretrained(args.output, dtype=torch.float32).to(device)
+    processor = AutoProcessor.from_pretrained(args.output)
+    begun = time.perf_counter()
+    result = score.evaluate(model, processor, world.samples(args.eval_samples, "held-out"), batch_size=256)
+    logger.info(f"scored in {time.perf_counter() - begun:.0f} s\n{result}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Binarized vision-language models for transformers. Importing this package registers the quantization method `sab`."""
+
+from .config import SABQuantizationConfig
+from .linear import SABLinear
+from .quantizer import SABHfQuantizer
+from .report import report
+from .version import __version__
+
+__all__ = [
+    "AutoModelForVision2Seq",
+    "SABHfQuantizer",
+    "SABLinear",
+    "SABQuantizationConfig",
+    "quantize",
+    "report",
+    "__version__",
+]
+
+
+def __getattr__(name: str):
+    """Import on first use what loading a packed checkpoint does not need."""
+    if name == "quantize":
+        from .binarize import quantize
+
+        return quantize
+    if name == "AutoModelForVision2Seq":  # gone in transformers 5, where AutoModelForImageTextToText took its place
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

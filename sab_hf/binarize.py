@@ -1,0 +1,256 @@
+"""From a dense model to a packed one: one loop over blocks in which every step of the method is visible."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoProcessor
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.logging import tqdm
+
+from .budget import allocate
+from .calibration import MODALITY_NAMES, CalibrationSet, prepare_calibration
+from .capture import BlockInputs
+from .config import SABQuantizationConfig
+from .fit import FitResult, fit_planes, fit_planes_elementwise
+from .hessian import SecondMoments, balanced, damp
+from .linear import SABLinear, replace_module
+from .roles import Roles, find_roles
+from .significance import SignificanceMap, significance_map, significant_columns
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done to a model, checked before its weights are touched.
+
+    Attributes:
+        roles: the parts of the model.
+        modules: name → [full planes, significant columns] of each Linear to binarize.
+        calibration: the processed calibration set.
+    """
+
+    roles: Roles
+    modules: dict[str, list[int]]
+    calibration: CalibrationSet
+
+
+@dataclass
+class FitRecord:
+    """How the fit of one Linear went.
+
+    Attributes:
+        name: the module.
+        error: `tr(EHEᵀ) / tr(WHWᵀ)`, the relative squared error of its output under the modality-balanced H_Λ.
+        tokens: calibration tokens by modality name.
+        unimodal_share: r of the significance map.
+        seconds: fitting time.
+    """
+
+    name: str
+    error: float
+    tokens: dict[str, int]
+    unimodal_share: float
+    seconds: float
+
+
+@dataclass
+class QuantizationRecord:
+    """What `quantize` did: the calibration set in words, and one record for each Linear."""
+
+    calibration: str
+    fits: list[FitRecord] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def quantize(
+    model: nn.Module, processor: Any = None, samples: Any = None, config: SABQuantizationConfig | None = None
+) -> QuantizationRecord:
+    """Binarize the language Linears of a model in memory, in place.
+
+    The model can then be used, saved with `save_pretrained` and loaded with `from_pretrained` like one that was quantized
+    while loading.
+
+    Args:
+        model: a transformers model with dense weights, on any device.
+        processor: its processor (or tokenizer); None: `config.processor`, or from where the model came.
+        samples: calibration samples in any form that `SABQuantizationConfig.calibration` takes; None: the config's.
+        config: None: the defaults.
+    Returns:
+        A record of the fits.
+    Raises:
+        ValueError: the model is quantized already, weights are not finite, or the config, the processor or the samples
+            do not suit the model.
+    """
+    config = config or SABQuantizationConfig()
+    plan = make_plan(model, config, processor, samples)
+    return run_plan(model, plan, config)
+
+
+def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = None, samples: Any = None) -> Plan:
+    """Check everything that can be checked without weights, and prepare the calibration set.
+
+    Args:
+        model: the model or its skeleton on the meta device.
+        config, processor, samples: as in `quantize`.
+    Raises:
+        ValueError: see `quantize`.
+    """
+    packed = next((name for name, module in model.named_modules() if isinstance(module, SABLinear)), None)
+    if packed or getattr(model, "quantization_method", "sab") != "sab":
+        raise ValueError(
+            f"{type(model).__name__} is quantized already ({packed or model.quantization_method}); start from the dense "
+            "checkpoint, or call `model.dequantize()` first"
+        )
+    roles = find_roles(model)
+    linears = language_linears(model, roles, config.modules_to_not_convert or [])
+    num_planes, num_significant = allocate(
+        {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, config.bits
+    )
+    calibration = prepare_calibration(
+        config.calibration if samples is None else samples,
+        _load_processor(model, processor if processor is not None else config.processor),
+        model.config,
+        num_samples=config.num_samples,
+        seed=config.seed,
+        max_length=config.max_length,
+        batch_size=config.batch_size,
+        allow_text_only=config.allow_text_only,
+    )
+    return Plan(roles, {name: [num_planes, num_significant[name]] for name in linears}, calibration)
+
+
+def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> QuantizationRecord:
+    """Binarize block after block; each sees the outputs of the already binarized blocks before it.
+
+    Args:
+        model: the model with its weights.
+        plan: from `make_plan`.
+        config: the method's numbers.
+    """
+    start = time.perf_counter()
+    _check_weights(model, plan.modules)
+    record = QuantizationRecord(plan.calibration.summary())
+    training = model.training
+    model.eval()
+    inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches)
+    progress = tqdm(plan.roles.blocks, desc="binarizing blocks")
+    for index, block_name in enumerate(progress):
+        block = model.get_submodule(block_name)
+        linears = {name: model.get_submodule(name) for name in plan.modules if name.startswith(f"{block_name}.")}
+        moments = inputs.second_moments(block, index, linears)
+        for name, linear in linears.items():
+            packed, fit_record = binarize(name, linear, moments.get(name), plan.modules[name], config)
+            replace_module(model, name, packed)
+            record.fits.append(fit_record)
+        errors = [fit_record.error for fit_record in record.fits[-len(linears) :]]
+        progress.set_postfix(error=f"{sum(errors) / max(len(errors), 1):.3f}")
+        inputs.advance(block, index)
+    model.train(training)
+    _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | {"modules": plan.modules}))
+    record.seconds = time.perf_counter() - start
+    logger.info("binarized %d Linears in %.0f s", len(record.fits), record.seconds)
+    return record
+
+
+def binarize(
+    name: str, linear: nn.Linear, moments: SecondMoments | None, sizes: list[int], config: SABQuantizationConfig
+) -> tuple[SABLinear, FitRecord]:
+    """Binarize one Linear: second moments → significance map → significant columns → fit → packed module."""
+    start = time.perf_counter()
+    W = linear.weight.detach().float()
+    matrices = moments.matrices() if moments else {}
+    tokens = {MODALITY_NAMES[m]: count for m, count in moments.counts.items()} if moments else {}
+    significance = significance_map(
+        W,
+        matrices,
+        damping=config.damping,
+        salient_top_p=config.salient_top_p,
+        diff_quantile=config.diff_quantile,
+        sparsity_threshold=config.sparsity_threshold,
+    )
+    Lambda = significance.column_weight
+    H = Lambda[:, None] * damp(balanced(matrices, W.shape[1], W.device), config.damping) * Lambda
+    columns = significant_columns(W, H, sizes[1])
+    fit = _fit(W, H, significance, sizes[0], columns, config)
+    packed = SABLinear.from_planes(fit.planes, linear.bias)
+    return packed, FitRecord(name, fit.error, tokens, significance.unimodal_share, time.perf_counter() - start)
+
+
+def language_linears(model: nn.Module, roles: Roles, skipped: list[str]) -> dict[str, nn.Linear]:
+    """Return the Linears of the language blocks by name, without those that `skipped` names.
+
+    Raises:
+        ValueError: an entry of `skipped` matches nothing, or nothing is left.
+    """
+    linears = {
+        f"{block}.{name}": module
+        for block in roles.blocks
+        for name, module in model.get_submodule(block).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    for entry in skipped:
+        if not any(_matches(name, entry) for name in linears):
+            raise ValueError(
+                f"`modules_to_not_convert` entry {entry!r} matches no Linear of the language blocks, which are such as "
+                f"`{next(iter(linears), 'none')}`; other parts of the model stay dense anyway"
+            )
+    kept = {name: linear for name, linear in linears.items() if not any(_matches(name, entry) for entry in skipped)}
+    if not kept:
+        raise ValueError(f"{type(model).__name__} has no Linear left to binarize; shorten `modules_to_not_convert`")
+    return kept
+
+
+def _matches(name: str, entry: str) -> bool:
+    """Whether `entry` is a run of whole dotted parts of `name`."""
+    return f".{entry}." in f".{name}."
+
+
+def _fit(
+    W: Tensor, H: Tensor, significance: SignificanceMap, num_planes: int, columns: Tensor, config: SABQuantizationConfig
+) -> FitResult:
+    if config.fit == "elementwise":
+        v = significance.Lambda.square()
+        return fit_planes_elementwise(W, v, num_planes, columns, alternations=config.alternations)
+    return fit_planes(W, H, num_planes, columns, alternations=config.alternations, block_size=config.block_size)
+
+
+def _check_weights(model: nn.Module, modules: dict[str, list[int]]) -> None:
+    for name in modules:
+        weight = model.get_submodule(name).weight
+        if weight.is_meta:
+            raise ValueError(
+                f"the weight of `{name}` is offloaded; quantizing needs the weights in memory: load with "
+                "device_map='cpu' or on one GPU"
+            )
+        if not weight.isfinite().all():
+            raise ValueError(f"the weight of `{name}` holds NaN or infinite values; the checkpoint is damaged")
+
+
+def _load_processor(model: nn.Module, processor: Any) -> Any:
+    """Return `processor`, loading it if it is a path, and from where the model came if it is None."""
+    if processor is not None and not isinstance(processor, str):
+        return processor
+    source, revision = processor, None
+    if source is None:
+        source, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
+    try:
+        return AutoProcessor.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"calibration needs the model's processor, and none could be loaded from {source!r}; pass "
+            "`SABQuantizationConfig(processor=...)` with the processor (or tokenizer) or the path of one"
+        ) from error
+
+
+def _attach(model: nn.Module, config: SABQuantizationConfig) -> None:
+    """Make transformers see a quantized model, as `from_pretrained` does."""
+    model.config.quantization_config = config
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method

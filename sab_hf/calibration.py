@@ -1,0 +1,307 @@
+"""The calibration set: samples → processed batches with the modality of every token."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .chat import ChatEncoder, borrowed
+from .modality import AUDIO, IMAGE, MODALITY_NAMES, PADDING, TEXT, VIDEO, placeholder_id, takes_images, token_modality
+from .samples import ACCEPTED_FORMATS, Sample
+from .sources import BUILTIN, read_samples, shuffled_order
+
+__all__ = [
+    "AUDIO",
+    "IMAGE",
+    "MODALITY_NAMES",
+    "PADDING",
+    "TEXT",
+    "VIDEO",
+    "CalibrationBatch",
+    "CalibrationSet",
+    "prepare_calibration",
+    "token_modality",
+]
+
+logger = logging.getLogger(__name__)
+
+_TRIES = 4  # samples looked at for each one wanted, where some are too long
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """One forward pass.
+
+    Attributes:
+        inputs: every key that the processor returned, for `model(**inputs)`.
+        modality: [batch, length] int8, PADDING, TEXT, IMAGE, VIDEO or AUDIO at each position.
+    """
+
+    inputs: dict[str, Any]
+    modality: Tensor
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """What a model is calibrated on.
+
+    Attributes:
+        batches: in the order in which they run.
+        num_samples: rows of all batches.
+        num_dropped: samples left out because they were longer than the limit.
+        tokens: modality → number of tokens, padding left out.
+    """
+
+    batches: list[CalibrationBatch]
+    num_samples: int
+    num_dropped: int
+    tokens: dict[int, int]
+
+    def image_token_share(self) -> float:
+        """Return the share of image tokens, 0 to 1."""
+        return self.tokens.get(IMAGE, 0) / max(1, sum(self.tokens.values()))
+
+    def summary(self) -> str:
+        """Return one line for the log: samples, tokens, the share of each modality, what was dropped."""
+        total = max(1, sum(self.tokens.values()))
+        shares = ", ".join(
+            f"{MODALITY_NAMES[m]} {100 * count / total:.1f} %" for m, count in sorted(self.tokens.items())
+        )
+        longest = max(batch.modality.shape[1] for batch in self.batches)
+        return (
+            f"calibration set: {self.num_samples} samples in {len(self.batches)} batches, {total:,} tokens ({shares}), "
+            f"longest batch {longest} tokens, {self.num_dropped} over-long samples dropped"
+        )
+
+
+_Processed = tuple[Sample, CalibrationBatch]  # a sample and what it became, alone
+
+
+def prepare_calibration(
+    calibration: Any,
+    processor: Any,
+    model_config: Any,
+    *,
+    num_samples: int = 128,
+    seed: int = 0,
+    max_length: int = 2048,
+    batch_size: int = 1,
+    allow_text_only: bool = False,
+    max_image_pixels: int | None = 1024 * 1024,
+) -> CalibrationSet:
+    """Read, process and label a calibration set. The processor and its tokenizer are left as they were.
+
+    Args:
+        calibration: "builtin"; a Hub dataset id, "org/name", "org/name:config" or "org/name:config:split"; a local
+            folder or JSONL file; a dataset or iterable of samples; or a list of processed batches, passed on unchanged.
+        processor: the model's processor; a tokenizer for a text-only model; not needed for processed batches.
+        model_config: the model's config, which names the placeholder tokens.
+        num_samples: samples to take; fewer with a warning where there are not enough.
+        seed: of the shuffle before taking them, and of the built-in set.
+        max_length: tokens; longer samples are dropped and counted, never truncated.
+        batch_size: samples per batch; above 1 they are padded on the right, sorted by length.
+        allow_text_only: accept a set without image tokens for a model that takes images.
+        max_image_pixels: larger images are shrunk to this many pixels, keeping their shape; None keeps them.
+
+    Raises:
+        ValueError: a sample has none of the accepted forms, an image cannot be read, every sample is too long, or a
+            vision-language model would be calibrated on text alone.
+        ImportError: the source needs the `datasets` package.
+
+    Source: SAB-LVLM, multimodal calibration set; method §2.
+    """
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}")
+    if _holds_batches(calibration):
+        batches, num_dropped = _take_batches(calibration, model_config, num_samples, seed, max_length)
+    elif processor is None:
+        raise ValueError("calibration samples need the model's processor to become model inputs, got `processor=None`")
+    else:
+        with borrowed(getattr(processor, "tokenizer", processor)):
+            encoder = ChatEncoder(processor, max_image_pixels)
+            samples, too_long = _take_samples(
+                calibration, encoder, model_config, num_samples=num_samples, seed=seed, max_length=max_length
+            )
+            num_dropped = len(too_long)
+            _check_lengths(samples, too_long, max_length, allow_text_only)
+            _warn_of_lost_images(samples, encoder)
+            batches = _encode_batches(samples, encoder, model_config, batch_size)
+    calibration_set = _count(batches, num_dropped)
+    _check_set(calibration_set, processor, model_config, num_samples, allow_text_only)
+    logger.info(calibration_set.summary())
+    return calibration_set
+
+
+def _holds_batches(calibration: Any) -> bool:
+    return (
+        isinstance(calibration, (list, tuple))
+        and len(calibration) > 0
+        and isinstance(calibration[0], Mapping)
+        and "input_ids" in calibration[0]
+    )
+
+
+def _take_batches(
+    given: list[Any], model_config: Any, num_samples: int, seed: int, max_length: int
+) -> tuple[list[CalibrationBatch], int]:
+    """Take processed batches, in shuffled order, until they hold `num_samples` rows."""
+    batches, taken, dropped = [], 0, 0
+    for i in shuffled_order(len(given), seed):
+        if taken >= num_samples:
+            break
+        inputs = given[i]
+        input_ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+            shown = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise ValueError(
+                f"batch {i}: key 'input_ids' must be a tensor [batch, length], got {shown}; process with "
+                f'return_tensors="pt".\n{ACCEPTED_FORMATS}'
+            )
+        if input_ids.shape[1] > max_length:
+            dropped += len(input_ids)
+            continue
+        batches.append(CalibrationBatch(dict(inputs), token_modality(inputs, model_config)))
+        taken += len(input_ids)
+    if not batches:
+        raise ValueError(_all_dropped("", [inputs["input_ids"].shape[1] for inputs in given], max_length))
+    return batches, dropped
+
+
+def _take_samples(
+    calibration: Any, encoder: ChatEncoder, model_config: Any, *, num_samples: int, seed: int, max_length: int
+) -> tuple[list[_Processed], list[_Processed]]:
+    """Process samples one by one until `num_samples` fit into `max_length`; returns them, and those that do not fit."""
+    needs_image = encoder.needs_image(model_config)
+    kept, too_long, skipped = [], [], 0
+    for sample in read_samples(calibration, seed=seed, limit=_TRIES * num_samples, with_images=not encoder.text_only):
+        if needs_image and not sample.num_media:
+            skipped += 1
+            continue
+        inputs = encoder([sample])
+        batch = CalibrationBatch(inputs, token_modality(inputs, model_config))
+        (kept if batch.modality.shape[1] <= max_length else too_long).append((sample, batch))
+        if len(kept) == num_samples:
+            break
+    if skipped:
+        logger.warning("%d text-only samples were skipped: this model and its processor need an image in each", skipped)
+    if not kept and not too_long:
+        raise ValueError(f"none of the {skipped} calibration samples has an image, and this model needs one in each")
+    return kept, too_long
+
+
+def _check_lengths(kept: list[_Processed], too_long: list[_Processed], max_length: int, allow_text_only: bool) -> None:
+    """Raise if no sample is left, or none with images; warn if any is lost."""
+    if not too_long:
+        return
+    with_media = [batch.modality.shape[1] for sample, batch in too_long if sample.num_media]
+    if not kept:
+        raise ValueError(_all_dropped("", [batch.modality.shape[1] for _, batch in too_long], max_length))
+    if with_media and not allow_text_only and not any(sample.num_media for sample, _ in kept):
+        raise ValueError(_all_dropped(" with images", with_media, max_length))
+    logger.warning("%d samples longer than max_length=%d tokens were dropped", len(too_long), max_length)
+
+
+def _all_dropped(kind: str, lengths: list[int], max_length: int) -> str:
+    return (
+        f"all {len(lengths)} calibration samples{kind} that were tried are longer than max_length={max_length} tokens "
+        f"(the shortest has {min(lengths)}); raise `max_length` to at least {min(lengths)}, or use smaller images"
+    )
+
+
+def _warn_of_lost_images(kept: list[_Processed], encoder: ChatEncoder) -> None:
+    with_images = [batch for sample, batch in kept if sample.num_images]
+    if encoder.text_only and with_images:
+        logger.warning(
+            "%s is a tokenizer: of %d samples with images only the text is used",
+            type(encoder.processor).__name__,
+            len(with_images),
+        )
+        return
+    lost = [batch for batch in with_images if not _has_pixels(batch.inputs)]
+    if lost:
+        logger.warning(
+            "%s returned no pixel values for %d of %d samples with images (got the keys %s)",
+            type(encoder.processor).__name__,
+            len(lost),
+            len(with_images),
+            sorted(lost[0].inputs),
+        )
+
+
+def _has_pixels(inputs: Mapping[str, Any]) -> bool:
+    return any("pixel_values" in key or "patches" in key for key in inputs)
+
+
+def _encode_batches(
+    samples: list[_Processed], encoder: ChatEncoder, model_config: Any, batch_size: int
+) -> list[CalibrationBatch]:
+    """Process the samples again in padded batches of alike kind and length; singles are ready."""
+    if batch_size > 1 and encoder.tokenizer.pad_token is None:
+        logger.warning("the tokenizer has no pad token: calibrating with batch_size=1 in place of %d", batch_size)
+        batch_size = 1
+    if batch_size == 1:
+        return [batch for _, batch in samples]
+    batches = []
+    for with_media in (True, False):  # some processors refuse batches in which only some samples have images
+        group = [(sample, batch) for sample, batch in samples if bool(sample.num_media) == with_media]
+        group.sort(key=lambda pair: pair[1].modality.shape[1])
+        for start in range(0, len(group), batch_size):
+            inputs = encoder([sample for sample, _ in group[start : start + batch_size]], padding=True)
+            batches.append(CalibrationBatch(inputs, token_modality(inputs, model_config)))
+    return batches
+
+
+def _count(batches: list[CalibrationBatch], num_dropped: int) -> CalibrationSet:
+    tokens: dict[int, int] = {}
+    for batch in batches:
+        kinds, counts = batch.modality[batch.modality != PADDING].unique(return_counts=True)
+        for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True):
+            tokens[kind] = tokens.get(kind, 0) + count
+    return CalibrationSet(batches, sum(len(batch.modality) for batch in batches), num_dropped, tokens)
+
+
+def _check_set(
+    calibration_set: CalibrationSet, processor: Any, model_config: Any, num_samples: int, allow_text_only: bool
+) -> None:
+    if calibration_set.num_samples < num_samples:
+        logger.warning(
+            "num_samples=%d was asked for, only %d calibration samples could be used (%d dropped as too long)",
+            num_samples,
+            calibration_set.num_samples,
+            calibration_set.num_dropped,
+        )
+    visual = calibration_set.tokens.get(IMAGE, 0) + calibration_set.tokens.get(VIDEO, 0)
+    pixels = sum(_has_pixels(batch.inputs) for batch in calibration_set.batches)
+    if visual and not pixels:
+        logger.warning("the batches hold %d image and video tokens, but no pixel values: the images are lost", visual)
+    if visual:
+        return
+    if not takes_images(model_config):
+        logger.warning("%s takes no images: calibrating with text as the only modality", type(model_config).__name__)
+        return
+    if allow_text_only:
+        logger.warning("the calibration set has no image tokens; the visual side of the model is calibrated on nothing")
+        return
+    raise ValueError(_no_images(pixels, processor, model_config))
+
+
+def _no_images(pixels: int, processor: Any, model_config: Any) -> str:
+    if pixels:
+        token_id = placeholder_id(model_config, "image")
+        found = (
+            f"{pixels} batches have pixel values, but no position holds the image token of the config (id {token_id}); "
+            "pass processed batches with 'mm_token_type_ids' (1 at image positions)"
+        )
+    else:
+        found = (
+            f"no sample has an image, or {type(processor).__name__} is not the model's full processor; pass samples "
+            f"with images (calibration={BUILTIN!r} has them) and AutoProcessor.from_pretrained(...)"
+        )
+    return (
+        f"a calibration set for {type(model_config).__name__}, a model that takes images, must have image tokens, got "
+        f"0: {found}. To calibrate on text alone, set allow_text_only=True"
+    )

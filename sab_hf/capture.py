@@ -1,0 +1,176 @@
+"""The calibration set's hidden states, cached between blocks, so that the model never runs again for a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import CalibrationBatch
+from .hessian import SecondMoments
+
+
+@dataclass
+class BatchState:
+    """One calibration batch on its way through the blocks.
+
+    Attributes:
+        modality: [batch, length] int8, see `calibration.py`.
+        hidden: [batch, length, hidden_size], the input of the next block.
+        calls: for each block, the other arguments that the model gives it (masks, rotary positions, …).
+        injections: for each block, what the model adds to the hidden states before it (as deep visual features), or None.
+    """
+
+    modality: Tensor
+    hidden: Tensor = field(init=False)
+    calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
+    injections: list[Tensor | None] = field(default_factory=list)
+
+
+class BlockInputs:
+    """Inputs of successive blocks for the whole calibration set.
+
+    Recording runs the model once, with blocks that only note what they are called with and hand their input on: masks and
+    positions do not depend on the hidden states, so one cheap pass gives the arguments of all blocks. What a model does
+    to hidden states between blocks must be an addition (it is, in the families known), and is replayed as such.
+
+    Args:
+        model: a transformers model in evaluation mode.
+        block_names: its blocks, in order.
+        batches: the calibration set.
+    Raises:
+        RuntimeError: the model does not run its blocks one after the other on one row per token.
+    """
+
+    def __init__(self, model: nn.Module, block_names: tuple[str, ...], batches: list[CalibrationBatch]):
+        blocks = [model.get_submodule(name) for name in block_names]
+        self.states = [self._record(model, blocks, batch) for batch in batches]
+
+    @torch.no_grad()
+    def _record(self, model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch) -> BatchState:
+        state = BatchState(batch.modality)
+        with _recording(blocks, state):
+            model(**_model_inputs(model, batch.inputs), use_cache=False)
+        if len(state.calls) != len(blocks):
+            raise RuntimeError(
+                f"{type(model).__name__} ran {len(state.calls)} of its {len(blocks)} language blocks for a calibration "
+                "sample; this architecture is not supported yet"
+            )
+        if state.hidden.shape[:2] != state.modality.shape:
+            raise RuntimeError(
+                f"{type(model).__name__} turned {list(state.modality.shape)} input positions into hidden states of shape "
+                f"{list(state.hidden.shape)}; every position needs its modality"
+            )
+        state.modality = state.modality.to(state.hidden.device)
+        return state
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Replace the cached hidden states by the output of `block`, which is number `index`."""
+        for state in self.states:
+            state.hidden = _forward(block, index, state)
+            injection = state.injections[index + 1] if index + 1 < len(state.injections) else None
+            if injection is not None:
+                state.hidden = state.hidden + injection
+
+    @torch.no_grad()
+    def second_moments(self, block: nn.Module, index: int, linears: dict[str, nn.Linear]) -> dict[str, SecondMoments]:
+        """Collect the second moments of the inputs of all `linears` of a block in one streaming pass.
+
+        Linears that get the very same tensor (query, key and value; gate and up) share one accumulator. A Linear that was
+        never called is missing from the result.
+
+        Raises:
+            ValueError: inputs are not finite, or are not one row for each token.
+        """
+        owner: dict[str, str] = {}
+        moments: dict[str, SecondMoments] = {}
+        modality = last_input = last_owner = None
+
+        def observe(name: str, x: Tensor) -> None:
+            nonlocal last_input, last_owner
+            if name not in owner:
+                owner[name] = last_owner if x is last_input else name
+            last_input, last_owner = x, owner[name]
+            if owner[name] != name:
+                return
+            if x.shape[:-1].numel() != modality.numel():
+                raise ValueError(
+                    f"`{name}` gets inputs of shape {list(x.shape)} for {modality.numel()} tokens; add it to "
+                    "`modules_to_not_convert`"
+                )
+            moments.setdefault(name, SecondMoments(x.shape[-1], x.device)).add(x.flatten(0, -2), modality)
+
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
+            for name, module in linears.items()
+        ]
+        try:
+            for state in self.states:
+                modality = state.modality.flatten()
+                _forward(block, index, state)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, moment in moments.items():
+            if not all(H.isfinite().all() for H in moment.matrices().values()):
+                raise ValueError(
+                    f"the inputs of `{name}` are not finite on the calibration set; load the model with "
+                    "dtype=torch.bfloat16 or torch.float32 (float16 overflows in many models)"
+                )
+        return {name: moments[first] for name, first in owner.items()}
+
+
+def _forward(block: nn.Module, index: int, state: BatchState) -> Tensor:
+    args, kwargs = state.calls[index]
+    output = block(state.hidden, *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _recording(blocks: list[nn.Module], state: BatchState) -> Iterator[None]:
+    """Let the blocks record into `state` instead of computing; the first one runs once, to learn what it returns."""
+    sent: Tensor | None = None  # a private copy of what the block before handed on
+    others: tuple | None = None  # what blocks return beside the hidden states; None if they return a bare tensor
+
+    def recorder(original):
+        def forward(*args, **kwargs):
+            nonlocal sent, others
+            hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+            args = args[1:]
+            if not state.calls:
+                state.hidden = hidden.clone()
+                output = original(hidden.clone(), *args, **kwargs)
+                others = output[1:] if isinstance(output, tuple) else None
+            state.injections.append(None if sent is None or torch.equal(sent, hidden) else hidden - sent)
+            state.calls.append((args, kwargs))
+            sent = hidden.clone()
+            return hidden if others is None else (hidden, *others)
+
+        return forward
+
+    instance_forwards = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = recorder(block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, instance_forwards, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _model_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Move tensors to the model's device, and floating-point ones (pixels) to its dtype."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+    return {name: move(value) for name, value in inputs.items()}

@@ -1,0 +1,184 @@
+"""`SABQuantizationConfig`: every number of the method, validated, with its unit and its reason."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .packing import FORMAT_VERSION
+
+MAX_PLANES = 8
+"""Most full planes a matrix may have. The sign sweep compares 2^(planes + 1) levels for each weight."""
+
+_NOT_SERIALIZED = ("calibration", "processor")
+
+
+@register_quantization_config("sab")
+@dataclass(repr=False)
+class SABQuantizationConfig(QuantizationConfigMixin):
+    """How to binarize a vision-language model; pass it to `from_pretrained(..., quantization_config=...)`.
+
+    What a user meets first:
+
+    Attributes:
+        bits: stored bits per weight, averaged over the quantized language weights: signs, residual planes, scales and
+            masks, everything. The budget is met from below. None: one plane everywhere and a residual plane on the most
+            significant tenth of the columns (small matrices have dear scales, so no fixed number suits all models).
+        calibration: `"builtin"` (drawn and written by the package, no network), a Hub dataset id, a local folder or
+            JSONL file, a list of chat-message samples, or a list of processed batches. Only names and paths are saved.
+        num_samples: calibration samples; 128 as in the published binary methods.
+        seed: of the calibration set.
+        max_length: tokens; longer samples are dropped and counted, never truncated.
+        batch_size: calibration samples per forward pass; 1 needs least memory and no padding.
+        allow_text_only: permit a calibration set without image tokens for a model that takes images.
+        modules_to_not_convert: language modules that stay dense: each entry is a module name, or a part of one between
+            dots (`"layers.0"`, `"down_proj"`). An entry that matches nothing is an error.
+        processor: the model's processor or tokenizer, or a path to it; None loads it from where the model came from.
+
+    The method:
+
+    Attributes:
+        fit: `"hessian"` minimizes the error of the layer's output (method §4); `"elementwise"` is the closed form of the
+            paper's weighted objective, without second moments: far cheaper, far less accurate.
+        alternations: rounds of the alternating fit; the best round by objective is kept.
+        damping: added to the diagonal of a second-moment matrix, as a share of its mean; 0.01 as in GPTQ.
+        block_size: columns that the sign sweep treats between two matrix products; changes speed, not results.
+        salient_top_p: share of weights that count as significant in a modality (paper's value).
+        diff_quantile: quantile of |S_text − S_visual| from which a significant weight is unimodal (paper's value).
+        sparsity_threshold: least Hoyer sparsity ρ of a unimodal weight (paper's value).
+
+    Written by the package:
+
+    Attributes:
+        modules: quantized modules, name → [full planes, significant columns]; empty before quantization.
+        format_version: of the packed tensors, see `packing.py`.
+
+    Raises:
+        ValueError: a field has a wrong type or lies outside its range; the message says what is accepted.
+    """
+
+    bits: float | None = None
+    calibration: Any = "builtin"
+    num_samples: int = 128
+    seed: int = 0
+    max_length: int = 2048
+    batch_size: int = 1
+    allow_text_only: bool = False
+    modules_to_not_convert: list[str] | None = None
+    processor: Any = None
+    fit: str = "hessian"
+    alternations: int = 15
+    damping: float = 0.01
+    block_size: int = 128
+    salient_top_p: float = 0.05
+    diff_quantile: float = 0.5
+    sparsity_threshold: float = 0.005
+    modules: dict[str, list[int]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    quant_method: str = field(default="sab", init=False)
+
+    def __post_init__(self):
+        if self.bits is not None:
+            _check_number(self, "bits", 0, MAX_PLANES + 1, open_low=True)
+        for name, low in (("num_samples", 1), ("seed", 0), ("max_length", 1), ("batch_size", 1)):
+            _check_integer(self, name, low)
+        _check_integer(self, "alternations", 1)
+        _check_integer(self, "block_size", 1)
+        _check_number(self, "damping", 0, math.inf, open_low=True)
+        _check_number(self, "salient_top_p", 0, 1, open_low=True)
+        _check_number(self, "diff_quantile", 0, 1)
+        _check_number(self, "sparsity_threshold", 0, 1)
+        if not isinstance(self.allow_text_only, bool):
+            raise ValueError(f"`allow_text_only` must be True or False, got {self.allow_text_only!r}")
+        if self.fit not in ("hessian", "elementwise"):
+            raise ValueError(f"`fit` must be 'hessian' or 'elementwise', got {self.fit!r}")
+        self._check_modules()
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has format version {self.format_version!r}, this sab_hf reads version {FORMAT_VERSION}; "
+                "upgrade with `pip install -U sab_hf`"
+            )
+
+    def _check_modules(self) -> None:
+        skipped = self.modules_to_not_convert
+        if skipped is not None and not (
+            isinstance(skipped, (list, tuple)) and all(isinstance(s, str) for s in skipped)
+        ):
+            raise ValueError(f"`modules_to_not_convert` must be a list of module names, got {skipped!r}")
+        if not isinstance(self.modules, dict) or not all(_is_size(size) for size in self.modules.values()):
+            raise ValueError(
+                f"`modules` must map module names to [full planes (1 to {MAX_PLANES}), significant columns], got {self.modules!r:.200}"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
+        """Build a config from the plain data of `to_dict` (as in `config.json`).
+
+        Raises:
+            ValueError: a key is unknown, or a value is not accepted.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        config_dict = {**config_dict, **{key: value for key, value in kwargs.items() if key in known}}
+        method = config_dict.pop("quant_method", "sab")
+        if method != "sab":
+            raise ValueError(f"`quant_method` must be 'sab', got {method!r}")
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        unknown = sorted(config_dict.keys() - known)
+        if (
+            unknown and version == FORMAT_VERSION
+        ):  # a newer version may have new fields; its number is the better message
+            raise ValueError(f"unknown fields {unknown} in the quantization config; accepted are {sorted(known)}")
+        config = cls(**{key: value for key, value in config_dict.items() if key in known})
+        unused = {key: value for key, value in kwargs.items() if key not in known}
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain JSON data; a processor and calibration samples are left out."""
+        plain = {
+            f.name: copy.deepcopy(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.name not in _NOT_SERIALIZED
+        }
+        return plain | {"calibration": self.calibration if isinstance(self.calibration, str) else "custom"}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return `to_dict`: a checkpoint records every number, also those that are today's defaults."""
+        return self.to_dict()
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo) -> SABQuantizationConfig:
+        # transformers deep-copies configs; calibration samples and processors are shared, not copied.
+        return dataclasses.replace(self)
+
+
+def _check_integer(config: SABQuantizationConfig, name: str, low: int) -> None:
+    value = getattr(config, name)
+    if type(value) is not int or value < low:
+        raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}")
+
+
+def _check_number(config: SABQuantizationConfig, name: str, low: float, high: float, open_low: bool = False) -> None:
+    value = getattr(config, name)
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or not low <= value <= high or (open_low and value == low):
+        bound = "above" if open_low else "at least"
+        raise ValueError(f"`{name}` must be a number {bound} {low} and at most {high}, got {value!r}")
+
+
+def _is_size(size: Any) -> bool:
+    """Whether `size` is [full planes, significant columns]."""
+    return (
+        isinstance(size, (list, tuple))
+        and len(size) == 2
+        and all(type(count) is int for count in size)
+        and 1 <= size[0] <= MAX_PLANES
+        and size[1] >= 0
+    )

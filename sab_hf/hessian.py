@@ -1,0 +1,86 @@
+"""Second moments of a Linear's inputs, one matrix for each modality, and the factors that the fit needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class SecondMoments:
+    """Stream `H_m = (1/N_m) Σ x xᵀ` over the tokens of each modality m, in float32.
+
+    Args:
+        in_features: width of the inputs.
+        device: of the accumulators.
+
+    Source: SAB-LVLM, Hessians for text and visual inputs; here all from one forward pass (method §2).
+    """
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.in_features, self.device = in_features, device
+        self._sums: dict[int, Tensor] = {}
+        self.counts: dict[int, int] = {}
+
+    def add(self, x: Tensor, modality: Tensor) -> None:
+        """Add the inputs of one forward pass.
+
+        Args:
+            x: [tokens, in_features], any floating dtype.
+            modality: [tokens] integer, negative for padding (counts nowhere).
+        """
+        for m in modality.unique().tolist():
+            if m < 0:
+                continue
+            rows = x[modality == m].float()
+            total = self._sums.setdefault(m, torch.zeros(self.in_features, self.in_features, device=self.device))
+            total.addmm_(rows.T, rows)
+            self.counts[m] = self.counts.get(m, 0) + rows.shape[0]
+
+    def matrices(self) -> dict[int, Tensor]:
+        """Return `H_m` [in_features, in_features] for each modality that was seen."""
+        return {m: total / self.counts[m] for m, total in sorted(self._sums.items())}
+
+
+def balanced(matrices: dict[int, Tensor], in_features: int, device: torch.device) -> Tensor:
+    """Mix the modalities with equal weight, `H = mean_m H_m` (text and visual: one half each).
+
+    A token-count mix would let the many image tokens drown the text. A layer that saw no token at all gets the identity,
+    which makes its fit plain least squares on the weights.
+
+    Source: method §2. Deviation: the published code mixes by token count and calibrates the feedback on text only.
+    """
+    if not matrices:
+        return torch.eye(in_features, device=device)
+    return torch.stack(list(matrices.values())).mean(0)
+
+
+def damp(H: Tensor, damping: float) -> Tensor:
+    """Add `damping` × the mean diagonal to the diagonal; an all-zero matrix becomes the identity.
+
+    Args:
+        H: [in_features, in_features] float32, symmetric positive semidefinite.
+    """
+    mean = H.diagonal().mean()
+    if mean <= 0:
+        return torch.eye(H.shape[0], device=H.device, dtype=H.dtype)
+    return H + damping * mean * torch.eye(H.shape[0], device=H.device, dtype=H.dtype)
+
+
+def inverse(H: Tensor) -> Tensor:
+    """Invert a damped second-moment matrix through its Cholesky factor; float64 where float32 does not suffice."""
+    L, failed = torch.linalg.cholesky_ex(H)
+    if failed:
+        L = torch.linalg.cholesky(H.double())
+    return torch.cholesky_inverse(L).to(H.dtype)
+
+
+def feedback_factor(H: Tensor) -> Tensor:
+    """Return the upper triangular U with `H⁻¹ = UᵀU`, whose rows say how an error spreads to later columns.
+
+    Source: GPTQ (arXiv 2210.17323), step 3.
+    """
+    H_inv = inverse(H)
+    U, failed = torch.linalg.cholesky_ex(H_inv, upper=True)
+    if failed:
+        U = torch.linalg.cholesky(inverse(H.double()), upper=True).to(H.dtype)
+    return U

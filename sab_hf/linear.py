@@ -1,0 +1,120 @@
+"""`SABLinear`, a Linear that holds packed sign planes only, and swapping it in and out of a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import packing
+from .ops import sab_linear
+from .planes import SignPlanes
+
+
+class SABLinear(nn.Module):
+    """`y = x Wᵀ + bias` with W as packed sign planes (`packing.py`); no dense weight exists at any time.
+
+    The packed tensors are parameters without gradient, under the names of the file format, so that `state_dict` is the
+    format, and device maps, offloading and sharding treat them as any weight. All of them are integers, which `.to(dtype)`
+    and dtype casts at loading leave alone.
+
+    Args:
+        tensors: the packed tensors by name, as `packing.to_tensors` gives them.
+        in_features: columns of the matrix.
+        bias: [out_features] floating point, or None.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None = None):
+        super().__init__()
+        num_planes, out_features = tensors["row_scale"].shape
+        num_significant = tensors["residual_col_scale"].numel() if "residual_col_scale" in tensors else 0
+        self.in_features, self.out_features = in_features, out_features
+        self.num_planes, self.num_significant = num_planes, num_significant
+        for name, (dtype, shape) in packing.tensor_specs(
+            out_features, in_features, num_planes, num_significant
+        ).items():
+            tensor = tensors.get(name)
+            if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
+                got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(
+                    f"`{name}` must be {dtype} {list(shape)} for a {out_features}×{in_features} matrix, got {got}"
+                )
+            self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_planes(cls, planes: SignPlanes, bias: Tensor | None = None) -> SABLinear:
+        """Pack `planes` into a module; scales are rounded to float16."""
+        return cls(packing.to_tensors(planes), planes.shape[1], bias)
+
+    @classmethod
+    def empty_like(cls, linear: nn.Linear, num_planes: int, num_significant: int) -> SABLinear:
+        """Return a module of the shape of `linear`, on its device, with uninitialised planes for a loader to fill."""
+        specs = packing.tensor_specs(linear.out_features, linear.in_features, num_planes, num_significant)
+        device = linear.weight.device
+        tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (dtype, shape) in specs.items()}
+        return cls(tensors, linear.in_features, linear.bias)
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """Return the packed tensors by their names in the file, bias excluded."""
+        return {name: parameter for name, parameter in self.named_parameters() if name != "bias"}
+
+    def planes(self) -> SignPlanes:
+        """Unpack into sign planes (scales float16)."""
+        return packing.from_tensors(self.packed_tensors(), self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual: tuple[Tensor | None, ...] = (None, None, None, None)
+        if self.num_significant:
+            residual = (
+                self.significant_columns,
+                self.residual_signs,
+                self.residual_row_scale.view(torch.float16),
+                self.residual_col_scale.view(torch.float16),
+            )
+        y = sab_linear(x, self.signs, self.row_scale.view(torch.float16), self.col_scale.view(torch.float16), *residual)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        residual = f", {self.num_significant} significant columns" if self.num_significant else ""
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.num_planes} planes{residual}"
+        )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` (dotted) is in `model`, in the training mode of the module it replaces."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    attribute = name.rpartition(".")[2]
+    module.train(getattr(parent, attribute).training)
+    setattr(parent, attribute, module)
+
+
+def swap_in_empty(model: nn.Module, modules: dict[str, list[int]]) -> None:
+    """Replace the Linears of `model` that a checkpoint holds packed by empty `SABLinear`s of the recorded size.
+
+    Args:
+        model: the skeleton, usually on the meta device.
+        modules: name → [K, k], as recorded in `config.json`.
+    Raises:
+        ValueError: a recorded module is not a Linear of this model.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [name for name in modules if name not in linears]
+    if unknown:
+        raise ValueError(
+            f"the checkpoint's quantization_config lists {len(unknown)} modules that are no Linear of "
+            f"{type(model).__name__}, first `{unknown[0]}`; load it with the class that saved it"
+        )
+    for name, (num_planes, num_significant) in modules.items():
+        replace_module(model, name, SABLinear.empty_like(linears[name], num_planes, num_significant))
+
+
+def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every `SABLinear` of `model` by a dense `nn.Linear` of the weights that it stands for."""
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, SABLinear)]:
+        with torch.device("meta"):
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
+        linear.weight = nn.Parameter(module.planes().dense(dtype))
+        if module.bias is not None:
+            linear.bias = nn.Parameter(module.bias.to(dtype))
+        replace_module(model, name, linear)

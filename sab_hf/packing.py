@@ -1,0 +1,145 @@
+"""The file format, version 1: sign planes as named tensors.
+
+This page is the specification; a reader in any language can be written from it alone.
+
+A quantized matrix has `out_features` = n rows and `in_features` = m columns and stands for
+
+    W ≈ Σ_k diag(r_k) · B_k · diag(c_k)   +   diag(r') · B' · diag(c') · S
+
+with K full planes B_k ∈ {−1, +1}^{n×m} and, optionally, one residual plane B' ∈ {−1, +1}^{n×k} on k of the m columns (S
+selects them). In a checkpoint the module called `name` is the tensors `name.signs`, `name.row_scale`, and so on:
+
+| tensor                 | dtype, shape         | meaning                                                                     |
+|------------------------|----------------------|-----------------------------------------------------------------------------|
+| `signs`                | uint8 [K, n, ⌈m/8⌉]  | B_k: bit j%8 (least significant first) of byte j//8 is column j; 1 is +1     |
+| `row_scale`            | int16 [K, n]         | r_k, the 16 bits of an IEEE 754 binary16 number                              |
+| `col_scale`            | int16 [K, m]         | c_k, likewise                                                               |
+| `significant_columns`  | uint8 [⌈m/8⌉]        | the significance mask: bit j%8 of byte j//8 set: column j has a residual     |
+| `residual_signs`       | uint8 [n, ⌈k/8⌉]     | B', its columns in ascending order of the columns that the mask marks        |
+| `residual_row_scale`   | int16 [n]            | r'                                                                          |
+| `residual_col_scale`   | int16 [k]            | c'                                                                          |
+| `bias`                 | as in the base model | present if the base module had one                                          |
+
+The four tensors of the residual plane are absent where k = 0. Spare bits at the end of a row are 0. Scales are stored
+as integers because loaders cast floating-point tensors to the dtype that the user asks for (which would round them) and
+leave integers alone: `tensor.view(torch.float16)` reads them. `config.json` holds, under `quantization_config`,
+`quant_method: "sab"`, `format_version: 1` and `modules`: for each quantized module its name and `[K, k]`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .planes import SignPlanes
+
+FORMAT_VERSION = 1
+_BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Pack the last axis of a boolean tensor, eight entries a byte, least significant bit first.
+
+    Args:
+        bits: [..., m] bool.
+    Returns:
+        [..., ⌈m/8⌉] uint8; spare bits are 0.
+    """
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.shape[-1] % 8))
+    weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=bits.device)
+    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, length: int) -> Tensor:
+    """Invert `pack_bits`.
+
+    Args:
+        packed: [..., ⌈length/8⌉] uint8.
+        length: entries of the last axis, m.
+    Returns:
+        [..., length] bool.
+    """
+    weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(-1) & weights).ne(0).flatten(-2)[..., :length]
+
+
+def tensor_specs(
+    out_features: int, in_features: int, num_planes: int, num_significant: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of every stored tensor of one quantized matrix, bias excluded.
+
+    Args:
+        out_features, in_features: n and m of the matrix.
+        num_planes: full planes, K ≥ 1.
+        num_significant: columns with a residual plane, 0 ≤ k ≤ m.
+    """
+    specs = {
+        "signs": (torch.uint8, (num_planes, out_features, math.ceil(in_features / 8))),
+        "row_scale": (torch.int16, (num_planes, out_features)),
+        "col_scale": (torch.int16, (num_planes, in_features)),
+    }
+    if num_significant:
+        specs |= {
+            "significant_columns": (torch.uint8, (math.ceil(in_features / 8),)),
+            "residual_signs": (torch.uint8, (out_features, math.ceil(num_significant / 8))),
+            "residual_row_scale": (torch.int16, (out_features,)),
+            "residual_col_scale": (torch.int16, (num_significant,)),
+        }
+    return specs
+
+
+def stored_bytes(out_features: int, in_features: int, num_planes: int, num_significant: int) -> int:
+    """Return the bytes that a matrix of this shape occupies in a file, bias and file header excluded."""
+    specs = tensor_specs(out_features, in_features, num_planes, num_significant)
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
+
+
+def to_tensors(planes: SignPlanes) -> dict[str, Tensor]:
+    """Pack sign planes into the tensors that a file holds (see the table above)."""
+    tensors = {
+        "signs": pack_bits(planes.signs),
+        "row_scale": planes.row_scale.to(torch.float16).view(torch.int16),
+        "col_scale": planes.col_scale.to(torch.float16).view(torch.int16),
+    }
+    if planes.num_significant:
+        tensors |= {
+            "significant_columns": pack_bits(planes.significant_columns),
+            "residual_signs": pack_bits(planes.residual_signs),
+            "residual_row_scale": planes.residual_row_scale.to(torch.float16).view(torch.int16),
+            "residual_col_scale": planes.residual_col_scale.to(torch.float16).view(torch.int16),
+        }
+    return tensors
+
+
+def from_tensors(tensors: dict[str, Tensor], in_features: int) -> SignPlanes:
+    """Unpack the tensors of a file; the inverse of `to_tensors`.
+
+    Args:
+        tensors: the tensors by the names of the table above; others are ignored.
+        in_features: columns of the matrix (the packed rows only say how many bytes they fill).
+    Raises:
+        ValueError: the significance mask marks another number of columns than the residual plane has.
+    """
+    residual = {}
+    if "significant_columns" in tensors:
+        significant_columns = unpack_bits(tensors["significant_columns"], in_features)
+        residual_col_scale = tensors["residual_col_scale"].view(torch.float16)
+        marked, stored = int(significant_columns.sum()), residual_col_scale.numel()
+        if marked != stored:
+            raise ValueError(
+                f"`significant_columns` marks {marked} columns but the residual plane has {stored}; the file is damaged"
+            )
+        residual = {
+            "significant_columns": significant_columns,
+            "residual_signs": unpack_bits(tensors["residual_signs"], stored),
+            "residual_row_scale": tensors["residual_row_scale"].view(torch.float16),
+            "residual_col_scale": residual_col_scale,
+        }
+    return SignPlanes(
+        signs=unpack_bits(tensors["signs"], in_features),
+        row_scale=tensors["row_scale"].view(torch.float16),
+        col_scale=tensors["col_scale"].view(torch.float16),
+        **residual,
+    )

@@ -1,0 +1,61 @@
+"""Sign planes with row and column scales: the one value that everything else makes, stores or runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SignPlanes:
+    """A matrix [out_features, in_features] as K full sign planes and one residual plane on the significant columns.
+
+    `W ≈ Σ_k diag(row_scale[k]) · (±1 from signs[k]) · diag(col_scale[k])`, and on the significant columns one more such
+    term. Source: method of SAB-LVLM with every bit counted; the group bitmap of the published method is a second plane.
+
+    Attributes:
+        signs: [K, out_features, in_features] bool, True is +1.
+        row_scale: [K, out_features] floating point.
+        col_scale: [K, in_features] floating point.
+        significant_columns: [in_features] bool, the columns with a residual plane; None if there are none.
+        residual_signs: [out_features, k] bool, the significant columns in ascending order.
+        residual_row_scale: [out_features] floating point.
+        residual_col_scale: [k] floating point.
+    """
+
+    signs: Tensor
+    row_scale: Tensor
+    col_scale: Tensor
+    significant_columns: Tensor | None = None
+    residual_signs: Tensor | None = None
+    residual_row_scale: Tensor | None = None
+    residual_col_scale: Tensor | None = None
+
+    @property
+    def num_planes(self) -> int:
+        return self.signs.shape[0]
+
+    @property
+    def num_significant(self) -> int:
+        return 0 if self.residual_col_scale is None else self.residual_col_scale.numel()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.signs.shape[1], self.signs.shape[2]
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the matrix that the planes stand for, [out_features, in_features], summed in float32."""
+        W = torch.zeros(self.shape, dtype=torch.float32, device=self.signs.device)
+        for B, r, c in zip(self.signs, self.row_scale.float(), self.col_scale.float(), strict=True):
+            W += signs_to(torch.float32, B) * r[:, None] * c
+        if self.num_significant:
+            B, r, c = self.residual_signs, self.residual_row_scale.float(), self.residual_col_scale.float()
+            W[:, self.significant_columns] += signs_to(torch.float32, B) * r[:, None] * c
+        return W.to(dtype)
+
+
+def signs_to(dtype: torch.dtype, signs: Tensor) -> Tensor:
+    """Return a bool tensor as ±1 of `dtype` (True is +1)."""
+    return signs.to(dtype).mul_(2).sub_(1)

@@ -1,0 +1,137 @@
+"""Honest bits: what each module, each role and the whole checkpoint really store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from torch import nn
+
+from .linear import SABLinear
+from .roles import find_roles
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One quantized module.
+
+    Attributes:
+        name, role: where it is and what it belongs to.
+        out_features, in_features: shape of the matrix.
+        num_planes, num_significant: full planes, and columns with a residual plane.
+        stored_bytes: bytes of its packed tensors in the file (bias excluded: it is not quantized).
+    """
+
+    name: str
+    role: str
+    out_features: int
+    in_features: int
+    num_planes: int
+    num_significant: int
+    stored_bytes: int
+
+    @property
+    def num_weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.stored_bytes / self.num_weights
+
+
+@dataclass(frozen=True)
+class RoleReport:
+    """One role: quantized weights with the bytes they take, and the bytes of everything left dense."""
+
+    num_quantized: int
+    quantized_bytes: int
+    dense_bytes: int
+
+    @property
+    def bits(self) -> float | None:
+        """Stored bits per quantized weight; None if the role is dense."""
+        return 8 * self.quantized_bytes / self.num_quantized if self.num_quantized else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sizes of a quantized model; `str()` gives a table, `to_dict()` plain data.
+
+    Attributes:
+        modules: the quantized modules.
+        roles: by role name.
+        total_bytes: tensor bytes of the whole checkpoint (safetensors headers, a few KiB, come on top).
+    """
+
+    modules: list[ModuleReport]
+    roles: dict[str, RoleReport]
+    total_bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight over all quantized weights."""
+        weights = sum(module.num_weights for module in self.modules)
+        return 8 * sum(module.stored_bytes for module in self.modules) / weights if weights else float("nan")
+
+    def to_dict(self) -> dict:
+        plain = dataclasses.asdict(self)
+        for module, entry in zip(self.modules, plain["modules"], strict=True):
+            entry["bits"] = module.bits
+        for name, role in self.roles.items():
+            plain["roles"][name]["bits"] = role.bits
+        return plain | {"bits": self.bits}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        lines = [f"{'role':<12}{'quantized weights':>18}{'bits/weight':>13}{'packed':>12}{'dense':>12}"]
+        for name, role in self.roles.items():
+            bits = "–" if role.bits is None else f"{role.bits:.3f}"
+            lines.append(
+                f"{name:<12}{role.num_quantized:>18,}{bits:>13}{_size(role.quantized_bytes):>12}{_size(role.dense_bytes):>12}"
+            )
+        return "\n".join([*lines, f"whole checkpoint: {_size(self.total_bytes)}"])
+
+
+def report(model: nn.Module) -> Report:
+    """Count what `model` stores, tied tensors once; equal to the bytes in its safetensors files.
+
+    Args:
+        model: a transformers model, quantized or not.
+    """
+    roles = find_roles(model)
+    modules = [
+        ModuleReport(
+            name,
+            roles.of(name),
+            module.out_features,
+            module.in_features,
+            module.num_planes,
+            module.num_significant,
+            sum(tensor.nbytes for tensor in module.packed_tensors().values()),
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, SABLinear)
+    ]
+    packed = {id(t) for m in model.modules() if isinstance(m, SABLinear) for t in m.packed_tensors().values()}
+    dense: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in packed | seen:
+            seen.add(id(tensor))
+            dense[roles.of(name)] = dense.get(roles.of(name), 0) + tensor.nbytes
+    by_role = {}
+    for role in sorted(dense.keys() | {module.role for module in modules}):
+        own = [module for module in modules if module.role == role]
+        by_role[role] = RoleReport(
+            sum(module.num_weights for module in own), sum(module.stored_bytes for module in own), dense.get(role, 0)
+        )
+    total = sum(role.quantized_bytes + role.dense_bytes for role in by_role.values())
+    return Report(modules, by_role, total)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.2f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,119 @@
+"""The significance-aware binarization map: which weights matter to one modality, which to several."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .hessian import damp, inverse
+
+
+class SignificanceMap(NamedTuple):
+    """The map of one weight matrix.
+
+    Attributes:
+        rho: [out_features, in_features] spatial significance, the Hoyer sparsity across modalities; 1 where a single
+            modality uses the weight, 0 where all use it alike.
+        unimodal, crossmodal: [out_features, in_features] bool, the partition of the significant weights.
+        unimodal_share: r, the share of the total sensitivity that lies in unimodal weights.
+        Lambda: [out_features, in_features] weight of each entry in the objective `‖Λ ⊙ (W − Ŵ)‖²`; its mean is 1.
+    """
+
+    rho: Tensor
+    unimodal: Tensor
+    crossmodal: Tensor
+    unimodal_share: float
+    Lambda: Tensor
+
+    @property
+    def column_weight(self) -> Tensor:
+        """Λ of each input feature [in_features] (root mean square down the column), for `H_Λ = diag(Λ) H diag(Λ)`."""
+        return self.Lambda.square().mean(0).sqrt()
+
+
+LEAST_WEIGHT = 0.05
+"""Smallest Λ relative to its mean: a column with Λ = 0 would be fitted to nothing."""
+
+
+def significance_map(
+    W: Tensor,
+    H: dict[int, Tensor],
+    *,
+    damping: float,
+    salient_top_p: float,
+    diff_quantile: float,
+    sparsity_threshold: float,
+) -> SignificanceMap:
+    """Build the significance-aware binarization map of one Linear.
+
+    Args:
+        W: [out_features, in_features] float32.
+        H: second moments [in_features, in_features] by modality. With fewer than two modalities there is nothing to
+            separate: ρ is 0 and Λ is 1 everywhere.
+        damping: λ as a share of the mean diagonal of each H.
+        salient_top_p, diff_quantile, sparsity_threshold: see `SABQuantizationConfig`.
+
+    Source: SAB-LVLM, spatial significance map and modality-guided integration (method §3). Deviation: S is normalized
+    by its mean before ρ, and ‖s‖₂ = 0 gives ρ = 0, where the published code adds an absolute epsilon; Λ has mean 1 and
+    a floor.
+    """
+    S = torch.stack([sensitivity(W, H_m, damping) for H_m in H.values()]) if H else W.new_zeros(1, *W.shape)
+    rho = hoyer_sparsity(S)
+    top = max(1, round(salient_top_p * W.numel()))
+    significant = torch.stack([S_m >= S_m.flatten().topk(top).values[-1] for S_m in S]).any(0)
+    spread = S.amax(0) - S.amin(0)  # |S_text − S_visual| for two modalities
+    threshold = spread.flatten().kthvalue(max(1, math.ceil(diff_quantile * W.numel()))).values
+    unimodal = significant & (spread >= threshold) & (rho >= sparsity_threshold)
+    total = S.sum(0)
+    share = float(total[unimodal].sum() / total.sum()) if total.any() else 0.0
+    Lambda = share * rho + (1 - share) * (1 - rho)
+    mean = Lambda.mean()
+    Lambda = (Lambda / mean).clamp_min(LEAST_WEIGHT) if mean > 0 else torch.ones_like(W)
+    return SignificanceMap(rho, unimodal, significant & ~unimodal, share, Lambda / Lambda.mean())
+
+
+def sensitivity(W: Tensor, H: Tensor, damping: float) -> Tensor:
+    """Return `S[i,j] = W[i,j]² / [(H + λI)⁻¹]_jj`, divided by its mean; [out_features, in_features].
+
+    Source: Optimal Brain Surgeon's saliency, as SAB-LVLM uses it.
+    """
+    S = W.square() / inverse(damp(H, damping)).diagonal()
+    mean = S.mean()
+    return S / mean if mean > 0 else S
+
+
+def hoyer_sparsity(S: Tensor) -> Tensor:
+    """Return `ρ = (√z − ‖s‖₁/‖s‖₂) / (√z − 1)` over the first axis, the z modalities; 0 where s = 0 or z = 1.
+
+    Args:
+        S: [z, ...] nonnegative.
+    Returns:
+        [...] in [0, 1].
+    Source: Hoyer (2004), sparseness; SAB-LVLM's spatial significance map.
+    """
+    z = S.shape[0]
+    if z < 2:
+        return torch.zeros_like(S[0])
+    peak = S.amax(0)
+    s = S / torch.where(peak > 0, peak, 1)  # scale first, so that no absolute epsilon is needed
+    ratio = s.sum(0) / s.square().sum(0).sqrt()
+    return torch.where(peak > 0, (math.sqrt(z) - ratio) / (math.sqrt(z) - 1), 0).clamp(0, 1)
+
+
+def significant_columns(W: Tensor, H: Tensor, num_columns: int) -> Tensor:
+    """Mark the columns that get a residual plane: the most sensitive ones under H, `‖W[:, j]‖² / [H⁻¹]_jj`.
+
+    Args:
+        W: [out_features, in_features] float32.
+        H: [in_features, in_features] damped second moments, Λ folded in.
+        num_columns: how many, k.
+    Returns:
+        [in_features] bool with k entries set.
+    """
+    score = W.square().sum(0) / inverse(H).diagonal()
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    mask[score.argsort(descending=True, stable=True)[:num_columns]] = True
+    return mask

@@ -1,0 +1,173 @@
+"""`SABQuantizationConfig`: what it refuses, and what survives JSON, copies and transformers."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from sab_hf import SABQuantizationConfig
+from sab_hf.config import MAX_PLANES
+from sab_hf.packing import FORMAT_VERSION
+
+NO_INTEGER = [0, -1, 1.0, "1", None, True]
+INVALID = {
+    "bits": [0, -1, "1", True, math.nan, math.inf, MAX_PLANES + 1.5, [1.1]],
+    "num_samples": NO_INTEGER,
+    "seed": [-1, 0.5, "0", None, False],
+    "max_length": NO_INTEGER,
+    "batch_size": NO_INTEGER,
+    "allow_text_only": [0, 1, "yes", None],
+    "modules_to_not_convert": ["lm_head", [1], [None], {"a": 1}, 3],
+    "fit": ["", "Hessian", None, 1],
+    "alternations": NO_INTEGER,
+    "damping": [0, -0.01, math.nan, math.inf, "0.01", None, True],
+    "block_size": NO_INTEGER,
+    "salient_top_p": [0, -0.1, 1.1, math.nan, None, True],
+    "diff_quantile": [-0.1, 1.1, math.nan, None, True],
+    "sparsity_threshold": [-0.1, 1.1, math.nan, None, True],
+    "modules": [
+        None,
+        [],
+        {"a": 1},
+        {"a": [1]},
+        {"a": [1, 2, 3]},
+        {"a": [0, 0]},
+        {"a": [MAX_PLANES + 1, 0]},
+        {"a": [1, -1]},
+        {"a": [1.0, 0]},
+        {"a": [True, 0]},
+    ],
+    "format_version": [FORMAT_VERSION + 1, None, "1"],
+}
+VALID = {
+    "bits": [None, 1, 1.05, MAX_PLANES + 1],
+    "seed": [0],
+    "salient_top_p": [1, 1e-6],
+    "diff_quantile": [0, 1],
+    "sparsity_threshold": [0, 1],
+    "modules_to_not_convert": [None, [], ["layers.0", "down_proj"]],
+    "fit": ["hessian", "elementwise"],
+    "modules": [{}, {"a": [1, 0], "b.c": [MAX_PLANES, 5]}],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in INVALID.items() for value in values])
+def test_config_names_the_field_it_rejects(name, value):
+    stated = "format version" if name == "format_version" else f"`{name}` must"
+    with pytest.raises(ValueError, match=stated):
+        SABQuantizationConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in VALID.items() for value in values])
+def test_config_accepts_the_ends_of_each_range(name, value):
+    assert getattr(SABQuantizationConfig(**{name: value}), name) == value
+
+
+def test_every_field_has_its_invalid_values():
+    free = {"calibration", "processor", "quant_method"}
+    assert {field.name for field in dataclasses.fields(SABQuantizationConfig)} - free == INVALID.keys()
+
+
+names = st.text("ab.é_0", max_size=5)
+
+configs = st.builds(
+    SABQuantizationConfig,
+    bits=st.none() | st.floats(0, 9, exclude_min=True),
+    calibration=st.sampled_from(["builtin", "user/set", "./samples.jsonl"]),
+    num_samples=st.integers(1, 1000),
+    seed=st.integers(0, 2**40),
+    allow_text_only=st.booleans(),
+    modules_to_not_convert=st.none() | st.lists(names, max_size=3),
+    fit=st.sampled_from(["hessian", "elementwise"]),
+    damping=st.floats(1e-9, 1e3),
+    diff_quantile=st.floats(0, 1),
+    modules=st.dictionaries(names, st.tuples(st.integers(1, MAX_PLANES), st.integers(0, 999)).map(list), max_size=3),
+)
+
+
+@given(config=configs)
+@settings(deadline=None)
+def test_config_survives_json(config):
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert SABQuantizationConfig.from_dict(plain) == config
+    assert SABQuantizationConfig.from_dict(json.loads(config.to_json_string())) == config
+    assert AutoQuantizationConfig.from_dict(plain) == config
+    assert dict(config) == config.to_dict() == config.to_diff_dict()
+
+
+def test_config_records_every_number():
+    plain = SABQuantizationConfig().to_dict()
+    assert plain.keys() == {field.name for field in dataclasses.fields(SABQuantizationConfig)} - {"processor"}
+    assert (plain["quant_method"], plain["format_version"]) == ("sab", FORMAT_VERSION)
+
+
+def test_from_dict_rejects_unknown_fields():
+    with pytest.raises(ValueError, match=r"unknown fields \['bit', 'group_size'\].*accepted are .*'bits'"):
+        SABQuantizationConfig.from_dict({"quant_method": "sab", "group_size": 128, "bit": 1})
+
+
+def test_from_dict_rejects_another_method():
+    with pytest.raises(ValueError, match="`quant_method` must be 'sab', got 'gptq'"):
+        SABQuantizationConfig.from_dict({"quant_method": "gptq"})
+
+
+@pytest.mark.parametrize(
+    "news",
+    [{}, {"codebook": 3}, {"modules": {"a": [1, 2, 3]}}, {"fit": "end-to-end"}, {"bits": "mixed"}],
+    ids=["version alone", "new field", "new sizes", "new fit", "new bits"],
+)
+def test_from_dict_of_a_later_format_says_to_upgrade(news):
+    """Whatever else a later format changes: its number is the reason that a user can act on."""
+    plain = SABQuantizationConfig().to_dict() | {"format_version": FORMAT_VERSION + 1} | news
+    with pytest.raises(ValueError, match=f"format version {FORMAT_VERSION + 1}.*upgrade"):
+        SABQuantizationConfig.from_dict(plain)
+
+
+def test_from_dict_takes_fields_as_keywords_and_hands_back_the_rest():
+    plain = {"quant_method": "sab", "bits": 1.5}
+    config, unused = SABQuantizationConfig.from_dict(plain, return_unused_kwargs=True, bits=1.2, device_map="cpu")
+    assert (config.bits, unused) == (1.2, {"device_map": "cpu"})
+    assert plain == {"quant_method": "sab", "bits": 1.5}
+
+
+class Unique:
+    """Stands for a processor or a sample: neither to be copied nor written as JSON."""
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("copied")
+
+
+def test_to_dict_leaves_objects_out():
+    config = SABQuantizationConfig(processor=Unique(), calibration=[Unique()])
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert "processor" not in plain
+    assert plain["calibration"] == "custom"
+    assert "bits" in repr(config)
+    assert SABQuantizationConfig.from_dict(plain).processor is None
+    assert "processor" not in SABQuantizationConfig(processor="/somebody/s/folder").to_dict()
+
+
+def test_to_dict_shares_nothing_with_the_config():
+    config = SABQuantizationConfig(modules={"a": [1, 0]}, modules_to_not_convert=["b"])
+    plain = config.to_dict()
+    plain["modules"]["a"].append(5)
+    plain["modules_to_not_convert"].append("c")
+    assert (config.modules, config.modules_to_not_convert) == ({"a": [1, 0]}, ["b"])
+
+
+def test_deepcopy_shares_samples_and_processor_only():
+    config = SABQuantizationConfig(
+        processor=Unique(), calibration=[Unique()], modules={"a": [1, 0]}, modules_to_not_convert=["b"], bits=1.3
+    )
+    copied = copy.deepcopy(config)
+    assert copied == config
+    assert copied.processor is config.processor
+    assert copied.calibration is config.calibration
+    copied.modules["a"][0] = 2
+    copied.modules_to_not_convert.append("c")
+    assert (config.modules, config.modules_to_not_convert) == ({"a": [1, 0]}, ["b"])

@@ -1,0 +1,144 @@
+"""The layering: running a packed model never imports what makes one, and imports point one way."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import sab_hf
+
+PACKAGE = Path(sab_hf.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+RUN_ENTRIES = ("__init__", "quantizer", "linear", "ops", "planes", "packing", "config", "roles", "report")
+MAKE = {
+    "binarize",
+    "budget",
+    "calibration",
+    "capture",
+    "chat",
+    "fit",
+    "hessian",
+    "modality",
+    "samples",
+    "significance",
+    "sources",
+    *(name for name in MODULES if name.startswith("builtin_")),
+}
+HEAVY = {"datasets", "PIL"}
+
+
+def imports(module: str) -> tuple[set[str], set[str]]:
+    """Return what `module` imports when it is imported: modules of the package, and top-level names of others."""
+    own, others = set(), set()
+    for node in _module_level(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+        elif node.level == 0:
+            others.add(node.module.split(".")[0])
+        else:
+            package = module.split(".") if MODULES[module].name == "__init__.py" else module.split(".")[:-1]
+            base = [part for part in package if part != "__init__"]
+            base = base[: len(base) - (node.level - 1)]
+            target = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            names = {f"{target}.{alias.name}".lstrip(".") for alias in node.names} & MODULES.keys()
+            own |= names or {target or "__init__"}
+    return own, others
+
+
+def _module_level(node):
+    """Yield the imports below `node` that run when the module is imported: those in no function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from _module_level(child)
+
+
+def reached(module: str) -> set[str]:
+    """Return the modules of the package that importing `module` imports, itself included."""
+    found, todo = set(), [module]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo.extend(imports(name)[0])
+    return found
+
+
+def test_lists_of_this_test_are_up_to_date():
+    assert set(RUN_ENTRIES) <= MODULES.keys()
+    assert MAKE <= MODULES.keys()
+    assert {"fit", "hessian", "calibration"} <= reached("binarize")  # the search finds something
+
+
+@pytest.mark.parametrize("entry", RUN_ENTRIES)
+def test_run_arm_does_not_import_the_make_arm(entry):
+    found = reached(entry)
+    assert found & MAKE == set()
+    assert {name for module in found for name in imports(module)[1]} & HEAVY == set()
+
+
+def test_imports_point_one_way():
+    for module in MODULES:
+        for imported in imports(module)[0]:
+            assert module not in reached(imported), f"`{module}` and `{imported}` import each other"
+
+
+def test_nothing_imports_the_package_by_its_absolute_name():
+    assert [module for module in MODULES if "sab_hf" in imports(module)[1]] == []
+
+
+def test_loading_and_running_a_packed_checkpoint_imports_nothing_heavy(packed_dir):
+    script = """
+        import json, sys
+        from pathlib import Path
+
+        asked = []
+
+        class Watch:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("datasets", "PIL"):
+                    frame = sys._getframe(1)
+                    while "importlib" in frame.f_code.co_filename:
+                        frame = frame.f_back
+                    asked.append([name, frame.f_code.co_filename])
+
+        sys.meta_path.insert(0, Watch())
+        import sab_hf
+        after_import = sorted(sys.modules)
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], device_map="cpu")
+        model.generate(input_ids=torch.arange(9)[None], max_new_tokens=2, do_sample=False)
+        sab_hf.report(model)
+        model.dequantize()
+        print(json.dumps({"asked": asked, "after_import": after_import, "in_the_end": sorted(sys.modules)}))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(packed_dir)],
+        capture_output=True, text=True, check=False, cwd=PACKAGE.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    for moment in ("after_import", "in_the_end"):
+        loaded = set(seen[moment])
+        assert "sab_hf.linear" in loaded
+        assert {f"sab_hf.{name}" for name in MAKE} & loaded == set()
+        assert "datasets" not in loaded
+    assert [file for _, file in seen["asked"] if Path(file).is_relative_to(PACKAGE)] == []
+
+
+def test_public_names_exist():
+    assert all(hasattr(sab_hf, name) for name in sab_hf.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        sab_hf.nothing  # noqa: B018

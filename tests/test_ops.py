@@ -1,0 +1,93 @@
+"""`sab::linear` against a dense matmul in float64, and against PyTorch's own checks of a custom op."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_planes import random_planes, sizes
+
+from sab_hf.ops import sab_linear
+from sab_hf.packing import to_tensors
+from sab_hf.planes import SignPlanes
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return request.param
+
+
+def operands(planes: SignPlanes, device: str = "cpu") -> tuple[torch.Tensor | None, ...]:
+    """The packed tensors in the order of the op's arguments, scales as float16."""
+    tensors = {
+        name: tensor.view(torch.float16) if tensor.dtype == torch.int16 else tensor
+        for name, tensor in to_tensors(planes).items()
+    }
+    return tuple(tensors[name].to(device) if name in tensors else None for name in SignPlanes.__dataclass_fields__)
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_is_matmul(y: torch.Tensor, x: torch.Tensor, planes: SignPlanes) -> None:
+    """Hold `y` against x Wᵀ in float64: float32 sums, and one rounding to the dtype of x."""
+    W, x64 = planes.dense().double(), x.cpu().double()
+    assert y.dtype == x.dtype
+    assert y.shape == (*x.shape[:-1], W.shape[0])
+    exact = x64 @ W.T
+    bound = torch.finfo(x.dtype).eps * exact.abs() + 2e-6 * (x64.abs() @ W.abs().T) + 1e-6
+    if x.dtype == torch.float16:
+        bound = bound.where(exact.abs() < 65000, torch.inf)
+    assert ((y.cpu().double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("num_significant", [0, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sab_linear_passes_opcheck(device, num_significant, dtype):
+    planes = random_planes(6, 13, 2, num_significant)
+    torch.library.opcheck(sab_linear, (inputs(2, 3, 13, dtype=dtype).to(device), *operands(planes, device)))
+
+
+@given(size=sizes(), dtype=st.sampled_from(DTYPES), batch=st.integers(0, 5), seed=st.integers(0, 2**16))
+@settings(deadline=None)
+def test_sab_linear_equals_dense_matmul(size, dtype, batch, seed):
+    planes = random_planes(*size, seed=seed)
+    x = inputs(batch, size[1], dtype=dtype, seed=seed + 1)
+    assert_is_matmul(sab_linear(x, *operands(planes)), x, planes)
+
+
+@pytest.mark.parametrize("shape", [(0, 19), (19,), (2, 3, 19), (2, 0, 19), (2, 1, 3, 19)])
+def test_sab_linear_takes_any_leading_shape(device, shape):
+    planes = random_planes(5, 19, 2, 7)
+    x = inputs(*shape).to(device)
+    assert_is_matmul(sab_linear(x, *operands(planes, device)), x, planes)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.transpose(0, 1), lambda x: x[:, ::2], lambda x: x[:1].expand(4, -1, -1)],
+    ids=["transposed", "strided", "expanded"],
+)
+def test_sab_linear_takes_inputs_that_are_not_contiguous(device, view):
+    planes = random_planes(5, 19, 1, 7)
+    x = view(inputs(4, 6, 19).to(device))
+    assert not x.is_contiguous()
+    assert_is_matmul(sab_linear(x, *operands(planes, device)), x, planes)
+
+
+def test_sab_linear_rounds_once():
+    """Planes of 256, 1 and 1: a sum kept in bfloat16 would end at 256."""
+    planes = SignPlanes(torch.ones(3, 1, 1, dtype=torch.bool), torch.tensor([[256.0], [1], [1]]), torch.ones(3, 1))
+    assert sab_linear(torch.ones(1, 1, dtype=torch.bfloat16), *operands(planes)).item() == 258
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize("in_features", [3, 12])
+def test_sab_linear_rejects_inputs_of_another_width(where, in_features):
+    planes = random_planes(4, 6, 1, 2)
+    with pytest.raises(RuntimeError, match=f"{in_features} features, not 6"):
+        sab_linear(inputs(2, in_features).to(where), *operands(planes, where))
