@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -19,10 +20,15 @@ from .config import SABQuantizationConfig
 from .fit import FitResult, fit_planes, fit_planes_elementwise
 from .hessian import SecondMoments, balanced, damp
 from .linear import SABLinear, replace_module
+from .planes import SignPlanes
+from .refine import RefineResult, RefineSettings, refine_block
 from .roles import Roles, find_roles
 from .significance import SignificanceMap, significance_map, significant_columns
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_REFINE_STEPS, DEFAULT_REFINE_STEPS_CPU = 400, 50
+"""Refinement steps of a block on an accelerator and on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class QuantizationRecord:
 
     calibration: str
     fits: list[FitRecord] = field(default_factory=list)
+    refinements: list[RefineResult] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -104,7 +111,7 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     packed = next((name for name, module in model.named_modules() if isinstance(module, SABLinear)), None)
     if packed or getattr(model, "quantization_method", "sab") != "sab":
         raise ValueError(
-            f"{type(model).__name__} is quantized already ({packed or model.quantization_method}); start from the dense "
+            f"{type(model).__name__} is quantized already ({packed or str(model.quantization_method)}); start from the dense "
             "checkpoint, or call `model.dequantize()` first"
         )
     roles = find_roles(model)
@@ -138,30 +145,59 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
     record = QuantizationRecord(plan.calibration.summary())
     training = model.training
     model.eval()
-    inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches)
-    progress = tqdm(plan.roles.blocks, desc="binarizing blocks")
-    for index, block_name in enumerate(progress):
-        block = model.get_submodule(block_name)
-        linears = {name: model.get_submodule(name) for name in plan.modules if name.startswith(f"{block_name}.")}
-        moments = inputs.second_moments(block, index, linears)
-        for name, linear in linears.items():
-            packed, fit_record = binarize(name, linear, moments.get(name), plan.modules[name], config)
-            replace_module(model, name, packed)
-            record.fits.append(fit_record)
-        errors = [fit_record.error for fit_record in record.fits[-len(linears) :]]
-        progress.set_postfix(error=f"{sum(errors) / max(len(errors), 1):.3f}")
-        inputs.advance(block, index)
-    model.train(training)
+    try:
+        _run_blocks(model, plan, config, record)
+    finally:
+        model.train(training)
     _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | {"modules": plan.modules}))
     record.seconds = time.perf_counter() - start
     logger.info("binarized %d Linears in %.0f s", len(record.fits), record.seconds)
     return record
 
 
-def binarize(
+def _run_blocks(model: nn.Module, plan: Plan, config: SABQuantizationConfig, record: QuantizationRecord) -> None:
+    inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches)
+    settings = _refine_settings(config, model.device)
+    progress = tqdm(plan.roles.blocks, desc="binarizing blocks")
+    for index, block_name in enumerate(progress):
+        block = model.get_submodule(block_name)
+        if settings.steps:
+            inputs.advance_targets(block, index)
+        planes = _fit_block(model, block_name, index, inputs, plan, config, record)
+        if settings.steps and planes:
+            result = refine_block(model, block, index, planes, inputs.states, settings)
+            record.refinements.append(result)
+            progress.set_postfix(error=f"{result.before:.4f} → {result.after:.4f}")
+        else:
+            for name in planes:
+                replace_module(model, name, SABLinear.from_planes(planes[name], model.get_submodule(name).bias))
+        if index + 1 < len(plan.roles.blocks):
+            inputs.advance(block, index)
+
+
+def _fit_block(
+    model: nn.Module,
+    block_name: str,
+    index: int,
+    inputs: BlockInputs,
+    plan: Plan,
+    config: SABQuantizationConfig,
+    record: QuantizationRecord,
+) -> dict[str, SignPlanes]:
+    """Fit the Linears of a block to the second moments of its inputs; returns their planes by module name."""
+    linears = {name: model.get_submodule(name) for name in plan.modules if name.startswith(f"{block_name}.")}
+    moments = inputs.second_moments(model.get_submodule(block_name), index, linears)
+    planes = {}
+    for name, linear in linears.items():
+        planes[name], fit_record = fit_linear(name, linear, moments.get(name), plan.modules[name], config)
+        record.fits.append(fit_record)
+    return planes
+
+
+def fit_linear(
     name: str, linear: nn.Linear, moments: SecondMoments | None, sizes: list[int], config: SABQuantizationConfig
-) -> tuple[SABLinear, FitRecord]:
-    """Binarize one Linear: second moments → significance map → significant columns → fit → packed module."""
+) -> tuple[SignPlanes, FitRecord]:
+    """Fit one Linear: second moments → significance map → significant columns → planes."""
     start = time.perf_counter()
     W = linear.weight.detach().float()
     matrices = moments.matrices() if moments else {}
@@ -178,8 +214,7 @@ def binarize(
     H = Lambda[:, None] * damp(balanced(matrices, W.shape[1], W.device), config.damping) * Lambda
     columns = significant_columns(W, H, sizes[1])
     fit = _fit(W, H, significance, sizes[0], columns, config)
-    packed = SABLinear.from_planes(fit.planes, linear.bias)
-    return packed, FitRecord(name, fit.error, tokens, significance.unimodal_share, time.perf_counter() - start)
+    return fit.planes, FitRecord(name, fit.error, tokens, significance.unimodal_share, time.perf_counter() - start)
 
 
 def language_linears(model: nn.Module, roles: Roles, skipped: list[str]) -> dict[str, nn.Linear]:
@@ -194,6 +229,13 @@ def language_linears(model: nn.Module, roles: Roles, skipped: list[str]) -> dict
         for name, module in model.get_submodule(block).named_modules()
         if isinstance(module, nn.Linear)
     }
+    for block in roles.blocks:
+        for name, parameter in model.get_submodule(block).named_parameters():
+            if parameter.ndim > 2:
+                raise ValueError(
+                    f"`{block}.{name}` has {parameter.ndim} dimensions: fused mixture-of-experts weights, which are no Linears, "
+                    "are not supported yet and would stay dense"
+                )
     for entry in skipped:
         if not any(_matches(name, entry) for name in linears):
             raise ValueError(
@@ -220,15 +262,22 @@ def _fit(
     return fit_planes(W, H, num_planes, columns, alternations=config.alternations, block_size=config.block_size)
 
 
+def _refine_settings(config: SABQuantizationConfig, device: torch.device) -> RefineSettings:
+    steps = config.refine_steps
+    if steps is None:
+        steps = DEFAULT_REFINE_STEPS_CPU if device.type == "cpu" else DEFAULT_REFINE_STEPS
+    return RefineSettings(steps, config.refine_batch, config.refine_scale_rate, config.refine_latent_rate, config.seed)
+
+
 def _check_weights(model: nn.Module, modules: dict[str, list[int]]) -> None:
+    offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if offloaded:
+        raise ValueError(
+            f"`{offloaded}` is offloaded; quantizing needs all weights in memory: load with device_map='cpu' or on GPUs that "
+            "hold the model"
+        )
     for name in modules:
-        weight = model.get_submodule(name).weight
-        if weight.is_meta:
-            raise ValueError(
-                f"the weight of `{name}` is offloaded; quantizing needs the weights in memory: load with "
-                "device_map='cpu' or on one GPU"
-            )
-        if not weight.isfinite().all():
+        if not model.get_submodule(name).weight.isfinite().all():
             raise ValueError(f"the weight of `{name}` holds NaN or infinite values; the checkpoint is damaged")
 
 

@@ -185,7 +185,7 @@ def thermometer(rng: Random) -> tuple[Image.Image, list[Turn]]:
             "Exactly at zero degrees." if value == 0 else f"It is {state} zero: {shown} degrees.",
         ),
         ("What is the highest number on the scale?", f"{top_value}"),
-        ("If it gets 10 degrees warmer, what will be shown?", f"{str(value + 10)} degrees."),
+        ("If it gets 10 degrees warmer, what will be shown?", f"{value + 10!s} degrees."),
         ("What would you wear outside, if the scale is in °C?", sentence(f"{advice}: it is {shown} degrees.")),
         ("Which instrument is this?", "A thermometer with a liquid column."),
     ]

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from .chat import ChatEncoder, borrowed
-from .modality import AUDIO, IMAGE, MODALITY_NAMES, PADDING, TEXT, VIDEO, placeholder_id, takes_images, token_modality
+from .checks import all_dropped, check_image_tokens, check_lengths, check_number, warn_of_lost_images
+from .modality import AUDIO, IMAGE, MODALITY_NAMES, PADDING, TEXT, VIDEO, token_modality
 from .samples import ACCEPTED_FORMATS, Sample
-from .sources import BUILTIN, read_samples, shuffled_order
+from .sources import read_samples, shuffled_order
 
 __all__ = [
     "AUDIO",
@@ -114,8 +115,9 @@ def prepare_calibration(
 
     Source: SAB-LVLM, multimodal calibration set; method §2.
     """
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}")
+    for name, value in (("num_samples", num_samples), ("max_length", max_length), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
     if _holds_batches(calibration):
         batches, num_dropped = _take_batches(calibration, model_config, num_samples, seed, max_length)
     elif processor is None:
@@ -123,15 +125,15 @@ def prepare_calibration(
     else:
         with borrowed(getattr(processor, "tokenizer", processor)):
             encoder = ChatEncoder(processor, max_image_pixels)
-            samples, too_long = _take_samples(
-                calibration, encoder, model_config, num_samples=num_samples, seed=seed, max_length=max_length
-            )
+            samples, too_long = _take_samples(calibration, encoder, model_config, num_samples, seed, max_length)
             num_dropped = len(too_long)
-            _check_lengths(samples, too_long, max_length, allow_text_only)
-            _warn_of_lost_images(samples, encoder)
+            check_lengths([sample for sample, _ in samples], too_long, max_length, allow_text_only)
+            warn_of_lost_images([(sample, batch.inputs) for sample, batch in samples], encoder)
             batches = _encode_batches(samples, encoder, model_config, batch_size)
     calibration_set = _count(batches, num_dropped)
-    _check_set(calibration_set, processor, model_config, num_samples, allow_text_only)
+    check_number(calibration_set.num_samples, num_samples, num_dropped)
+    inputs = [batch.inputs for batch in batches]
+    check_image_tokens(calibration_set.tokens, inputs, processor, model_config, allow_text_only)
     logger.info(calibration_set.summary())
     return calibration_set
 
@@ -167,14 +169,17 @@ def _take_batches(
         batches.append(CalibrationBatch(dict(inputs), token_modality(inputs, model_config)))
         taken += len(input_ids)
     if not batches:
-        raise ValueError(_all_dropped("", [inputs["input_ids"].shape[1] for inputs in given], max_length))
+        raise ValueError(all_dropped("", [inputs["input_ids"].shape[1] for inputs in given], max_length))
     return batches, dropped
 
 
 def _take_samples(
-    calibration: Any, encoder: ChatEncoder, model_config: Any, *, num_samples: int, seed: int, max_length: int
-) -> tuple[list[_Processed], list[_Processed]]:
-    """Process samples one by one until `num_samples` fit into `max_length`; returns them, and those that do not fit."""
+    calibration: Any, encoder: ChatEncoder, model_config: Any, num_samples: int, seed: int, max_length: int
+) -> tuple[list[_Processed], list[tuple[Sample, int]]]:
+    """Process samples one by one until `num_samples` fit into `max_length`.
+
+    Returns those that fit, and those that do not, with their lengths.
+    """
     needs_image = encoder.needs_image(model_config)
     kept, too_long, skipped = [], [], 0
     for sample in read_samples(calibration, seed=seed, limit=_TRIES * num_samples, with_images=not encoder.text_only):
@@ -182,8 +187,11 @@ def _take_samples(
             skipped += 1
             continue
         inputs = encoder([sample])
-        batch = CalibrationBatch(inputs, token_modality(inputs, model_config))
-        (kept if batch.modality.shape[1] <= max_length else too_long).append((sample, batch))
+        length = inputs["input_ids"].shape[1]
+        if length > max_length:
+            too_long.append((sample, length))
+            continue
+        kept.append((sample, CalibrationBatch(inputs, token_modality(inputs, model_config))))
         if len(kept) == num_samples:
             break
     if skipped:
@@ -191,49 +199,6 @@ def _take_samples(
     if not kept and not too_long:
         raise ValueError(f"none of the {skipped} calibration samples has an image, and this model needs one in each")
     return kept, too_long
-
-
-def _check_lengths(kept: list[_Processed], too_long: list[_Processed], max_length: int, allow_text_only: bool) -> None:
-    """Raise if no sample is left, or none with images; warn if any is lost."""
-    if not too_long:
-        return
-    with_media = [batch.modality.shape[1] for sample, batch in too_long if sample.num_media]
-    if not kept:
-        raise ValueError(_all_dropped("", [batch.modality.shape[1] for _, batch in too_long], max_length))
-    if with_media and not allow_text_only and not any(sample.num_media for sample, _ in kept):
-        raise ValueError(_all_dropped(" with images", with_media, max_length))
-    logger.warning("%d samples longer than max_length=%d tokens were dropped", len(too_long), max_length)
-
-
-def _all_dropped(kind: str, lengths: list[int], max_length: int) -> str:
-    return (
-        f"all {len(lengths)} calibration samples{kind} that were tried are longer than max_length={max_length} tokens "
-        f"(the shortest has {min(lengths)}); raise `max_length` to at least {min(lengths)}, or use smaller images"
-    )
-
-
-def _warn_of_lost_images(kept: list[_Processed], encoder: ChatEncoder) -> None:
-    with_images = [batch for sample, batch in kept if sample.num_images]
-    if encoder.text_only and with_images:
-        logger.warning(
-            "%s is a tokenizer: of %d samples with images only the text is used",
-            type(encoder.processor).__name__,
-            len(with_images),
-        )
-        return
-    lost = [batch for batch in with_images if not _has_pixels(batch.inputs)]
-    if lost:
-        logger.warning(
-            "%s returned no pixel values for %d of %d samples with images (got the keys %s)",
-            type(encoder.processor).__name__,
-            len(lost),
-            len(with_images),
-            sorted(lost[0].inputs),
-        )
-
-
-def _has_pixels(inputs: Mapping[str, Any]) -> bool:
-    return any("pixel_values" in key or "patches" in key for key in inputs)
 
 
 def _encode_batches(
@@ -262,46 +227,3 @@ def _count(batches: list[CalibrationBatch], num_dropped: int) -> CalibrationSet:
         for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True):
             tokens[kind] = tokens.get(kind, 0) + count
     return CalibrationSet(batches, sum(len(batch.modality) for batch in batches), num_dropped, tokens)
-
-
-def _check_set(
-    calibration_set: CalibrationSet, processor: Any, model_config: Any, num_samples: int, allow_text_only: bool
-) -> None:
-    if calibration_set.num_samples < num_samples:
-        logger.warning(
-            "num_samples=%d was asked for, only %d calibration samples could be used (%d dropped as too long)",
-            num_samples,
-            calibration_set.num_samples,
-            calibration_set.num_dropped,
-        )
-    visual = calibration_set.tokens.get(IMAGE, 0) + calibration_set.tokens.get(VIDEO, 0)
-    pixels = sum(_has_pixels(batch.inputs) for batch in calibration_set.batches)
-    if visual and not pixels:
-        logger.warning("the batches hold %d image and video tokens, but no pixel values: the images are lost", visual)
-    if visual:
-        return
-    if not takes_images(model_config):
-        logger.warning("%s takes no images: calibrating with text as the only modality", type(model_config).__name__)
-        return
-    if allow_text_only:
-        logger.warning("the calibration set has no image tokens; the visual side of the model is calibrated on nothing")
-        return
-    raise ValueError(_no_images(pixels, processor, model_config))
-
-
-def _no_images(pixels: int, processor: Any, model_config: Any) -> str:
-    if pixels:
-        token_id = placeholder_id(model_config, "image")
-        found = (
-            f"{pixels} batches have pixel values, but no position holds the image token of the config (id {token_id}); "
-            "pass processed batches with 'mm_token_type_ids' (1 at image positions)"
-        )
-    else:
-        found = (
-            f"no sample has an image, or {type(processor).__name__} is not the model's full processor; pass samples "
-            f"with images (calibration={BUILTIN!r} has them) and AutoProcessor.from_pretrained(...)"
-        )
-    return (
-        f"a calibration set for {type(model_config).__name__}, a model that takes images, must have image tokens, got "
-        f"0: {found}. To calibrate on text alone, set allow_text_only=True"
-    )

@@ -20,13 +20,15 @@ class BatchState:
 
     Attributes:
         modality: [batch, length] int8, see `calibration.py`.
-        hidden: [batch, length, hidden_size], the input of the next block.
+        hidden: [batch, length, hidden_size], the input of the next block, from the binarized blocks before it.
+        target: [batch, length, hidden_size], the same from the full-precision blocks; None where it is not needed.
         calls: for each block, the other arguments that the model gives it (masks, rotary positions, …).
         injections: for each block, what the model adds to the hidden states before it (as deep visual features), or None.
     """
 
     modality: Tensor
     hidden: Tensor = field(init=False)
+    target: Tensor | None = None
     calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
     injections: list[Tensor | None] = field(default_factory=list)
 
@@ -69,13 +71,20 @@ class BlockInputs:
         return state
 
     @torch.no_grad()
+    def advance_targets(self, block: nn.Module, index: int) -> None:
+        """Compute what the full-precision `block`, number `index`, makes of its full-precision input."""
+        for state in self.states:
+            state.target = block_output(block, index, state, state.hidden if state.target is None else state.target)
+
+    @torch.no_grad()
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the cached hidden states by the output of `block`, which is number `index`."""
         for state in self.states:
-            state.hidden = _forward(block, index, state)
+            state.hidden = block_output(block, index, state, state.hidden)
             injection = state.injections[index + 1] if index + 1 < len(state.injections) else None
             if injection is not None:
-                state.hidden = state.hidden + injection
+                state.hidden = state.hidden + injection.to(state.hidden.device)
+                state.target = None if state.target is None else state.target + injection.to(state.target.device)
 
     @torch.no_grad()
     def second_moments(self, block: nn.Module, index: int, linears: dict[str, nn.Linear]) -> dict[str, SecondMoments]:
@@ -103,7 +112,7 @@ class BlockInputs:
                     f"`{name}` gets inputs of shape {list(x.shape)} for {modality.numel()} tokens; add it to "
                     "`modules_to_not_convert`"
                 )
-            moments.setdefault(name, SecondMoments(x.shape[-1], x.device)).add(x.flatten(0, -2), modality)
+            moments.setdefault(name, SecondMoments(x.shape[-1], x.device)).add(x.flatten(0, -2), modality.to(x.device))
 
         hooks = [
             module.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
@@ -112,12 +121,12 @@ class BlockInputs:
         try:
             for state in self.states:
                 modality = state.modality.flatten()
-                _forward(block, index, state)
+                block_output(block, index, state, state.hidden)
         finally:
             for hook in hooks:
                 hook.remove()
         for name, moment in moments.items():
-            if not all(H.isfinite().all() for H in moment.matrices().values()):
+            if not moment.is_finite():
                 raise ValueError(
                     f"the inputs of `{name}` are not finite on the calibration set; load the model with "
                     "dtype=torch.bfloat16 or torch.float32 (float16 overflows in many models)"
@@ -125,10 +134,24 @@ class BlockInputs:
         return {name: moments[first] for name, first in owner.items()}
 
 
-def _forward(block: nn.Module, index: int, state: BatchState) -> Tensor:
-    args, kwargs = state.calls[index]
-    output = block(state.hidden, *args, **kwargs)
+def block_output(block: nn.Module, index: int, state: BatchState, hidden: Tensor) -> Tensor:
+    """Run `block`, number `index`, on `hidden` with the arguments that the model gives it for this batch.
+
+    Floating-point arguments (masks, rotary positions) take the dtype of `hidden`.
+    """
+    args, kwargs = _cast(state.calls[index], hidden.dtype)
+    output = block(hidden, *args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value
 
 
 @contextmanager

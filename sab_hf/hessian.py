@@ -36,6 +36,10 @@ class SecondMoments:
             total.addmm_(rows.T, rows)
             self.counts[m] = self.counts.get(m, 0) + rows.shape[0]
 
+    def is_finite(self) -> bool:
+        """Whether every input so far was finite (the diagonal tells: it sums squares)."""
+        return all(bool(total.diagonal().isfinite().all()) for total in self._sums.values())
+
     def matrices(self) -> dict[int, Tensor]:
         """Return `H_m` [in_features, in_features] for each modality that was seen."""
         return {m: total / self.counts[m] for m, total in sorted(self._sums.items())}

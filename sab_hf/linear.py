@@ -96,8 +96,13 @@ def swap_in_empty(model: nn.Module, modules: dict[str, list[int]]) -> None:
         model: the skeleton, usually on the meta device.
         modules: name → [K, k], as recorded in `config.json`.
     Raises:
-        ValueError: a recorded module is not a Linear of this model.
+        ValueError: no modules are recorded, or one is not a Linear of this model.
     """
+    if not modules:
+        raise ValueError(
+            "the checkpoint's quantization_config says `sab` but lists no quantized modules; it is damaged or was written by "
+            "hand. To quantize a dense checkpoint, remove quantization_config from its config.json"
+        )
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     unknown = [name for name in modules if name not in linears]
     if unknown:
@@ -111,7 +116,10 @@ def swap_in_empty(model: nn.Module, modules: dict[str, list[int]]) -> None:
 
 def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every `SABLinear` of `model` by a dense `nn.Linear` of the weights that it stands for."""
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, SABLinear)]:
+    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, SABLinear)]
+    if any(module.signs.is_meta for _, module in packed):
+        raise ValueError("some packed weights are offloaded; to dequantize, load the model with device_map='cpu'")
+    for name, module in packed:
         with torch.device("meta"):
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
         linear.weight = nn.Parameter(module.planes().dense(dtype))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from .linear import SABLinear, dequantize_modules, swap_in_empty
+from .linear import dequantize_modules, swap_in_empty
+from .verify import PACKED_NAMES, check_headers, check_loaded, packed_names, raise_if_missing, raise_if_unlisted
 
 
 @register_quantizer("sab")
@@ -30,22 +31,28 @@ class SABHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
-            if not self.quantization_config.modules:
-                raise ValueError(
-                    "the checkpoint's quantization_config says `sab` but lists no quantized modules: it is damaged, or it "
-                    "was written by hand. To quantize a dense checkpoint, remove quantization_config from its config.json"
-                )
             swap_in_empty(model, self.quantization_config.modules)
+            if kwargs.get("checkpoint_files"):  # transformers 5
+                check_headers(model, kwargs["checkpoint_files"])
             return model
         from .binarize import make_plan
 
+        device_map = kwargs.get("device_map")
+        on_disk = (
+            [name for name, device in device_map.items() if device == "disk"] if isinstance(device_map, dict) else []
+        )
+        if on_disk:
+            raise ValueError(
+                f"`{on_disk[0]}` is offloaded to disk by `device_map`, and quantizing needs all weights in memory; load with "
+                "device_map='cpu' or on GPUs that hold the model (a packed checkpoint can then be loaded with any device_map)"
+            )
         with torch.device("cpu"):  # transformers builds the skeleton under the meta device
             self._plan = make_plan(model, self.quantization_config)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
-            _check_complete(model)
+            check_loaded(model)
             return model
         from .binarize import run_plan
 
@@ -57,14 +64,24 @@ class SABHfQuantizer(HfQuantizer):
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Called by transformers 4.57 with the tensors that the checkpoint lacks."""
-        packed = _packed_names(model)
-        _raise_if_missing([key for key in missing_keys if key in packed])
+        packed = packed_names(model)
+        raise_if_missing([key for key in missing_keys if key in packed])
         return missing_keys
+
+    def update_unexpected_keys(self, model: nn.Module, unexpected_keys: list[str]) -> list[str]:
+        """Called by transformers 4.57 with the tensors that the skeleton has no place for."""
+        raise_if_unlisted([key for key in unexpected_keys if key.rpartition(".")[2] in PACKED_NAMES])
+        return unexpected_keys
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Replace the packed modules by dense ones of the same values, and forget that the model was quantized."""
         dequantize_modules(model, dtype or model.dtype)
         self.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(
+                module, "config"
+            ):  # transformers 4.57 leaves a torch.dtype in sub-configs, which JSON cannot hold
+                vars(module.config).pop("_pre_quantization_dtype", None)
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
@@ -74,38 +91,3 @@ class SABHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _packed_names(model: nn.Module) -> dict[str, Tensor]:
-    """Return the packed tensors of `model` by their names in its state dict."""
-    return {
-        f"{name}.{tensor_name}": tensor
-        for name, module in model.named_modules()
-        if isinstance(module, SABLinear)
-        for tensor_name, tensor in module.packed_tensors().items()
-    }
-
-
-def _check_complete(model: nn.Module) -> None:
-    """Raise if the checkpoint lacked a packed tensor: the loader leaves those as uninitialised memory.
-
-    transformers 4.57 tells us (`update_missing_keys`). Version 5 flags each parameter that it has loaded; parameters on
-    the meta device are offloaded to disk, which only happens to those that were found.
-    """
-    if hasattr(HfQuantizer, "update_missing_keys"):
-        return
-    _raise_if_missing(
-        [
-            name
-            for name, tensor in _packed_names(model).items()
-            if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False))
-        ]
-    )
-
-
-def _raise_if_missing(missing: list[str]) -> None:
-    if missing:
-        raise ValueError(
-            f"the checkpoint says `sab` but lacks {len(missing)} packed tensors, first `{missing[0]}`; it is incomplete or "
-            "holds dense weights. Download it again, or remove quantization_config from its config.json if it is dense"
-        )

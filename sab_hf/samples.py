@@ -62,7 +62,7 @@ def parse_sample(row: Any, where: str, folder: Path | None = None) -> Sample:
     """
     try:
         return Sample(_messages(row), where, folder)
-    except _BadSample as error:
+    except _SampleError as error:
         raise ValueError(f"{where}: {error}.\n{ACCEPTED_FORMATS}") from None
 
 
@@ -89,7 +89,7 @@ def load_media(sample: Sample, max_image_pixels: int | None) -> list[dict[str, A
     return messages
 
 
-class _BadSample(ValueError):
+class _SampleError(ValueError):
     """What is wrong with a sample, without its place."""
 
 
@@ -105,7 +105,7 @@ def _messages(row: Any) -> list[dict[str, Any]]:
         messages, images = row, []
     if not isinstance(messages, (list, tuple)) or not messages:
         key = "key 'messages'" if isinstance(row, Mapping) else "the sample"
-        raise _BadSample(f"{key} must be a list of at least one chat message, got {_shown(messages)}")
+        raise _SampleError(f"{key} must be a list of at least one chat message, got {_shown(messages)}")
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     return _fill_images(messages, images)
 
@@ -113,13 +113,13 @@ def _messages(row: Any) -> list[dict[str, Any]]:
 def _simple_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     key = next((key for key in _TEXT_KEYS if key in row), None)
     if key is None:
-        raise _BadSample(
+        raise _SampleError(
             f"one of the keys 'messages', 'question', 'prompt', 'text' is required, got the keys "
             f"{sorted(map(str, row))}"
         )
     for name in (key, "answer"):
         if name in row and not isinstance(row[name], str):
-            raise _BadSample(f"key {name!r} must be a string, got {_shown(row[name])}")
+            raise _SampleError(f"key {name!r} must be a string, got {_shown(row[name])}")
     question = {"role": "user", "content": [_text(row[key])]}
     messages = [question]
     if "answer" in row:
@@ -131,21 +131,21 @@ def _listed_images(row: dict[str, Any]) -> list[Any]:
     """Return the images beside the text: "images", "image", or "file_name" as in a folder's metadata.jsonl."""
     if "images" in row:
         if not isinstance(row["images"], (list, tuple)):
-            raise _BadSample(f"key 'images' must be a list of images or paths, got {_shown(row['images'])}")
+            raise _SampleError(f"key 'images' must be a list of images or paths, got {_shown(row['images'])}")
         return list(row["images"])
     return [row[key] for key in ("image", "file_name") if key in row][:1]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise _BadSample(f"{where} must be a dict with 'role' and 'content', got {_shown(message)}")
+        raise _SampleError(f"{where} must be a dict with 'role' and 'content', got {_shown(message)}")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
-        raise _BadSample(f"{where}: key 'role' must be a string such as 'user', got {_shown(role)}")
+        raise _SampleError(f"{where}: key 'role' must be a string such as 'user', got {_shown(role)}")
     if isinstance(content, str):
         return {"role": role, "content": [_text(content)]}
     if not isinstance(content, (list, tuple)):
-        raise _BadSample(f"{where}: key 'content' must be a string or a list of parts, got {_shown(content)}")
+        raise _SampleError(f"{where}: key 'content' must be a string or a list of parts, got {_shown(content)}")
     return {"role": role, "content": [_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]}
 
 
@@ -153,21 +153,21 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     if isinstance(part, str):
         return _text(part)
     if not isinstance(part, Mapping):
-        raise _BadSample(f"{where} must be a dict with 'type', got {_shown(part)}")
+        raise _SampleError(f"{where} must be a dict with 'type', got {_shown(part)}")
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type")
     if kind == "text":
         if not isinstance(part.get("text"), str):
-            raise _BadSample(f"{where}: key 'text' must be a string, got {_shown(part.get('text'))}")
+            raise _SampleError(f"{where}: key 'text' must be a string, got {_shown(part.get('text'))}")
         return _text(part["text"])
     if kind == "image_url":  # the form of the OpenAI interface
         url = part.get("image_url")
         return {"type": "image", "image": url.get("url") if isinstance(url, Mapping) else url}
     if kind not in _MEDIA:
-        raise _BadSample(f"{where}: key 'type' must be 'text', 'image', 'video' or 'audio', got {_shown(kind)}")
+        raise _SampleError(f"{where}: key 'type' must be 'text', 'image', 'video' or 'audio', got {_shown(kind)}")
     media = next((part[key] for key in (kind, *_MEDIA_KEYS) if key in part), None)
     if media is None and kind != "image":  # an image may still come from the "images" list
-        raise _BadSample(f"{where}: key {kind!r} is required in a part of type {kind!r}, got the keys {sorted(part)}")
+        raise _SampleError(f"{where}: key {kind!r} is required in a part of type {kind!r}, got the keys {sorted(part)}")
     return {"type": kind, kind: media}
 
 
@@ -182,7 +182,7 @@ def _fill_images(messages: list[dict[str, Any]], images: list[Any]) -> list[dict
         first = next((message for message in messages if message["role"] == "user"), messages[0])
         first["content"] = [{"type": "image", "image": image} for image in images] + first["content"]
     elif len(empty) != len(images):
-        raise _BadSample(
+        raise _SampleError(
             f"key 'images' must hold one image for each image part without one: {len(empty)} required, got "
             f"{len(images)}"
         )

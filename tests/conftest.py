@@ -205,7 +205,7 @@ def make_config(samples):
     """Return a config that is calibrated in a moment; keyword arguments change it."""
 
     def make(**changes) -> SABQuantizationConfig:
-        values = {"calibration": samples, "num_samples": 4, "alternations": 2}
+        values = {"calibration": samples, "num_samples": 4, "alternations": 2, "refine_steps": 0}
         return SABQuantizationConfig(**values | changes)
 
     return make

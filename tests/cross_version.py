@@ -30,7 +30,9 @@ def main():
         inputs = dict(processor(text="Which colour? <image>", images=torch.zeros(3, 96, 96), return_tensors="pt"))
         torch.save({"inputs": inputs, "logits": logits(model, inputs)}, expected)
         return
-    model, loading = AutoModelForImageTextToText.from_pretrained(args.folder, dtype=torch.float32, output_loading_info=True)
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        args.folder, dtype=torch.float32, output_loading_info=True
+    )
     assert not loading["missing_keys"], loading["missing_keys"]
     assert not loading["unexpected_keys"], loading["unexpected_keys"]
     saved = torch.load(expected, weights_only=True)

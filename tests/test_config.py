@@ -30,6 +30,10 @@ INVALID = {
     "salient_top_p": [0, -0.1, 1.1, math.nan, None, True],
     "diff_quantile": [-0.1, 1.1, math.nan, None, True],
     "sparsity_threshold": [-0.1, 1.1, math.nan, None, True],
+    "refine_steps": [-1, 1.0, "1", True],
+    "refine_batch": NO_INTEGER,
+    "refine_scale_rate": [0, -0.1, 1.1, math.nan, None, True],
+    "refine_latent_rate": [0, -0.1, 1.1, math.nan, None, True],
     "modules": [
         None,
         [],
@@ -52,6 +56,8 @@ VALID = {
     "sparsity_threshold": [0, 1],
     "modules_to_not_convert": [None, [], ["layers.0", "down_proj"]],
     "fit": ["hessian", "elementwise"],
+    "refine_steps": [None, 0],
+    "refine_scale_rate": [1],
     "modules": [{}, {"a": [1, 0], "b.c": [MAX_PLANES, 5]}],
 }
 

@@ -20,9 +20,9 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    MistralConfig,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    MistralConfig,
     OPTConfig,
     OPTForCausalLM,
     PixtralVisionConfig,
@@ -184,4 +184,12 @@ def test_model_without_linears_in_its_blocks_is_refused():
     with pytest.raises(
         ValueError, match=r"no list of alike blocks.*`transformer` of GPT2LMHeadModel.*not supported yet"
     ):
+        find_roles(model)
+
+
+def test_blocks_of_several_kinds_are_refused():
+    """Mllama has blocks with cross-attention among the others."""
+    model = build_llava()
+    model.get_submodule("model.language_model.layers")[1] = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"no list of alike blocks.*`model\.language_model` of LlavaFor"):
         find_roles(model)

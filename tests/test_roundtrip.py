@@ -17,6 +17,7 @@ from torch import nn
 
 import sab_hf
 from sab_hf import binarize, packing
+from sab_hf.capture import BlockInputs
 from sab_hf.roles import find_roles
 
 
@@ -50,6 +51,27 @@ def test_reloaded_model_is_bitwise_the_saved_one(
     assert torch.equal(logits(again, inputs), expected)
     assert generate(again, inputs) == tokens
     assert again.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_refined_model_survives_the_round_trip(vlm_dir, make_config, inputs, tmp_path, dtype):
+    """Refinement trains biases and norms, too."""
+    model = load(vlm_dir, dtype, quantization_config=make_config(refine_steps=3))
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    assert dtypes == {dtype}
+    assert len(packed_linears(model)) == 7 * conftest.NUM_BLOCKS
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, dtype)
+    assert_same_tensors(model.state_dict(), again.state_dict())
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert generate(again, inputs) == generate(model, inputs)
+
+
+def test_refinement_in_bfloat16_keeps_the_precision_of_scales(vlm_dir, make_config):
+    """Scales are stored in float16; rounding them to the model's bfloat16 on the way would lose three bits."""
+    model = load(vlm_dir, torch.bfloat16, quantization_config=make_config(refine_steps=3))
+    scales = torch.cat([m.row_scale.view(torch.float16).flatten() for m in packed_linears(model).values()])
+    assert (scales != scales.bfloat16().half()).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, None])
@@ -243,27 +265,26 @@ def test_no_dense_parameter_of_a_packed_linear_is_left(vlm_dir, make_config):
 
 
 def test_dense_weights_die_block_by_block(model, processor, make_config, monkeypatch):
-    """When a block is fitted, the dense weights of all blocks before it are gone, without the garbage collector's help."""
+    """When a block is done, the dense weights of all blocks before it are gone, without the garbage collector's help."""
     linears = binarize.language_linears(model, find_roles(model), [])
     weights = {name: weakref.ref(linear.weight) for name, linear in linears.items()}
-    block_of = {name: name.split(".layers.")[1][0] for name in linears}
     del linears
     seen = []
-    original = binarize.binarize
+    original = BlockInputs.advance
 
-    def spy(name, *args):
-        alive = {block_of[other] for other, weight in weights.items() if weight() is not None}
-        seen.append((block_of[name], alive))
-        return original(name, *args)
+    def spy(self, block, index):
+        alive = {int(name.split(".layers.")[1][0]) for name, weight in weights.items() if weight() is not None}
+        seen.append((index, alive))
+        return original(self, block, index)
 
-    monkeypatch.setattr(binarize, "binarize", spy)
+    monkeypatch.setattr(BlockInputs, "advance", spy)
     gc.disable()
     try:
         sab_hf.quantize(model, processor, None, make_config())
     finally:
         gc.enable()
-    assert [block for block, _ in seen] == ["0"] * 7 + ["1"] * 7
-    assert all(min(alive) == block for block, alive in seen)
+    assert [index for index, _ in seen] == [0]
+    assert all(min(alive) > index for index, alive in seen)
     assert [name for name, weight in weights.items() if weight() is not None] == []
 
 

@@ -44,8 +44,9 @@ class Score:
         lines = ["| skill | exact match | nats/answer token | samples |", "|---|---|---|---|"]
         for skill, accuracy in self.accuracy.items():
             lines.append(f"| {skill} | {accuracy:.1%} | {self.nll[skill]:.3g} | {self.counts[skill]} |")
-        lines.append(f"| **mean, visual** | {self.visual:.1%} | | |")
-        lines.append(f"| **mean, text only** | {self.text:.1%} | | |")
+        for name, mean in (("visual", self.visual), ("text only", self.text)):
+            if mean == mean:  # not nan: some skill of the kind was asked for
+                lines.append(f"| **mean, {name}** | {mean:.1%} | | |")
         lines.append(f"| **all answer tokens** | | {self.mean_nll:.3g} | {sum(self.counts.values())} |")
         return "\n".join(lines)
 

@@ -1,0 +1,134 @@
+"""What may be wrong with a calibration set, said before hours are spent on it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from .chat import ChatEncoder
+from .modality import IMAGE, VIDEO, placeholder_id, takes_images
+from .samples import Sample
+from .sources import BUILTIN
+
+logger = logging.getLogger(__name__)
+
+
+def check_number(usable: int, wanted: int, dropped: int) -> None:
+    """Warn if there are fewer samples than were asked for."""
+    if usable < wanted:
+        logger.warning(
+            "num_samples=%d was asked for, only %d calibration samples could be used (%d dropped as too long)",
+            wanted,
+            usable,
+            dropped,
+        )
+
+
+def check_lengths(
+    kept: list[Sample], too_long: list[tuple[Sample, int]], max_length: int, allow_text_only: bool
+) -> None:
+    """Warn of samples that were dropped.
+
+    Args:
+        kept: samples of at most `max_length` tokens.
+        too_long: the others, with their lengths in tokens.
+        max_length: tokens.
+        allow_text_only: samples with images may all be lost.
+
+    Raises:
+        ValueError: no sample is left, or none with images.
+    """
+    if not too_long:
+        return
+    with_media = [length for sample, length in too_long if sample.num_media]
+    if not kept:
+        raise ValueError(all_dropped("", [length for _, length in too_long], max_length))
+    if with_media and not allow_text_only and not any(sample.num_media for sample in kept):
+        raise ValueError(all_dropped(" with images", with_media, max_length))
+    logger.warning("%d samples longer than max_length=%d tokens were dropped", len(too_long), max_length)
+
+
+def all_dropped(kind: str, lengths: list[int], max_length: int) -> str:
+    """Say that every sample (of a kind) was too long, and what to do."""
+    return (
+        f"all {len(lengths)} calibration samples{kind} that were tried are longer than max_length={max_length} tokens "
+        f"(the shortest has {min(lengths)}); raise `max_length` to at least {min(lengths)}, or use smaller images"
+    )
+
+
+def warn_of_lost_images(processed: list[tuple[Sample, Mapping[str, Any]]], encoder: ChatEncoder) -> None:
+    """Warn if samples had images and what they were processed to has no pixel values."""
+    with_images = [inputs for sample, inputs in processed if sample.num_images]
+    if encoder.text_only and with_images:
+        logger.warning(
+            "%s is a tokenizer: of %d samples with images only the text is used",
+            type(encoder.processor).__name__,
+            len(with_images),
+        )
+        return
+    lost = [inputs for inputs in with_images if not _has_pixels(inputs)]
+    if lost:
+        logger.warning(
+            "%s returned no pixel values for %d of %d samples with images (got the keys %s)",
+            type(encoder.processor).__name__,
+            len(lost),
+            len(with_images),
+            sorted(lost[0]),
+        )
+
+
+def _has_pixels(inputs: Mapping[str, Any]) -> bool:
+    return any("pixel_values" in key or "patches" in key for key in inputs)
+
+
+def check_image_tokens(
+    tokens: Mapping[int, int],
+    batches: list[Mapping[str, Any]],
+    processor: Any,
+    model_config: Any,
+    allow_text_only: bool,
+) -> None:
+    """Check that a model that takes images is calibrated with images.
+
+    Args:
+        tokens: modality → number of tokens in the set.
+        batches: the processed batches.
+        processor: named in the error.
+        model_config: of the model.
+        allow_text_only: warn in place of raising.
+
+    Raises:
+        ValueError: the model takes images and the set has neither image nor video tokens.
+    """
+    visual = tokens.get(IMAGE, 0) + tokens.get(VIDEO, 0)
+    pixels = sum(_has_pixels(inputs) for inputs in batches)
+    if visual and not pixels:
+        logger.warning("the batches hold %d image and video tokens, but no pixel values: the images are lost", visual)
+    if visual:
+        return
+    if not takes_images(model_config):
+        logger.warning("%s takes no images: calibrating with text as the only modality", type(model_config).__name__)
+        return
+    if allow_text_only:
+        logger.warning("the calibration set has no image tokens; the visual side of the model is calibrated on nothing")
+        return
+    raise ValueError(_no_images(pixels, processor, model_config))
+
+
+def _no_images(pixels: int, processor: Any, model_config: Any) -> str:
+    if pixels:
+        token_id = placeholder_id(model_config, "image")
+        found = (
+            f"{pixels} batches have pixel values, but no position holds the image token of the config (id {token_id}); "
+            "pass processed batches with 'mm_token_type_ids' (1 at image positions)"
+        )
+    else:
+        found = (
+            f"no sample has an image, or {type(processor).__name__} is not the model's full processor; pass samples "
+            f"with images (calibration={BUILTIN!r} has them) and AutoProcessor.from_pretrained(...)"
+        )
+    return (
+        f"a calibration set for {type(model_config).__name__}, a model that takes images, must have image tokens, got "
+        f"0: {found}. To calibrate on text alone, set allow_text_only=True"
+    )
