@@ -23,7 +23,9 @@ SHOWN_SKILLS = ("color", "read", "chart")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("quickstart_output"), help="folder for picture and checkpoint")
+    parser.add_argument(
+        "--output", type=Path, default=Path("quickstart_output"), help="folder for picture and checkpoint"
+    )
     parser.add_argument("--bits", type=float, default=2.3, help="stored bits per language weight")
     parser.add_argument("--questions", type=int, default=220, help="questions that the accuracy is measured on")
     args = parser.parse_args()
@@ -72,7 +74,11 @@ def main():
 def encode(processor, sample):
     """Return the model inputs of a sample's question."""
     return processor.apply_chat_template(
-        sample.messages(with_answer=False), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        sample.messages(with_answer=False),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
 
 
@@ -103,7 +109,7 @@ def draw_answers(samples, answers) -> Image.Image:
         x = margin + i * (side + margin)
         sheet.paste(sample.image.resize((side, side), Image.Resampling.NEAREST), (x, margin))
         lines = textwrap.wrap(sample.turns[-1][0], 34)
-        rows = [(line, "black") for line in (lines + [""])[:2]] + [(f"right: {sample.answer}", "black")]
+        rows = [(line, "black") for line in [*lines, ""][:2]] + [(f"right: {sample.answer}", "black")]
         for name, given in answers.items():
             rows.append((f"{name}: {given[i]}", "darkgreen" if given[i].strip() == sample.answer else "firebrick"))
         for row, (text, colour) in enumerate(rows):

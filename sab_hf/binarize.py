@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.logging import tqdm
 
 from .budget import allocate
-from .calibration import MODALITY_NAMES, CalibrationSet, prepare_calibration
+from .calibration import MODALITY_NAMES, CalibrationSet, holds_batches, prepare_calibration
 from .capture import BlockInputs
 from .config import SABQuantizationConfig
 from .fit import FitResult, fit_planes, fit_planes_elementwise
@@ -119,9 +119,13 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     num_planes, num_significant = allocate(
         {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, config.bits
     )
+    samples = config.calibration if samples is None else samples
+    processor = config.processor if processor is None else processor
+    if not holds_batches(samples):
+        processor = _load_processor(model, processor)
     calibration = prepare_calibration(
-        config.calibration if samples is None else samples,
-        _load_processor(model, processor if processor is not None else config.processor),
+        samples,
+        processor,
         model.config,
         num_samples=config.num_samples,
         seed=config.seed,

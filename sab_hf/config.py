@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +47,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         fit: `"hessian"` minimizes the error of the layer's output (method §4); `"elementwise"` is the closed form of the
             paper's weighted objective, without second moments: far cheaper, far less accurate.
         alternations: rounds of the alternating fit; the best round by objective is kept.
-        damping: added to the diagonal of a second-moment matrix, as a share of its mean; 0.01 as in GPTQ.
+        damping: added to the diagonal of a second-moment matrix, as a share of its mean; 0.01 as in GPTQ. Below 1e-6, float32
+            no longer inverts the matrix.
         refine_steps: steps of block refinement (method §5), which trains scales, signs, norms and biases of a block to give
             the full-precision block's output. None: 400 on a GPU, 50 on a CPU; 0 turns it off.
         refine_batch: calibration samples of one step.
@@ -95,6 +95,11 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     quant_method: str = field(default="sab", init=False)
 
     def __post_init__(self):
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has format version {self.format_version!r}, this sab_hf reads version {FORMAT_VERSION}; "
+                "upgrade with `pip install -U sab_hf`"
+            )
         if self.bits is not None:
             _check_number(self, "bits", 0, MAX_PLANES + 1, open_low=True)
         for name, low in (("num_samples", 1), ("seed", 0), ("max_length", 1), ("batch_size", 1)):
@@ -106,7 +111,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         _check_integer(self, "refine_batch", 1)
         _check_number(self, "refine_scale_rate", 0, 1, open_low=True)
         _check_number(self, "refine_latent_rate", 0, 1, open_low=True)
-        _check_number(self, "damping", 0, math.inf, open_low=True)
+        _check_number(self, "damping", 1e-6, 1e3)
         _check_number(self, "salient_top_p", 0, 1, open_low=True)
         _check_number(self, "diff_quantile", 0, 1)
         _check_number(self, "sparsity_threshold", 0, 1)
@@ -115,19 +120,14 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         if self.fit not in ("hessian", "elementwise"):
             raise ValueError(f"`fit` must be 'hessian' or 'elementwise', got {self.fit!r}")
         self._check_modules()
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"the checkpoint has format version {self.format_version!r}, this sab_hf reads version {FORMAT_VERSION}; "
-                "upgrade with `pip install -U sab_hf`"
-            )
 
     def _check_modules(self) -> None:
         skipped = self.modules_to_not_convert
-        if skipped is not None and not (
-            isinstance(skipped, (list, tuple)) and all(isinstance(s, str) for s in skipped)
-        ):
+        if skipped is not None and not (isinstance(skipped, list) and all(isinstance(s, str) for s in skipped)):
             raise ValueError(f"`modules_to_not_convert` must be a list of module names, got {skipped!r}")
-        if not isinstance(self.modules, dict) or not all(_is_size(size) for size in self.modules.values()):
+        if not isinstance(self.modules, dict) or not all(
+            isinstance(name, str) and _is_size(size) for name, size in self.modules.items()
+        ):
             raise ValueError(
                 f"`modules` must map module names to [full planes (1 to {MAX_PLANES}), significant columns], "
                 f"got {self.modules!r:.200}"
@@ -172,8 +172,14 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
     def __deepcopy__(self, memo) -> SABQuantizationConfig:
-        # transformers deep-copies configs; calibration samples and processors are shared, not copied.
-        return dataclasses.replace(self)
+        # transformers deep-copies configs; calibration samples and processors are shared, not copied
+        shared = {name: getattr(self, name) for name in _NOT_SERIALIZED}
+        own = {
+            f.name: copy.deepcopy(getattr(self, f.name), memo)
+            for f in dataclasses.fields(self)
+            if f.init and f.name not in shared
+        }
+        return type(self)(**own, **shared)
 
 
 def _check_integer(config: SABQuantizationConfig, name: str, low: int) -> None:
@@ -184,7 +190,7 @@ def _check_integer(config: SABQuantizationConfig, name: str, low: int) -> None:
 
 def _check_number(config: SABQuantizationConfig, name: str, low: float, high: float, open_low: bool = False) -> None:
     value = getattr(config, name)
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not valid or not low <= value <= high or (open_low and value == low):
         bound = "above" if open_low else "at least"
         raise ValueError(f"`{name}` must be a number {bound} {low} and at most {high}, got {value!r}")
@@ -193,7 +199,7 @@ def _check_number(config: SABQuantizationConfig, name: str, low: float, high: fl
 def _is_size(size: Any) -> bool:
     """Whether `size` is [full planes, significant columns]."""
     return (
-        isinstance(size, (list, tuple))
+        isinstance(size, list)
         and len(size) == 2
         and all(type(count) is int for count in size)
         and 1 <= size[0] <= MAX_PLANES

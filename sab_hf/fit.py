@@ -26,7 +26,7 @@ never rises."""
 _LEAST_GAIN = 1e-3
 """Relative gain of a round below which the fit has converged."""
 _MAX_SYSTEM = 16384
-"""Unknowns of one column-scale system; wider ones are solved by column blocks (float32 at 16384: 1 GiB)."""
+"""Unknowns of one column-scale system; wider ones are solved by column blocks (float32 at 16384: 1 GiB a matrix)."""
 
 
 @dataclass
@@ -38,19 +38,21 @@ class PlaneState:
         r: [K, out_features] float32 row scales.
         c: [K, in_features] float32 column scales.
         free: [K, in_features] bool, the columns that a plane covers; elsewhere its c stays 0.
+        has_residual: whether the last plane is the residual plane.
     """
 
     B: Tensor
     r: Tensor
     c: Tensor
     free: Tensor
+    has_residual: bool = False
 
     def dense(self) -> Tensor:
         """Return Ŵ [out_features, in_features]."""
         return torch.einsum("kn,knm,km->nm", self.r, self.B, self.c)
 
     def copy(self) -> PlaneState:
-        return PlaneState(self.B.clone(), self.r.clone(), self.c.clone(), self.free)
+        return PlaneState(self.B.clone(), self.r.clone(), self.c.clone(), self.free, self.has_residual)
 
 
 class FitResult(NamedTuple):
@@ -109,7 +111,8 @@ def fit_planes_elementwise(
     Args:
         W: [out_features, in_features] float32.
         weight: v = Λ², [out_features, in_features] or [in_features], positive.
-        num_planes, significant_columns, alternations: as in `fit_planes`.
+        num_planes, significant_columns: as in `fit_planes`.
+        alternations: rounds; each step is exact, so the last is the best.
     """
     v = weight.expand_as(W)
     state = initial_state(W, num_planes, significant_columns)
@@ -124,7 +127,8 @@ def fit_planes_elementwise(
 def initial_state(W: Tensor, num_planes: int, significant_columns: Tensor | None) -> PlaneState:
     """Start each plane from what the planes before it leave: B = sign, r = row mean of |·|, c = column mean of |·|/r."""
     free = torch.ones(num_planes, W.shape[1], dtype=torch.bool, device=W.device)
-    if significant_columns is not None and significant_columns.any():
+    has_residual = significant_columns is not None and bool(significant_columns.any())
+    if has_residual:
         free = torch.cat([free, significant_columns[None]])
     rest, signs, rows, columns = W.clone(), [], [], []
     for covered in free:
@@ -133,7 +137,7 @@ def initial_state(W: Tensor, num_planes: int, significant_columns: Tensor | None
         c = (rest.abs() / torch.where(r > 0, r, 1)[:, None]).mean(0) * covered
         rest = rest - r[:, None] * B * c
         signs.append(B), rows.append(r), columns.append(c)
-    return PlaneState(torch.stack(signs), torch.stack(rows), torch.stack(columns), free)
+    return PlaneState(torch.stack(signs), torch.stack(rows), torch.stack(columns), free, has_residual)
 
 
 def output_error(E: Tensor, H: Tensor) -> float:
@@ -183,7 +187,7 @@ def sweep_signs(W: Tensor, U: Tensor, state: PlaneState, block_size: int) -> Non
     Column j takes, row by row, the nearest of the levels `Σ_k ±r_k c_k[j]`. This step may raise the objective for the
     scales at hand; the refits after it more than pay for it.
     """
-    rest = W.T.contiguous()  # columns of W as rows, for contiguous access
+    rest = W.T.clone(memory_format=torch.contiguous_format)  # columns of W as rows, for contiguous access
     m = W.shape[1]
     combinations = _sign_combinations(state.c.shape[0], W.device)  # [2^K, K]
     for start in range(0, m, block_size):
@@ -228,20 +232,18 @@ def nearest_signs(W: Tensor, state: PlaneState) -> Tensor:
 def to_sign_planes(state: PlaneState) -> SignPlanes:
     """Convert the state of a fit: make scales of each plane balanced (so that float16 holds them) and columns compact."""
     r, c = _balance(state.r, state.c)
-    K = int(state.free.all(1).sum())
-    partial = ~state.free.all(1)
-    residual: dict[str, Tensor] = {}
-    if partial.any():
-        k = int(partial.nonzero()[0])
-        columns = state.free[k]
-        residual = {
-            "significant_columns": columns,
-            "residual_signs": state.B[k][:, columns] > 0,
-            "residual_row_scale": r[k],
-            "residual_col_scale": c[k][columns],
-        }
-        r, c = r[~partial], c[~partial]
-    return SignPlanes(state.B[:K] > 0, r, c, **residual)
+    if not state.has_residual:
+        return SignPlanes(state.B > 0, r, c)
+    columns = state.free[-1]
+    return SignPlanes(
+        signs=state.B[:-1] > 0,
+        row_scale=r[:-1],
+        col_scale=c[:-1],
+        significant_columns=columns,
+        residual_signs=state.B[-1][:, columns] > 0,
+        residual_row_scale=r[-1],
+        residual_col_scale=c[-1][columns],
+    )
 
 
 def _balance(r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

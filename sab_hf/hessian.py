@@ -32,8 +32,9 @@ class SecondMoments:
             if m < 0:
                 continue
             rows = x[modality == m].float()
-            total = self._sums.setdefault(m, torch.zeros(self.in_features, self.in_features, device=self.device))
-            total.addmm_(rows.T, rows)
+            if m not in self._sums:
+                self._sums[m] = torch.zeros(self.in_features, self.in_features, device=self.device)
+            self._sums[m].addmm_(rows.T, rows)
             self.counts[m] = self.counts.get(m, 0) + rows.shape[0]
 
     def is_finite(self) -> bool:
@@ -71,7 +72,7 @@ def damp(H: Tensor, damping: float) -> Tensor:
 
 
 def inverse(H: Tensor) -> Tensor:
-    """Invert a damped second-moment matrix through its Cholesky factor; float64 where float32 does not suffice."""
+    """Invert a damped second-moment matrix through its Cholesky factor; float64 where that of float32 does not exist."""
     L, failed = torch.linalg.cholesky_ex(H)
     if failed:
         L = torch.linalg.cholesky(H.double())

@@ -25,13 +25,11 @@ class SABLinear(nn.Module):
 
     def __init__(self, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None = None):
         super().__init__()
-        num_planes, out_features = tensors["row_scale"].shape
-        num_significant = tensors["residual_col_scale"].numel() if "residual_col_scale" in tensors else 0
+        out_features, num_planes, num_significant = _sizes(tensors)
         self.in_features, self.out_features = in_features, out_features
         self.num_planes, self.num_significant = num_planes, num_significant
-        for name, (dtype, shape) in packing.tensor_specs(
-            out_features, in_features, num_planes, num_significant
-        ).items():
+        specs = packing.tensor_specs(out_features, in_features, num_planes, num_significant)
+        for name, (dtype, shape) in specs.items():
             tensor = tensors.get(name)
             if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
                 got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
@@ -39,6 +37,8 @@ class SABLinear(nn.Module):
                     f"`{name}` must be {dtype} {list(shape)} for a {out_features}×{in_features} matrix, got {got}"
                 )
             self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(f"`bias` must be [{out_features}], got {list(bias.shape)}")
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
@@ -79,6 +79,17 @@ class SABLinear(nn.Module):
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.num_planes} planes{residual}"
         )
+
+
+def _sizes(tensors: dict[str, Tensor]) -> tuple[int, int, int]:
+    """Return out_features, full planes and significant columns as the tensors' shapes tell them."""
+    row_scale, residual = tensors.get("row_scale"), tensors.get("residual_col_scale")
+    if row_scale is None or row_scale.ndim != 2:
+        got = "nothing" if row_scale is None else f"{row_scale.dtype} {list(row_scale.shape)}"
+        raise ValueError(f"`row_scale` must be torch.int16 [planes, out_features], got {got}")
+    if "significant_columns" in tensors and (residual is None or not residual.numel()):
+        raise ValueError("`residual_col_scale` must be torch.int16 [significant columns], got nothing")
+    return row_scale.shape[1], row_scale.shape[0], 0 if residual is None else residual.numel()
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -33,7 +33,7 @@ def sab_linear(
     Returns:
         [..., out_features], dtype of `x`.
     """
-    in_features = col_scale.shape[1]
+    in_features = _check_width(x, col_scale)
     inputs = x.reshape(-1, in_features).float()
     y = torch.zeros(inputs.shape[0], signs.shape[1], dtype=torch.float32, device=x.device)
     for packed, r, c in zip(signs, row_scale, col_scale, strict=True):
@@ -45,6 +45,12 @@ def sab_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
+def _check_width(x: Tensor, col_scale: Tensor) -> int:
+    in_features = col_scale.shape[1]
+    torch._check(x.shape[-1] == in_features, lambda: f"input has {x.shape[-1]} features, not {in_features}")
+    return in_features
+
+
 def _plane_matmul(x: Tensor, packed: Tensor, row_scale: Tensor, col_scale: Tensor) -> Tensor:
     B = signs_to(torch.float32, unpack_bits(packed, col_scale.numel()))
     return (x * col_scale.float()) @ B.T * row_scale.float()
@@ -54,7 +60,5 @@ def _plane_matmul(x: Tensor, packed: Tensor, row_scale: Tensor, col_scale: Tenso
 def _(
     x, signs, row_scale, col_scale, significant_columns, residual_signs, residual_row_scale, residual_col_scale
 ) -> Tensor:
-    torch._check(
-        x.shape[-1] == col_scale.shape[1], lambda: f"input has {x.shape[-1]} features, not {col_scale.shape[1]}"
-    )
+    _check_width(x, col_scale)
     return x.new_empty(*x.shape[:-1], signs.shape[1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SignPlanes:
     """A matrix [out_features, in_features] as K full sign planes and one residual plane on the significant columns.
 

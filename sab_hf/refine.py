@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .calibration import PADDING
 from .capture import BatchState, block_output
 from .linear import SABLinear, replace_module
-from .modality import PADDING
 from .planes import SignPlanes, signs_to
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Which part of the model a module belongs to, found by structure and not by name.
 
-The text model is the parent of the input embedding; its longest lists of alike blocks are the language blocks. Lists of
+The text model is the parent of the input embedding; its longest list of alike blocks holds the language blocks. Lists of
 alike blocks elsewhere make the vision (or audio) towers, and what is left between towers and text model is the projector.
 """
 

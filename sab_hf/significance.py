@@ -35,7 +35,7 @@ class SignificanceMap(NamedTuple):
 
 
 LEAST_WEIGHT = 0.05
-"""Smallest Λ relative to its mean: a column with Λ = 0 would be fitted to nothing."""
+"""Λ is raised to this share of its mean where it is below: a column with Λ = 0 would be fitted to nothing."""
 
 
 def significance_map(

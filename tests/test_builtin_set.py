@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from sab_hf import builtin_set
-from sab_hf.builtin_set import builtin_sample, builtin_samples
-from sab_hf.samples import parse_sample
+from sab_hf.calibration import builtin as builtin_set
+from sab_hf.calibration.builtin import builtin_sample, builtin_samples
+from sab_hf.calibration.samples import parse_sample
 
 
 def parts_of(sample: list, kind: str) -> list:

@@ -15,9 +15,9 @@ import sab_hf
 from sab_hf import SABLinear
 from sab_hf.binarize import language_linears, make_plan
 from sab_hf.calibration import PADDING, CalibrationBatch
+from sab_hf.calibration.modality import token_modality
 from sab_hf.capture import BlockInputs
 from sab_hf.linear import replace_module
-from sab_hf.modality import token_modality
 from sab_hf.planes import SignPlanes
 from sab_hf.roles import find_roles
 

@@ -1,6 +1,7 @@
 """Second moments against explicit sums, and the factors of their inverse against float64."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -45,6 +46,19 @@ def test_moments_equal_the_sum_written_out_in_any_chunks(count, m, cuts, dtype, 
         assert moments.counts[kind] == len(rows)
         assert H.dtype == torch.float32
         torch.testing.assert_close(H.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_moments_tell_of_inputs_that_are_not_finite(bad):
+    x, modality = tokens(30, 5)
+    moments = SecondMoments(5, CPU)
+    moments.add(x, modality)
+    x[modality == PADDING] = bad
+    moments.add(x, modality)
+    assert moments.is_finite()
+    x[(modality == TEXT).nonzero()[0], 3] = bad
+    moments.add(x, modality)
+    assert not moments.is_finite()
 
 
 def test_balanced_gives_every_modality_the_same_weight():

@@ -18,7 +18,7 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-RUN = {"__init__", "config", "linear", "ops", "packing", "planes", "quantizer", "report", "roles", "version"}
+RUN = {"__init__", "config", "linear", "ops", "packing", "planes", "quantizer", "report", "roles", "verify", "version"}
 HEAVY = {"datasets", "PIL"}
 
 
@@ -65,7 +65,7 @@ MAKE = {name for name in reached("binarize") - RUN if not name.startswith("kerne
 
 def test_lists_of_this_test_are_up_to_date():
     assert MODULES.keys() >= RUN
-    assert {"binarize", "budget", "calibration", "capture", "fit", "hessian", "samples", "significance"} <= MAKE
+    assert {"binarize", "budget", "calibration", "capture", "fit", "hessian", "refine", "significance"} <= MAKE
 
 
 @pytest.mark.parametrize("entry", sorted(RUN))

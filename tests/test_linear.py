@@ -170,6 +170,18 @@ def test_swap_in_empty_rejects_what_is_no_linear(name):
     assert type(model.head) is nn.Linear  # nothing is swapped before everything is checked
 
 
+def test_swap_in_empty_rejects_a_checkpoint_without_modules():
+    with pytest.raises(ValueError, match="lists no quantized modules"):
+        swap_in_empty(Model(), {})
+
+
+def test_dequantize_modules_rejects_offloaded_weights_before_it_starts():
+    model = nn.Sequential(packed(), packed().to("meta"))
+    with pytest.raises(ValueError, match=r"offloaded.*device_map='cpu'"):
+        dequantize_modules(model, torch.float32)
+    assert all(isinstance(module, SABLinear) for module in model)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_replace_module_keeps_the_training_mode(training):
     model = Model().train(training)

@@ -13,14 +13,7 @@ from sab_hf.planes import SignPlanes
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return request.param
-
-
-def operands(planes: SignPlanes, device: str = "cpu") -> tuple[torch.Tensor | None, ...]:
+def operands(planes: SignPlanes, device: torch.device | str = "cpu") -> tuple[torch.Tensor | None, ...]:
     """The packed tensors in the order of the op's arguments, scales as float16."""
     tensors = {
         name: tensor.view(torch.float16) if tensor.dtype == torch.int16 else tensor

@@ -48,7 +48,7 @@ def no_weights(monkeypatch):
         ("num_samples", 1.5, "an integer of at least 1"),
         ("seed", -1, "an integer of at least 0"),
         ("batch_size", True, "an integer of at least 1"),
-        ("damping", 0, "a number above 0"),
+        ("damping", 0, "a number at least 1e-06"),
         ("salient_top_p", 1.5, "at most 1"),
         ("fit", "magic", "'hessian' or 'elementwise'"),
         ("allow_text_only", 1, "True or False"),
@@ -205,7 +205,7 @@ def test_dense_weights_under_a_sab_config_are_refused(vlm_dir, packed_dir, tmp_p
     path = tmp_path / "dense"
     shutil.copytree(vlm_dir, path)
     shutil.copy(packed_dir / "config.json", path / "config.json")
-    message = r"lacks packed tensors: \d+ in all, first `model\.language_model\..*remove quantization_config from its config\.json"
+    message = r"lacks packed tensors: \d+ in all, first `model\.language_model\..*remove quantization_config from its"
     with pytest.raises(ValueError, match=message):
         load(path)
 
@@ -263,7 +263,7 @@ def test_packed_tensor_of_a_wrong_shape_is_refused(damage, suffix):
     def shorten(tensors):
         tensors[f"{DOWN}.{suffix}"] = tensors[f"{DOWN}.{suffix}"][..., :-1].contiguous()
 
-    with pytest.raises((RuntimeError, ValueError), match="mismatch|must be"):
+    with pytest.raises((RuntimeError, ValueError), match=r"mismatch|must be"):
         load(damage(tensors=shorten))
 
 

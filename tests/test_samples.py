@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sab_hf.samples import load_media, parse_sample
-from sab_hf.sources import read_samples, shuffled_order
+from sab_hf.calibration.samples import load_media, parse_sample
+from sab_hf.calibration.sources import read_samples, shuffled_order
 
 
 def write_rows(path: Path, rows: list) -> Path:

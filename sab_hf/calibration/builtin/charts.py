@@ -7,7 +7,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from .builtin_drawing import (
+from .drawing import (
     COLOURS,
     Turn,
     fitting_size,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
-from . import builtin_words as words
-from .builtin_drawing import Turn, a, listed, number, sentence
-from .builtin_topics import HOW_TO, TOPICS
+from . import words
+from .drawing import Turn, a, listed, number, sentence
+from .topics import HOW_TO, TOPICS
 
 _ASKS = (
     "Explain {1} {0}.",

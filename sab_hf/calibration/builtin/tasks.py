@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from random import Random
 
-from . import builtin_words as words
-from .builtin_drawing import Turn, listed, number, sentence
+from . import words
+from .drawing import Turn, listed, number, sentence
 
 
 def arithmetic(rng: Random) -> list[Turn]:

@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .builtin_drawing import COLOURS, Turn, a, image_size, sentence
+from .drawing import COLOURS, Turn, a, image_size, sentence
 
 
 def noise(rng: Random, size: tuple[int, int], cells: tuple[int, int], octaves: int = 3) -> np.ndarray:

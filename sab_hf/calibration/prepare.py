@@ -11,22 +11,9 @@ from torch import Tensor
 
 from .chat import ChatEncoder, borrowed
 from .checks import all_dropped, check_image_tokens, check_lengths, check_number, warn_of_lost_images
-from .modality import AUDIO, IMAGE, MODALITY_NAMES, PADDING, TEXT, VIDEO, token_modality
+from .modality import IMAGE, MODALITY_NAMES, PADDING, token_modality
 from .samples import ACCEPTED_FORMATS, Sample
 from .sources import read_samples, shuffled_order
-
-__all__ = [
-    "AUDIO",
-    "IMAGE",
-    "MODALITY_NAMES",
-    "PADDING",
-    "TEXT",
-    "VIDEO",
-    "CalibrationBatch",
-    "CalibrationSet",
-    "prepare_calibration",
-    "token_modality",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +105,7 @@ def prepare_calibration(
     for name, value in (("num_samples", num_samples), ("max_length", max_length), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
-    if _holds_batches(calibration):
+    if holds_batches(calibration):
         batches, num_dropped = _take_batches(calibration, model_config, num_samples, seed, max_length)
     elif processor is None:
         raise ValueError("calibration samples need the model's processor to become model inputs, got `processor=None`")
@@ -138,7 +125,7 @@ def prepare_calibration(
     return calibration_set
 
 
-def _holds_batches(calibration: Any) -> bool:
+def holds_batches(calibration: Any) -> bool:
     return (
         isinstance(calibration, (list, tuple))
         and len(calibration) > 0

@@ -49,7 +49,7 @@ def shuffled_order(count: int, seed: int) -> list[int]:
 
 
 def _builtin(seed: int, limit: int, with_images: bool) -> Iterator[Sample]:
-    from .builtin_set import builtin_sample
+    from .builtin import builtin_sample
 
     for i in range(limit):
         yield parse_sample(builtin_sample(seed, i, with_images=with_images), f"built-in sample {i}")

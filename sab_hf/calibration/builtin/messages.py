@@ -6,8 +6,8 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from . import builtin_words as words
-from .builtin_drawing import Sheet, Turn, font, image_size, wrap
+from . import words
+from .drawing import Sheet, Turn, font, image_size, wrap
 
 _REASONS = (
     ("the meeting of our reading group", "We will talk about the new novel and choose the next one."),

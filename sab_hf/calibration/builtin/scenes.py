@@ -9,7 +9,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from .builtin_drawing import COLOURS, Turn, a, counted, image_size, listed, mix, number, sentence, shaded
+from .drawing import COLOURS, Turn, a, counted, image_size, listed, mix, number, sentence, shaded
 
 _SHAPES = ("circle", "square", "triangle", "star", "diamond", "hexagon", "cross", "heart", "ring", "oval")
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")

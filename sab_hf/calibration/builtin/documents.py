@@ -6,8 +6,8 @@ from random import Random
 
 from PIL import Image
 
-from . import builtin_words as words
-from .builtin_drawing import Sheet, Turn, counted, mix, sentence
+from . import words
+from .drawing import Sheet, Turn, counted, mix, sentence
 
 _PORTRAIT, _ANY = ((2, 3),), ((2, 3), (1, 1))
 _CURRENCIES = ("$", "EUR ", "GBP ")
