@@ -97,7 +97,7 @@ def answer_to(turns: list, start: str) -> str:
 
 def test_builtin_arithmetic_is_right():
     for seed in range(300):
-        for question, answer in builtin_set.builtin_tasks.arithmetic(random.Random(seed)):
+        for question, answer in builtin_set.tasks.arithmetic(random.Random(seed)):
             if answer.count("=") == 1 and question.startswith(("What is", "Compute", "Divide")):
                 left, right = answer.replace("×", "*").split("=")
                 assert eval(left) == int(right), (question, answer)
@@ -105,7 +105,7 @@ def test_builtin_arithmetic_is_right():
 
 def test_builtin_code_gives_what_it_says():
     for seed in range(100):
-        turns = builtin_set.builtin_tasks.code(random.Random(seed))
+        turns = builtin_set.tasks.code(random.Random(seed))
         text = "".join(question + answer for question, answer in turns)
         source = text.split("```python\n")[1].split("```")[0]
         question, answer = turns[-1]
@@ -117,7 +117,7 @@ def test_builtin_code_gives_what_it_says():
 
 def test_builtin_receipts_add_up():
     for seed in range(30):
-        _, turns = builtin_set.builtin_documents.receipt(random.Random(seed))
+        _, turns = builtin_set.documents.receipt(random.Random(seed))
         prices = [float(line.split(": ")[1]) for line in answer_to(turns, "Read all items").splitlines()]
         total = float(answer_to(turns, "What is the total").lstrip("$EURGBP "))
         assert total == pytest.approx(sum(prices))
@@ -125,7 +125,7 @@ def test_builtin_receipts_add_up():
 
 def test_builtin_pies_add_up_to_the_whole():
     for seed in range(60):
-        _, turns = builtin_set.builtin_charts.pie(random.Random(seed))
+        _, turns = builtin_set.charts.pie(random.Random(seed))
         shares = [int(item.split(": ")[1].rstrip("%. ")) for item in answer_to(turns, "List all slices").split("; ")]
         assert sum(shares) == 100
         assert len(set(shares)) == len(shares)

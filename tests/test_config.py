@@ -90,7 +90,7 @@ configs = st.builds(
     allow_text_only=st.booleans(),
     modules_to_not_convert=st.none() | st.lists(names, max_size=3),
     fit=st.sampled_from(["hessian", "elementwise"]),
-    damping=st.floats(1e-9, 1e3),
+    damping=st.floats(1e-6, 1e3),
     diff_quantile=st.floats(0, 1),
     modules=st.dictionaries(names, st.tuples(st.integers(1, MAX_PLANES), st.integers(0, 999)).map(list), max_size=3),
 )

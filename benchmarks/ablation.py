@@ -1,0 +1,60 @@
+"""Switch parts of the method on and off at one budget.
+
+    python benchmarks/ablation.py --model small --jobs 8 --seeds 0 1 --output ablation.json
+
+A row whose field `SABQuantizationConfig` does not have is named as not run. See README.md.
+"""
+
+from collections.abc import Sequence
+
+from fidelity import arguments, run
+from methods import FULL_PRECISION, OURS, bits_with_residual_columns
+from runner import Job
+
+VARIANTS: dict[str, dict] = {
+    "as it is": {},
+    "refinement 0 steps": {"refine_steps": 0},
+    "refinement 100 steps": {"refine_steps": 100},
+    "balance: token count": {"modality_balance": "tokens"},
+    "balance: text only": {"modality_balance": "text"},
+    "Λ = 1": {"significance": "none"},
+    "not refined, balance: token count": {"refine_steps": 0, "modality_balance": "tokens"},
+    "not refined, balance: text only": {"refine_steps": 0, "modality_balance": "text"},
+    "not refined, Λ = 1": {"refine_steps": 0, "significance": "none"},
+    "elementwise fit": {"fit": "elementwise"},
+    "not refined, elementwise fit": {"refine_steps": 0, "fit": "elementwise"},
+    "latent rate 5e-3": {"refine_latent_rate": 5e-3},
+    "latent rate 1e-2": {"refine_latent_rate": 1e-2},
+    "latent rate 4e-2": {"refine_latent_rate": 4e-2},
+    "scale rate 1e-3": {"refine_scale_rate": 1e-3},
+    "scale rate 2e-2": {"refine_scale_rate": 2e-2},
+    "refinement 1500 steps": {"refine_steps": 1500},
+}
+"""Name → fields that differ from `DEFAULTS`."""
+DEFAULTS = {"refine_steps": 400}
+RESIDUAL_SHARES = (0.0, 0.1, 0.25)
+SAMPLE_COUNTS = (32, 128, 512, 2048, 4096)
+
+
+def list_jobs(model: str, bits: float, seeds: Sequence[int]) -> list[Job]:
+    """Return all rows, seed after seed. bits: of the rows that are not about bits; model: folder."""
+    budgets = {share: bits_with_residual_columns(model, share) for share in RESIDUAL_SHARES}
+    bits = max(bits, budgets[0.0])
+    jobs = [Job(FULL_PRECISION, FULL_PRECISION)]
+    for seed in seeds:
+        jobs += [Job(name, OURS, seed, bits, DEFAULTS | options) for name, options in VARIANTS.items()]
+        jobs += [Job(f"residual columns {100 * s:.0f} %", OURS, seed, b, DEFAULTS) for s, b in budgets.items()]
+        jobs += [Job(f"{count} samples", OURS, seed, bits, DEFAULTS, count) for count in SAMPLE_COUNTS]
+    return jobs
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script."""
+    parser = arguments(__doc__)
+    parser.add_argument("--bits", type=float, default=1.15, help="budget of the rows that are not about bits")
+    args = parser.parse_args(argv)
+    run(list_jobs(args.model, args.bits, args.seeds), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Do one job: load the model, compress it by the job's method, measure it."""
+
+import dataclasses
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from baselines import BASELINES, Moments
+from measure import calibration_samples, load, measure, stored_dtype_bits
+from runner import Job, NotRunError, Settings
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+import sab_hf
+from sab_hf.binarize import language_linears
+from sab_hf.budget import Allocation, average_bits
+from sab_hf.calibration import IMAGE, TEXT, prepare_calibration
+from sab_hf.capture import BlockInputs
+from sab_hf.roles import find_roles
+
+FULL_PRECISION, OURS = "full precision", "sab_hf"
+
+
+def do(job: Job, settings: Settings) -> dict[str, Any]:
+    """Return the measures of one job; see `measure.measure`, and `bits`, the stored bits/weight."""
+    model, processor = load(settings.model, settings.device)
+    start = time.perf_counter()
+    row = compress(model, processor, job, settings)
+    row["quantize_seconds"] = round(time.perf_counter() - start, 1)
+    return row | measure(model, processor, settings.questions, settings.eval_batch)
+
+
+def compress(model: torch.nn.Module, processor: Any, job: Job, settings: Settings) -> dict[str, Any]:
+    """Compress the language Linears of `model` in place; return the stored bits and what else the method tells."""
+    if job.method == FULL_PRECISION:
+        return {"bits": stored_dtype_bits(settings.model)}
+    samples = calibration_samples(job.samples or settings.samples, job.seed)
+    if job.method == OURS:
+        return quantize_ours(model, processor, samples, job, settings)
+    if job.method in BASELINES:
+        return {"bits": quantize_baseline(model, processor, samples, job, settings)}
+    from packages import PACKAGES
+
+    return {"bits": PACKAGES[job.method](model, processor, samples, settings)}
+
+
+def quantize_ours(
+    model: torch.nn.Module, processor: Any, samples: list, job: Job, settings: Settings
+) -> dict[str, Any]:
+    """Binarize with `sab_hf.quantize`, as a user would."""
+    known = {f.name for f in dataclasses.fields(sab_hf.SABQuantizationConfig)}
+    if missing := sorted(job.options.keys() - known):
+        raise NotRunError(f"SABQuantizationConfig has no field {', '.join(missing)}")
+    common = {"num_samples": len(samples), "batch_size": settings.batch_size, "seed": job.seed}
+    bits = None if job.bits is None else max(job.bits, floor_bits(settings.model))
+    config = sab_hf.SABQuantizationConfig(bits=bits, **common | job.options)
+    logging.getLogger("sab_hf").setLevel(logging.WARNING)
+    record = sab_hf.quantize(model, processor, samples, config)
+    return {
+        "bits": sab_hf.report(model).bits,
+        "fit_error": sum(fit.error for fit in record.fits) / len(record.fits),
+        "block_errors": [list(refinement) for refinement in record.refinements],
+    }
+
+
+@torch.no_grad()
+def quantize_baseline(model: torch.nn.Module, processor: Any, samples: list, job: Job, settings: Settings) -> float:
+    """Replace each language Linear's weight by the method's dense approximation; return the mean stored bits/weight.
+
+    Blocks go in order and see the outputs of the compressed blocks before them, as with our own method.
+    """
+    roles = find_roles(model)
+    linears = language_linears(model, roles, [])
+    calibration = prepare_calibration(
+        samples, processor, model.config, num_samples=len(samples), seed=job.seed, batch_size=settings.batch_size
+    )
+    inputs = BlockInputs(model, roles.blocks, calibration.batches)
+    stored = 0.0
+    for index, block_name in enumerate(roles.blocks):
+        block = model.get_submodule(block_name)
+        own = {name: linear for name, linear in linears.items() if name.startswith(f"{block_name}.")}
+        moments = inputs.second_moments(block, index, own)
+        for name, linear in own.items():
+            by_modality = moments[name].matrices()
+            result = BASELINES[job.method](linear.weight, Moments(by_modality.get(TEXT), by_modality.get(IMAGE)))
+            linear.weight.copy_(result.weight)
+            stored += result.stored_bits * linear.weight.numel()
+        inputs.advance(block, index)
+    return stored / sum(linear.weight.numel() for linear in linears.values())
+
+
+def language_shapes(folder: str) -> dict[str, tuple[int, int]]:
+    """Return (out_features, in_features) of the Linears that all methods compress, without reading weights."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    linears = language_linears(model, find_roles(model), [])
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+
+
+def floor_bits(folder: str) -> float:
+    """Return the least stored bits/weight of the model in `folder`: one sign plane and its scales, rounded up to 1e-4."""
+    return bits_with_residual_columns(folder, 0.0)
+
+
+def bits_with_residual_columns(folder: str, fraction: float) -> float:
+    """Return the stored bits/weight of one plane and a residual plane on `fraction` of the columns, rounded up to 1e-4."""
+    shapes = language_shapes(folder)
+    significant = {name: int(fraction * in_features) // 8 * 8 for name, (_, in_features) in shapes.items()}
+    return math.ceil(average_bits(shapes, Allocation(1, significant)) * 1e4) / 1e4
