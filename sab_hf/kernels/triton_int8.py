@@ -51,11 +51,12 @@ def load_words(start, row, word, rows, here, STRIDE: tl.constexpr, NUM_WORDS: tl
     return tl.load(start + row[:, None] * STRIDE + word[None, :], mask=inside, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def int8_kernel(
     q_ptr, start_ptr, scale_ptr, signs_ptr, row_scale_ptr, residual_ptr, residual_row_scale_ptr, y_ptr,
     batch, rows, padded_words, steps,
-    PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr, RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
+    PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
+    RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, RESIDUAL_TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[b, i] = Σ over planes k of r_k[i] Σ over words of the word's product; each program makes `steps` tiles of ROWS rows.
