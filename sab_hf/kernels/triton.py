@@ -21,7 +21,8 @@ from .triton_prepare import quantize_kernel, scale_kernel
 from .triton_unpack import unpack_kernel
 
 DENSE_BYTES = 512 * 2**20
-"""Most bytes of unpacked weights at a time."""
+"""Most bytes of unpacked weights at a time, in whole tiles of the library's product:"""
+DENSE_ROWS = 128
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -184,7 +185,7 @@ def dot_product(x: Tensor, planes: Planes, tiles: cuda_tiles.DotTiles | None = N
 def dense_product(x: Tensor, planes: Planes) -> Tensor:
     """Unpack the weights in the dtype of x, at most `DENSE_BYTES` at a time, and multiply with the library."""
     chunks = -(-planes.rows * planes.in_features * x.element_size() // DENSE_BYTES)
-    size = -(-planes.rows // chunks // 128) * 128
+    size = -(-planes.rows // chunks // DENSE_ROWS) * DENSE_ROWS
     if size >= planes.rows:
         return x @ unpack(planes, x.dtype, 0, planes.rows).T
     y = x.new_empty(x.shape[0], planes.rows)

@@ -1,0 +1,198 @@
+"""The Triton kernels against a dense product in float64: in Triton's interpreter here, on a GPU with the marker `gpu`.
+
+bfloat16 runs on GPUs only: the interpreter mis-evaluates products of it.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_ops import inputs, operands
+from test_planes import random_planes
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+INTERPRETED = triton.knobs.runtime.interpret
+SIZES = [(6, 13, 1, 0), (9, 40, 2, 7), (37, 300, 1, 33), (5, 64, 2, 1), (3, 33, 3, 33), (1, 8, 4, 0)]
+GPU_SIZES = [
+    *SIZES,
+    (70, 530, 3, 530),
+    (129, 1000, 2, 100),
+    (256, 3584, 1, 358),
+    (515, 4304, 2, 1),
+    (64, 18944, 1, 1895),
+]
+GPU_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def test_kernels_pass_in_the_interpreter():
+    """Run the other tests of this file in a process of its own: the interpreter is chosen when Triton is imported."""
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip("this Triton's interpreter does not run with this NumPy")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the first test of this file starts")
+
+
+def kernels():
+    from sab_hf.kernels import triton as module
+
+    return module
+
+
+@functools.cache
+def problem(size: tuple[int, int, int, int], device: str):
+    planes = random_planes(*size, seed=sum(size))
+    return kernels().planes(*operands(planes, device)), planes.dense().double()
+
+
+def hold_exact(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes, scaled_dtype: torch.dtype) -> None:
+    """Hold `y` to float32 sums, one rounding of each scaled activation to `scaled_dtype`, and one of the result."""
+    x64 = x.cpu().double()
+    exact = x64 @ W.T
+    magnitude = x64.abs() @ magnitudes(planes).T
+    bound = torch.finfo(x.dtype).eps * exact.abs() + (torch.finfo(scaled_dtype).eps / 2 + 4e-6) * magnitude + 1e-6
+    assert y.shape == exact.shape
+    assert y.dtype == x.dtype
+    assert ((y.cpu().double() - exact).abs() <= bound).all()
+
+
+def magnitudes(planes) -> torch.Tensor:
+    """Return Σ_k |r_k| |c_k|ᵀ and the residual plane's, [n, m] float64: what rounding errors scale with."""
+    total = torch.einsum("kn,km->nm", planes.row_scale.double().abs(), planes.col_scale.double().abs())
+    if planes.columns is not None:
+        extra = torch.outer(planes.residual_row_scale.double().abs(), planes.residual_col_scale.double().abs())
+        total[:, planes.columns.long()] += extra
+    return total.cpu()
+
+
+def hold_int8(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes) -> None:
+    """Hold `y` to half a step of its word's scale for each scaled activation: |r| Σ_words 32 · max |c ⊙ x| / 254."""
+    x64, m = x.cpu().double(), W.shape[1]
+    exact = x64 @ W.T
+
+    def half_steps(scaled: torch.Tensor) -> torch.Tensor:  # [batch, columns] → [batch]
+        padded = torch.nn.functional.pad(scaled.abs(), (0, -scaled.shape[1] % 32)).unflatten(1, (-1, 32))
+        return (padded.amax(2) * 32 / 254).sum(1)
+
+    bound = torch.finfo(x.dtype).eps * exact.abs() + 1e-6
+    for r, c in zip(planes.row_scale.cpu().double(), planes.col_scale.cpu().double(), strict=True):
+        bound = bound + half_steps(x64 * c)[:, None] * r.abs() * 1.001
+    if planes.columns is not None:
+        scaled = x64[:, planes.columns.cpu().long()] * planes.residual_col_scale.cpu().double()
+        bound = bound + half_steps(scaled)[:, None] * planes.residual_row_scale.cpu().double().abs() * 1.001
+    assert y.shape == (x.shape[0], W.shape[0])
+    assert m == x.shape[1]
+    assert ((y.cpu().double() - exact).abs() <= bound).all()
+
+
+def check_all(size, dtype, batch, device):
+    planes, W = problem(size, device)
+    x = inputs(batch, size[1], dtype=dtype, seed=batch).to(device)
+    hold_exact(kernels().dot_product(x, planes), x, W, planes, dtype)
+    hold_exact(kernels().dense_product(x, planes), x, W, planes, dtype)
+    if batch <= 4:
+        hold_int8(kernels().int8_product(x, planes), x, W, planes)
+
+
+@interpreted
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float16, 1), (torch.float32, 2)])
+def test_kernels_equal_dense_matmul(size, dtype, batch):
+    check_all(size, dtype, batch, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("size", GPU_SIZES)
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+@pytest.mark.parametrize("batch", [1, 3, 16, 70])
+def test_kernels_equal_dense_matmul_on_gpu(size, dtype, batch):
+    check_all(size, dtype, batch, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("batch", [1, 16, 70])
+def test_results_do_not_change_from_run_to_run_on_gpu(batch):
+    planes, _ = problem((256, 3584, 1, 358), "cuda")
+    x = inputs(batch, 3584).bfloat16().cuda()
+    first = kernels().linear(x, planes, False)
+    assert all(torch.equal(kernels().linear(x, planes, False), first) for _ in range(20))
+
+
+@interpreted
+def test_rows_shared_among_programs_add_up():
+    from sab_hf.kernels.cuda_tiles import DotTiles
+
+    planes, W = problem((37, 300, 1, 33), "cpu")
+    x = inputs(3, 300)
+    y = kernels().dot_product(x, planes, DotTiles(16, 16, 16, 3, 4, 2))
+    hold_exact(y, x, W, planes, torch.float32)
+
+
+@interpreted
+def test_programs_of_several_tiles_make_every_row():
+    from sab_hf.kernels.cuda_tiles import Int8Tiles
+
+    planes, W = problem((37, 300, 1, 33), "cpu")
+    x = inputs(2, 300)
+    hold_int8(kernels().int8_product(x, planes, Int8Tiles(4, 16, 16, 3)), x, W, planes)
+
+
+@interpreted
+def test_strided_inputs():
+    planes, W = problem((9, 40, 2, 7), "cpu")
+    x = inputs(40, 6).T[::2]
+    hold_exact(kernels().dot_product(x, planes), x, W, planes, torch.float32)
+    hold_int8(kernels().int8_product(x, planes), x, W, planes)
+
+
+@interpreted
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_never_give_finite_numbers(value):
+    planes, _ = problem((9, 40, 2, 0), "cpu")
+    x = inputs(1, 40)
+    x[0, 3] = value
+    assert not kernels().int8_product(x, planes).isfinite().any()
+
+
+@interpreted
+def test_int8_products_of_nothing_are_nothing():
+    planes, _ = problem((9, 40, 2, 7), "cpu")
+    assert torch.equal(kernels().int8_product(torch.zeros(1, 40), planes), torch.zeros(1, 9))
+
+
+@interpreted
+def test_outlier_channels_spoil_their_own_word_only():
+    """One channel 1,000 times the others: the error of all other words stays as it was."""
+    planes, W = problem((37, 300, 1, 0), "cpu")
+    x = inputs(1, 300)
+    plain = (kernels().int8_product(x, planes).double() - x.double() @ W.T).norm()
+    x[0, 5] *= 1000
+    exact = x.double() @ W.T
+    error = (kernels().int8_product(x, planes).double() - exact).norm()
+    assert error / exact.norm() < 0.01
+    assert error > plain
+
+
+@interpreted
+def test_unpacking_in_parts_gives_the_same_product(monkeypatch):
+    planes, W = problem((37, 300, 1, 33), "cpu")
+    monkeypatch.setattr(kernels(), "DENSE_BYTES", 20 * 300 * 4)
+    monkeypatch.setattr(kernels(), "DENSE_ROWS", 8)
+    x = inputs(5, 300)
+    hold_exact(kernels().dense_product(x, planes), x, W, planes, torch.float32)
