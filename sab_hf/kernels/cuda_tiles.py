@@ -16,7 +16,7 @@ class Int8Tiles(NamedTuple):
 
 
 class DotTiles(NamedTuple):
-    """Tiles of the tensor-core kernel: rows, words, inputs; programs that share a row; warps and pipeline stages."""
+    """Tiles of the tensor-core kernel: rows, words, inputs; programs that share a row; warps, stages, bits a round."""
 
     rows: int
     words: int
@@ -24,6 +24,7 @@ class DotTiles(NamedTuple):
     splits: int
     warps: int
     stages: int
+    bits: int = 1
 
 
 INT8_BATCH = 4

@@ -177,7 +177,8 @@ def dot_product(x: Tensor, planes: Planes, tiles: cuda_tiles.DotTiles | None = N
         dot_kernel, grid, u, *_weight_arguments(planes), y, partial, counters, batch, planes.rows, padded,
         PLANES=planes.num_planes, NUM_WORDS=num_words, STRIDE=stride, RESIDUAL_WORDS=residual,
         RESIDUAL_STRIDE=planes.residual_words.shape[-1] if residual else 0, ROWS=tiles.rows, WORDS=tiles.words,
-        BATCH=tiles.batch, SPLITS=tiles.splits, PDL=_pdl(x), num_warps=tiles.warps, num_stages=tiles.stages,
+        BATCH=tiles.batch, SPLITS=tiles.splits, BITS=tiles.bits, PDL=_pdl(x),
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y
 

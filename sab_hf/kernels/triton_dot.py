@@ -32,20 +32,24 @@ def _signs(half, bit: tl.constexpr, u_ptr):
 @triton.jit
 def _plane_products(
     acc, u_ptr, start, row, rows, column, batch, padded_words, first, last,
-    STRIDE: tl.constexpr, NUM_WORDS: tl.constexpr, WORDS: tl.constexpr,
+    STRIDE: tl.constexpr, NUM_WORDS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Add to `acc` [ROWS, BATCH] the products of one plane's tiles of words `first` to `last` - 1."""
-    for t in range(first, last):
-        word = t * WORDS + tl.arange(0, WORDS)
-        words = load_words(start, row, word, rows, True, STRIDE, NUM_WORDS)
+    """Add to `acc` [ROWS, BATCH] the products of one plane's tiles of words `first` to `last` - 1, BITS bits a round."""
+    rounds: tl.constexpr = 16 // BITS
+    for step in range(first * rounds, last * rounds):
+        word = step // rounds * WORDS + tl.arange(0, WORDS)
+        words = load_words(start, row, word, rows, word < NUM_WORDS, STRIDE)
+        if rounds > 1:
+            words >>= step % rounds * BITS
         low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
         inside = (word < NUM_WORDS)[:, None] & (column < batch)[None, :]
         u = u_ptr + column[None, :] * padded_words + word[:, None]
-        for bit in tl.static_range(16):
+        for i in tl.static_range(BITS):
+            bit = step % rounds * BITS + i
             u_low = tl.load(u + bit * batch * padded_words, mask=inside, other=0.0)
             u_high = tl.load(u + (bit + 16) * batch * padded_words, mask=inside, other=0.0)
-            acc = tl.dot(_signs(low, bit, u_ptr), u_low, acc, input_precision="ieee")
-            acc = tl.dot(_signs(high, bit, u_ptr), u_high, acc, input_precision="ieee")
+            acc = tl.dot(_signs(low, i, u_ptr), u_low, acc, input_precision="ieee")
+            acc = tl.dot(_signs(high, i, u_ptr), u_high, acc, input_precision="ieee")
     return acc
 
 
@@ -55,7 +59,7 @@ def dot_kernel(
     batch, rows, padded_words,
     PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
     RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[b, i] = Σ over planes k of r_k[i] (B_k u_k)[i, b], the words of each plane shared among SPLITS programs.
 
@@ -74,7 +78,7 @@ def dot_kernel(
         acc = _plane_products(
             tl.zeros([ROWS, BATCH], tl.float32), u_ptr + plane * 32 * batch * padded_words,
             signs_ptr + tl.full([], plane, tl.int64) * rows * STRIDE, row, rows, column, batch, padded_words,
-            split * tiles // SPLITS, (split + 1) * tiles // SPLITS, STRIDE, NUM_WORDS, WORDS,
+            split * tiles // SPLITS, (split + 1) * tiles // SPLITS, STRIDE, NUM_WORDS, WORDS, BITS,
         )  # fmt: skip
         total += acc * tl.load(row_scale_ptr + plane * rows + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     if RESIDUAL_WORDS:
@@ -83,7 +87,7 @@ def dot_kernel(
             tl.zeros([ROWS, BATCH], tl.float32), u_ptr + PLANES * 32 * batch * padded_words, residual_ptr,
             row, rows, column, batch, padded_words,
             split * residual_tiles // SPLITS, (split + 1) * residual_tiles // SPLITS,
-            RESIDUAL_STRIDE, RESIDUAL_WORDS, WORDS,
+            RESIDUAL_STRIDE, RESIDUAL_WORDS, WORDS, BITS,
         )  # fmt: skip
         total += acc * tl.load(residual_row_scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     inside = (row < rows)[:, None] & (column < batch)[None, :]
@@ -91,7 +95,7 @@ def dot_kernel(
     if SPLITS == 1:
         tl.store(y_ptr + target, total.to(y_ptr.dtype.element_ty), mask=inside)
     else:
-        size = batch.to(tl.int64) * rows
+        size = tl.full([], 1, tl.int64) * batch * rows
         tl.store(partial_ptr + split * size + target, total, mask=inside)
         tl.debug_barrier()  # all of this program's sums are written before it is counted
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)

@@ -44,8 +44,8 @@ def quantize_kernel(
         scale: [P] float32, an eighth of the step; NaN where the inputs are not finite.
     """
     if PDL:
+        cuda.gdc_launch_dependents()  # the product may load weights meanwhile; it waits for this kernel before activations
         cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
     plane, batch = tl.program_id(1), tl.program_id(2)
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     u = _scaled(
@@ -76,8 +76,8 @@ def scale_kernel(
 ):  # fmt: skip
     """Write c ⊙ x in the dtype of u: [plane, bit, input, word], and set the counters of the product's splits to zero."""
     if PDL:
+        cuda.gdc_launch_dependents()  # the product may load weights meanwhile; it waits for this kernel before activations
         cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
     plane, batch = tl.program_id(1), tl.program_id(2)
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     u = _scaled(
