@@ -16,6 +16,13 @@ MAX_PLANES = 8
 """Most full planes a matrix may have. The sign sweep compares 2^(planes + 1) levels for each weight."""
 
 _NOT_SERIALIZED = ("calibration", "processor")
+_CHOICES = {
+    "fit": ("hessian", "elementwise"),
+    "modality_balance": ("equal", "tokens", "text"),
+    "significance": ("gradient", "paper", "none"),
+    "budget": ("sensitivity", "uniform"),
+    "refine_loss": ("balanced", "gradient"),
+}
 
 
 @register_quantization_config("sab")
@@ -46,12 +53,22 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     Attributes:
         fit: `"hessian"` minimizes the error of the layer's output (method §4); `"elementwise"` is the closed form of the
             paper's weighted objective, without second moments: far cheaper, far less accurate.
+        modality_balance: how the second moments of the modalities are mixed: `"equal"` parts, by `"tokens"`, or `"text"` alone,
+            as the published method does for its error feedback.
+        significance: the sensitivity behind the significance map and the budget. `"gradient"` multiplies the paper's S by the
+            squared gradient of the loss at each output feature, from one backward pass, so that ρ and Λ vary over rows as well;
+            `"paper"` is the paper's S, constant down each column in its ρ and Λ; `"none"` sets Λ = 1.
+        budget: `"sensitivity"` spends bits across all layers where they lower the loss most; `"uniform"` gives every matrix the
+            same planes and the same share of significant columns.
+        sensitivity_samples: calibration samples of the pass that measures gradients and column scores for these two.
         alternations: rounds of the alternating fit; the best round by objective is kept.
         damping: added to the diagonal of a second-moment matrix, as a share of its mean; 0.01 as in GPTQ. Below 1e-6, float32
             no longer inverts the matrix.
         refine_steps: steps of block refinement (method §5), which trains scales, signs, norms and biases of a block to give
             the full-precision block's output. None: 400 on a GPU, 50 on a CPU; 0 turns it off.
         refine_batch: calibration samples of one step.
+        refine_loss: `"balanced"` squared error, modalities in equal parts; `"gradient"` weighs it by the squared gradient of the
+            model's loss at each feature of the block's output, by modality.
         refine_scale_rate: Adam's learning rate for scales (relative to their size), norms and biases; 2e-3 to 1e-2 measured
             alike.
         refine_latent_rate: the same for the latent weights behind the signs, which start at ±0.5.
@@ -80,6 +97,10 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] | None = None
     processor: Any = None
     fit: str = "hessian"
+    modality_balance: str = "equal"
+    significance: str = "gradient"
+    budget: str = "sensitivity"
+    sensitivity_samples: int = 64
     alternations: int = 15
     damping: float = 0.01
     block_size: int = 128
@@ -88,6 +109,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     sparsity_threshold: float = 0.005
     refine_steps: int | None = None
     refine_batch: int = 32
+    refine_loss: str = "balanced"
     refine_scale_rate: float = 5e-3
     refine_latent_rate: float = 2e-2
     modules: dict[str, list[int]] = field(default_factory=dict)
@@ -109,6 +131,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         if self.refine_steps is not None:
             _check_integer(self, "refine_steps", 0)
         _check_integer(self, "refine_batch", 1)
+        _check_integer(self, "sensitivity_samples", 1)
         _check_number(self, "refine_scale_rate", 0, 1, open_low=True)
         _check_number(self, "refine_latent_rate", 0, 1, open_low=True)
         _check_number(self, "damping", 1e-6, 1e3)
@@ -117,8 +140,9 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         _check_number(self, "sparsity_threshold", 0, 1)
         if not isinstance(self.allow_text_only, bool):
             raise ValueError(f"`allow_text_only` must be True or False, got {self.allow_text_only!r}")
-        if self.fit not in ("hessian", "elementwise"):
-            raise ValueError(f"`fit` must be 'hessian' or 'elementwise', got {self.fit!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}")
         self._check_modules()
 
     def _check_modules(self) -> None:
