@@ -19,6 +19,7 @@ def sab_linear(
     residual_signs: Tensor | None,
     residual_row_scale: Tensor | None,
     residual_col_scale: Tensor | None,
+    exact: bool = False,
 ) -> Tensor:
     """Multiply inputs by a matrix of sign planes, `y = x Wᵀ`, reading the packed planes one at a time.
 
@@ -30,10 +31,27 @@ def sab_linear(
             col_scale: [K, in_features] float16: the full planes, as in `packing.py`.
         significant_columns: [⌈in_features/8⌉] uint8, residual_signs: [out_features, ⌈k/8⌉] uint8,
             residual_row_scale: [out_features] float16, residual_col_scale: [k] float16: the residual plane, or None.
+        exact: compute in the dtype of `x`; otherwise a device's kernel may round the scaled activations to int8 (with a
+            scale per small group of columns) where that is faster. This implementation is exact either way.
     Returns:
         [..., out_features], dtype of `x`.
     """
-    in_features = _check_width(x, col_scale)
+    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
+    return reference(x, signs, row_scale, col_scale, *residual)
+
+
+def reference(
+    x: Tensor,
+    signs: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor,
+    significant_columns: Tensor | None,
+    residual_signs: Tensor | None,
+    residual_row_scale: Tensor | None,
+    residual_col_scale: Tensor | None,
+) -> Tensor:
+    """Compute `sab::linear` with PyTorch's own operations, on any device: what every kernel must equal."""
+    in_features = check_width(x, col_scale)
     inputs = x.reshape(-1, in_features).float()
     y = torch.zeros(inputs.shape[0], signs.shape[1], dtype=torch.float32, device=x.device)
     for packed, r, c in zip(signs, row_scale, col_scale, strict=True):
@@ -45,7 +63,7 @@ def sab_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _check_width(x: Tensor, col_scale: Tensor) -> int:
+def check_width(x: Tensor, col_scale: Tensor) -> int:
     in_features = col_scale.shape[1]
     torch._check(x.shape[-1] == in_features, lambda: f"input has {x.shape[-1]} features, not {in_features}")
     return in_features
@@ -58,7 +76,15 @@ def _plane_matmul(x: Tensor, packed: Tensor, row_scale: Tensor, col_scale: Tenso
 
 @sab_linear.register_fake
 def _(
-    x, signs, row_scale, col_scale, significant_columns, residual_signs, residual_row_scale, residual_col_scale
+    x,
+    signs,
+    row_scale,
+    col_scale,
+    significant_columns,
+    residual_signs,
+    residual_row_scale,
+    residual_col_scale,
+    exact=False,
 ) -> Tensor:
-    _check_width(x, col_scale)
+    check_width(x, col_scale)
     return x.new_empty(*x.shape[:-1], signs.shape[1])

@@ -91,3 +91,8 @@ class SABHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` with a static cache may compile the model: `SABLinear` is one custom op, without a graph break."""
+        return True

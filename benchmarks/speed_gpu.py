@@ -1,0 +1,96 @@
+"""One product on a GPU: packed planes against cuBLAS in bf16, weights rotating through more than the caches hold."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timing import copy_bandwidth, median_graph_us
+
+from sab_hf.linear import SABLinear  # noqa: F401  registers the op's implementations
+from sab_hf.ops import sab_linear
+from sab_hf.packing import stored_bytes
+
+ROTATING_BYTES = 120e6
+SHAPES = [(37888, 3584), (18944, 3584), (3584, 18944), (3584, 3584)]
+SCHEMES = {"one plane": (1, 0.0), "one plane + 10 %": (1, 0.1), "two planes": (2, 0.0)}
+HEAD = (152064, 3584)
+
+
+def cases() -> list[dict[str, Any]]:
+    """Return what is measured, the most important first."""
+    decode = [{"shape": shape, "scheme": scheme, "batch": 1, "exact": False} for shape in SHAPES for scheme in SCHEMES]
+    head = [{"shape": HEAD, "scheme": "four planes", "batch": 1, "exact": False}]
+    batches = [
+        {"shape": SHAPES[0], "scheme": "one plane", "batch": batch, "exact": exact}
+        for batch, exact in ((16, False), (1, True), (256, False), (2048, False), (4, False), (8, False), (64, False))
+    ]
+    return decode + head + batches
+
+
+def random_operands(out_features: int, in_features: int, num_planes: int, num_significant: int) -> tuple:
+    """Return random packed tensors on the GPU in the order of the op's arguments, scales float16 around 1e-2."""
+
+    def scales(*shape: int) -> torch.Tensor:
+        return (torch.rand(shape, device="cuda") * 0.02 + 0.01).half()
+
+    def signs(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+
+    row_bytes = math.ceil(in_features / 8)
+    packed = signs(num_planes, out_features, row_bytes)
+    full = (packed, scales(num_planes, out_features), scales(num_planes, in_features))
+    if not num_significant:
+        return (*full, None, None, None, None)
+    mask = torch.zeros(row_bytes * 8, dtype=torch.uint8, device="cuda")
+    mask[torch.randperm(in_features, device="cuda")[:num_significant]] = 1
+    columns = (mask.view(-1, 8) << torch.arange(8, device="cuda")).sum(1, dtype=torch.uint8)
+    residual = (signs(out_features, math.ceil(num_significant / 8)), scales(out_features), scales(num_significant))
+    return (*full, columns, *residual)
+
+
+def dense_us(shape: tuple[int, int], batch: int) -> float:
+    """Return microseconds of one bf16 product by cuBLAS."""
+    n, m = shape
+    copies = max(2, math.ceil(ROTATING_BYTES / (2 * n * m)))
+    weights = [torch.randn(n, m, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+    x = torch.randn(batch, m, dtype=torch.bfloat16, device="cuda")
+    return median_graph_us([lambda W=W: torch.nn.functional.linear(x, W) for W in weights])
+
+
+def packed_us(shape: tuple[int, int], num_planes: int, part: float, batch: int, exact: bool) -> float:
+    """Return microseconds of one `sab::linear`, activations bf16, the preparation of the activations included."""
+    n, m = shape
+    k = round(part * m)
+    copies = math.ceil(ROTATING_BYTES / stored_bytes(n, m, num_planes, k))
+    operands = [random_operands(n, m, num_planes, k) for _ in range(max(2, copies))]
+    x = torch.randn(batch, m, dtype=torch.bfloat16, device="cuda")
+    return median_graph_us([lambda o=o: sab_linear(x, *o, exact) for o in operands])
+
+
+def run(save: Callable[[dict[str, Any]], None], progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every case; `save` is called with all results after each."""
+    results: dict[str, Any] = {"copy_GB/s": copy_bandwidth("cuda", 2**30), "rows": []}
+    dense: dict[tuple, float] = {}
+    for case in cases():
+        shape, batch = tuple(case["shape"]), case["batch"]
+        planes, part = SCHEMES.get(case["scheme"], (4, 0.0))
+        try:
+            if (shape, batch) not in dense:
+                dense[shape, batch] = dense_us(shape, batch)
+            us = packed_us(shape, planes, part, batch, case["exact"])
+        except Exception as error:  # the other cases are still worth having
+            results["rows"].append(case | {"error": repr(error)})
+        else:
+            nbytes = stored_bytes(*shape, planes, round(part * shape[1]))
+            bandwidth = nbytes / us / 1e3
+            results["rows"].append(
+                case | {
+                    "us": us, "dense_us": dense[shape, batch], "ratio": dense[shape, batch] / us, "GB/s": bandwidth,
+                    "share_of_copy": bandwidth / results["copy_GB/s"],
+                }
+            )  # fmt: skip
+        progress(str(results["rows"][-1]))
+        save(results)
+        torch.cuda.empty_cache()
+    return results

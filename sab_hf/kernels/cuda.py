@@ -1,0 +1,104 @@
+"""`sab::linear` on CUDA devices: Triton kernels where they run, else PyTorch's operations, and a word in the log."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..ops import check_width, reference, sab_linear
+
+logger = logging.getLogger(__name__)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LEAST_CAPABILITY = (7, 5)
+
+
+@sab_linear.register_kernel("cuda")
+def linear(
+    x: Tensor,
+    signs: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor,
+    significant_columns: Tensor | None,
+    residual_signs: Tensor | None,
+    residual_row_scale: Tensor | None,
+    residual_col_scale: Tensor | None,
+    exact: bool = False,
+) -> Tensor:
+    """Compute `ops.sab_linear` on the device of `x`; without a kernel for it, as PyTorch does, after one warning."""
+    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
+    operands = (signs, row_scale, col_scale, *residual)
+    check_operands(x, operands)
+    in_features = check_width(x, col_scale)
+    inputs = x.reshape(-1, in_features)
+    reason = why_no_kernel(x.device.index, x.dtype)
+    if reason is not None:
+        warn_once(reason)
+        return reference(x, *operands)
+    if 0 in inputs.shape or 0 in signs.shape:
+        return reference(x, *operands)
+    from . import triton as kernels
+
+    with torch.cuda.device(x.device):
+        y = kernels.linear(inputs, kernels.planes(*operands), exact)
+    return y.reshape(*x.shape[:-1], signs.shape[1])
+
+
+def check_operands(x: Tensor, operands: tuple[Tensor | None, ...]) -> None:
+    """Raise unless every packed tensor is on the device of `x`, with the dtype and shape that `packing.py` specifies.
+
+    Kernels read memory by these shapes; PyTorch's operations would find a mistake by themselves, they would not.
+
+    Raises:
+        ValueError: names the tensor, what it must be and what it is.
+    """
+    signs, row_scale, col_scale, significant, residual_signs, residual_row_scale, residual_col_scale = operands
+    (planes, rows), columns = row_scale.shape, col_scale.shape[-1]
+    row_bytes = (columns + 7) // 8
+    wanted = {
+        "signs": (signs, torch.uint8, (planes, rows, row_bytes)),
+        "row_scale": (row_scale, torch.float16, (planes, rows)),
+        "col_scale": (col_scale, torch.float16, (planes, columns)),
+    }
+    if significant is not None:
+        count = residual_col_scale.numel()
+        wanted |= {
+            "significant_columns": (significant, torch.uint8, (row_bytes,)),
+            "residual_signs": (residual_signs, torch.uint8, (rows, (count + 7) // 8)),
+            "residual_row_scale": (residual_row_scale, torch.float16, (rows,)),
+            "residual_col_scale": (residual_col_scale, torch.float16, (count,)),
+        }
+    for name, (tensor, dtype, shape) in wanted.items():
+        if tensor.device != x.device or tensor.dtype != dtype or tensor.shape != shape:
+            raise ValueError(
+                f"`{name}` must be {dtype} {list(shape)} on {x.device}, where the input is, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+
+
+@cache
+def why_no_kernel(device: int, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot run for inputs of this dtype on this device, or None if they can."""
+    if dtype not in KERNEL_DTYPES:
+        return f"no kernel computes in {dtype} (they do in float16, bfloat16 and float32)"
+    if torch.version.cuda is None:
+        return "the kernels are for NVIDIA devices, and this PyTorch is not a CUDA build"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return (
+            f"compute capability {capability[0]}.{capability[1]} is below {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
+        )
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} has no bfloat16; load the model with dtype float16"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (`pip install triton`)"
+    return None
+
+
+@cache
+def warn_once(reason: str) -> None:
+    """Say once for each reason that the slow path is taken."""
+    logger.warning("sab::linear runs on PyTorch's operations, slowly: %s", reason)
