@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,10 @@ class SABLinear(nn.Module):
         tensors: the packed tensors by name, as `packing.to_tensors` gives them.
         in_features: columns of the matrix.
         bias: [out_features] floating point, or None.
+
+    Attributes:
+        exact: compute in the dtype of the input; otherwise kernels may round activations to int8 where that is faster.
+            False, unless the environment variable `SAB_EXACT` is 1 when the module is made.
     """
 
     def __init__(self, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None = None):
@@ -40,6 +46,7 @@ class SABLinear(nn.Module):
         if bias is not None and bias.shape != (out_features,):
             raise ValueError(f"`bias` must be [{out_features}], got {list(bias.shape)}")
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.exact = os.environ.get("SAB_EXACT", "0") == "1"
 
     @classmethod
     def from_planes(cls, planes: SignPlanes, bias: Tensor | None = None) -> SABLinear:
@@ -71,7 +78,8 @@ class SABLinear(nn.Module):
                 self.residual_row_scale.view(torch.float16),
                 self.residual_col_scale.view(torch.float16),
             )
-        y = sab_linear(x, self.signs, self.row_scale.view(torch.float16), self.col_scale.view(torch.float16), *residual)
+        scales = self.row_scale.view(torch.float16), self.col_scale.view(torch.float16)
+        y = sab_linear(x, self.signs, *scales, *residual, self.exact)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ def sab_linear(
     residual_signs: Tensor | None,
     residual_row_scale: Tensor | None,
     residual_col_scale: Tensor | None,
+    exact: bool = False,
 ) -> Tensor:
     """Multiply inputs by a matrix of sign planes, `y = x Wᵀ`, reading the packed planes one at a time.
 
@@ -30,6 +31,8 @@ def sab_linear(
             col_scale: [K, in_features] float16: the full planes, as in `packing.py`.
         significant_columns: [⌈in_features/8⌉] uint8, residual_signs: [out_features, ⌈k/8⌉] uint8,
             residual_row_scale: [out_features] float16, residual_col_scale: [k] float16: the residual plane, or None.
+        exact: compute in the dtype of `x`; otherwise a device's kernel may round the scaled activations to int8 (with a
+            scale per small group of columns) where that is faster. This implementation is exact either way.
     Returns:
         [..., out_features], dtype of `x`.
     """
@@ -58,7 +61,15 @@ def _plane_matmul(x: Tensor, packed: Tensor, row_scale: Tensor, col_scale: Tenso
 
 @sab_linear.register_fake
 def _(
-    x, signs, row_scale, col_scale, significant_columns, residual_signs, residual_row_scale, residual_col_scale
+    x,
+    signs,
+    row_scale,
+    col_scale,
+    significant_columns,
+    residual_signs,
+    residual_row_scale,
+    residual_col_scale,
+    exact=False,
 ) -> Tensor:
     _check_width(x, col_scale)
     return x.new_empty(*x.shape[:-1], signs.shape[1])

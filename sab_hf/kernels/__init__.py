@@ -1,0 +1,1 @@
+"""Implementations of `sab::linear` by device; the PyTorch one in `ops.py` specifies them."""
