@@ -9,8 +9,7 @@ from .packing import unpack_bits
 from .planes import signs_to
 
 
-@torch.library.custom_op("sab::linear", mutates_args=())
-def sab_linear(
+def linear_reference(
     x: Tensor,
     signs: Tensor,
     row_scale: Tensor,
@@ -46,6 +45,9 @@ def sab_linear(
         columns = torch.nonzero_static(mask, size=residual_col_scale.numel()).squeeze(1)  # no wait for the device
         y += _plane_matmul(inputs[:, columns], residual_signs, residual_row_scale, residual_col_scale)
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+sab_linear = torch.library.custom_op("sab::linear", linear_reference, mutates_args=())
 
 
 def _check_width(x: Tensor, col_scale: Tensor) -> int:
