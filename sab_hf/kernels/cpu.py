@@ -59,7 +59,7 @@ def linear(
         packed = (*packed, significant_columns, residual_signs, residual_row_scale, residual_col_scale)
     if kernels is None or dtype is None:
         return linear_reference(x, *packed, *(None,) * (len(_NAMES) - len(packed)), exact)
-    if not all([tensor.is_contiguous() for tensor in packed]):
+    if not all(tensor.is_contiguous() for tensor in packed):
         packed = tuple(tensor.contiguous() for tensor in packed)
     matrix = _matrix(kernels, packed)
     columns = matrix.columns

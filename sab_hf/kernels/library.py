@@ -22,7 +22,7 @@ PYTORCH = "torch"  # the value of the switch that turns the kernels off
 class Matrix(Structure):
     """`sab_matrix` of csrc/sab_cpu.h: sizes, and addresses of the packed tensors and of their kernel layouts."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, c_int64) for name in ("rows", "columns", "planes", "significant")),
         *(
             (name, c_void_p)
