@@ -72,6 +72,7 @@ def test_build_writes_a_library_that_loads(tmp_path):
 def test_versions_of_header_and_package_agree():
     header = (build.HERE / "csrc" / "sab_cpu.h").read_text()
     assert int(re.search(r"#define SAB_CPU_ABI (\d+)", header).group(1)) == library.ABI
+    assert library.LIBRARY == build.LIBRARY
 
 
 def test_a_named_compiler_that_is_missing_is_an_error(monkeypatch):

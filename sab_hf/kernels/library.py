@@ -9,10 +9,9 @@ import os
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
-from .build import LIBRARY
-
 logger = logging.getLogger(__name__)
 
+LIBRARY = Path(__file__).with_name("sab_cpu.so")  # what build.py writes; not imported, as it is also run by `-m`
 ABI = 1  # SAB_CPU_ABI in csrc/sab_cpu.h
 NAMES = ("avx512", "avx2", "neon", "portable")
 SWITCH = "SAB_CPU_ISA"
