@@ -17,11 +17,13 @@ from .budget import allocate, average_bits
 from .calibration import MODALITY_NAMES, CalibrationSet, holds_batches, prepare_calibration
 from .capture import BlockInputs
 from .config import SABQuantizationConfig
+from .embedding import SABTiedHead
 from .fit import fit_planes, fit_planes_elementwise
 from .hessian import SecondMoments, damp, mix
-from .linear import SABLinear, replace_module
+from .linear import SABLinear, SABModule, replace_module
 from .planes import SignPlanes
 from .refine import RefineResult, RefineSettings, refine_block
+from .rest import binarize_rest, plan_rest
 from .roles import Roles, find_roles
 from .sensitivity import LinearSensitivity, Sensitivity, measure_sensitivity
 from .significance import significance_map, significant_columns
@@ -41,11 +43,13 @@ class Plan:
         roles: the parts of the model.
         modules: name → [full planes, significant columns] of each Linear to binarize; where `bits` go by sensitivity, the sizes
             are those of an even budget until it is measured.
+        rest: name → full planes of each matrix outside the language blocks.
         calibration: the processed calibration set.
     """
 
     roles: Roles
     modules: dict[str, list[int]]
+    rest: dict[str, int]
     calibration: CalibrationSet
 
 
@@ -123,15 +127,17 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     Raises:
         ValueError: see `quantize`.
     """
-    packed = next((name for name, module in model.named_modules() if isinstance(module, SABLinear)), None)
+    packed = next((name for name, module in model.named_modules() if isinstance(module, SABModule)), None)
     if packed or getattr(model, "quantization_method", "sab") != "sab":
         raise ValueError(
             f"{type(model).__name__} is quantized already ({packed or str(model.quantization_method)}); start from the dense "
             "checkpoint, or call `model.dequantize()` first"
         )
     roles = find_roles(model)
-    linears = language_linears(model, roles, config.modules_to_not_convert or [])
+    rest, skipped = plan_rest(model, roles, config), config.modules_to_not_convert or []
+    linears = language_linears(model, roles, skipped, others=tuple(rest))
     modules = allocate(_shapes(linears), config.bits)
+    rest = {name: planes for name, planes in rest.items() if not _is_skipped(name, skipped)}
     samples = config.calibration if samples is None else samples
     processor = config.processor if processor is None else processor
     if not holds_batches(samples):
@@ -146,7 +152,7 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
         batch_size=config.batch_size,
         allow_text_only=config.allow_text_only,
     )
-    return Plan(roles, modules, calibration)
+    return Plan(roles, modules, rest, calibration)
 
 
 def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> QuantizationRecord:
@@ -163,10 +169,17 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
     training = model.training
     model.eval()
     try:
-        modules = _run_blocks(model, plan, config, record)
+        with record.stages.measure("towers, embedding, head"):
+            rest = binarize_rest(model, plan.roles, plan.rest, plan.calibration.batches, config) if plan.rest else {}
+        modules = _run_blocks(model, plan, config, record) | rest
     finally:
         model.train(training)
-    _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | {"modules": modules}))
+    _attach(
+        model,
+        SABQuantizationConfig.from_dict(
+            config.to_dict() | {"modules": modules, "tied_head": isinstance(model.get_output_embeddings(), SABTiedHead)}
+        ),
+    )
     record.seconds = time.perf_counter() - start
     logger.info("binarized %d Linears in %.0f s", len(record.fits), record.seconds)
     return record
@@ -325,8 +338,14 @@ def _column_share(W: Tensor, sensitivity: LinearSensitivity | None, columns: Ten
     return {name: score / total for name, score in scores.items()} if total else {}
 
 
-def language_linears(model: nn.Module, roles: Roles, skipped: list[str]) -> dict[str, nn.Linear]:
+def language_linears(
+    model: nn.Module, roles: Roles, skipped: list[str], others: tuple[str, ...] = ()
+) -> dict[str, nn.Linear]:
     """Return the Linears of the language blocks by name, without those that `skipped` names.
+
+    Args:
+        skipped: entries as in `modules_to_not_convert`.
+        others: names outside the language blocks that an entry may also mean.
 
     Raises:
         ValueError: an entry of `skipped` matches nothing, or nothing is left.
@@ -345,20 +364,20 @@ def language_linears(model: nn.Module, roles: Roles, skipped: list[str]) -> dict
                     "are not supported yet and would stay dense"
                 )
     for entry in skipped:
-        if not any(_matches(name, entry) for name in linears):
+        if not any(_is_skipped(name, [entry]) for name in (*linears, *others)):
             raise ValueError(
-                f"`modules_to_not_convert` entry {entry!r} matches no Linear of the language blocks, which are such as "
-                f"`{next(iter(linears), 'none')}`; other parts of the model stay dense anyway"
+                f"`modules_to_not_convert` entry {entry!r} matches nothing that would be binarized, such as "
+                f"`{next(iter(linears), 'none')}`; what it does not list stays dense anyway"
             )
-    kept = {name: linear for name, linear in linears.items() if not any(_matches(name, entry) for entry in skipped)}
+    kept = {name: linear for name, linear in linears.items() if not _is_skipped(name, skipped)}
     if not kept:
         raise ValueError(f"{type(model).__name__} has no Linear left to binarize; shorten `modules_to_not_convert`")
     return kept
 
 
-def _matches(name: str, entry: str) -> bool:
-    """Whether `entry` is a run of whole dotted parts of `name`."""
-    return f".{entry}." in f".{name}."
+def _is_skipped(name: str, entries: list[str]) -> bool:
+    """Whether one of the entries is a run of whole dotted parts of `name`."""
+    return any(f".{entry}." in f".{name}." for entry in entries)
 
 
 def _refine_settings(config: SABQuantizationConfig, device: torch.device) -> RefineSettings:

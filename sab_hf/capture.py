@@ -59,7 +59,7 @@ class BlockInputs:
     def _record(self, model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch) -> BatchState:
         state = BatchState(batch.modality)
         with _recording(blocks, state):
-            model(**_model_inputs(model, batch.inputs), use_cache=False)
+            model(**model_inputs(model, batch.inputs), use_cache=False)
         if len(state.calls) != len(blocks):
             raise RuntimeError(
                 f"{type(model).__name__} ran {len(state.calls)} of its {len(blocks)} language blocks for a calibration "
@@ -180,7 +180,7 @@ def output_of_last_block(
         The model's output, with `logits` [batch, length, vocabulary].
     """
     with _replaced(blocks, lambda _: lambda *args, **kwargs: _returned(hidden, state.others)):
-        return model(**_model_inputs(model, batch.inputs), use_cache=False)
+        return model(**model_inputs(model, batch.inputs), use_cache=False)
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def _replaced(blocks: list[nn.Module], replacement: Callable[[Callable], Callabl
                 block.forward = forward
 
 
-def _model_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+def model_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Move tensors to the model's device, and floating-point ones (pixels) to its dtype."""
 
     def move(value: Any) -> Any:

@@ -102,6 +102,46 @@ def fit_planes(
     return FitResult(to_sign_planes(best), least / max(output_error(W, H, w), 1e-30))
 
 
+def fit_tall_planes(
+    W: Tensor, H: Tensor, num_planes: int, *, alternations: int = 15, block_size: int = 128, rows: int = 4096
+) -> FitResult:
+    """Fit full sign planes to a matrix of many rows (an embedding, an output head) in bounded memory.
+
+    The column scales, which all rows share, are fitted on `rows` rows spread evenly; then signs and row scales of all rows,
+    `rows` at a time. With no more rows than that it is `fit_planes`.
+
+    Args:
+        W: [out_features, in_features] floating point, on any device; the computation runs on the device of H.
+        H, num_planes, alternations, block_size: as in `fit_planes`.
+    Returns:
+        Planes on the device of W.
+    """
+    n = W.shape[0]
+    if n <= rows:
+        return fit_planes(W.to(H).float(), H, num_planes, alternations=alternations, block_size=block_size)
+    some = W[torch.linspace(0, n - 1, rows, device=W.device).long()].to(H.device).float()
+    shared = fit_planes(some, H, num_planes, alternations=alternations, block_size=block_size).planes
+    U, w = feedback_factor(H), torch.ones(rows, device=H.device)
+    signs, scales, error, energy = [], [], 0.0, 0.0
+    for part in W.split(rows):
+        part = part.to(H.device).float()
+        state = PlaneState(
+            signs_to(torch.float32, shared.signs[:, : len(part)]),
+            shared.row_scale[:, : len(part)].mean(1, keepdim=True).expand(-1, len(part)).clone(),
+            shared.col_scale.clone(),
+            torch.ones_like(shared.col_scale, dtype=torch.bool),
+        )
+        state.r *= part.abs().mean(1) / some.abs().mean()
+        for _ in range(3):  # scales of a row converge at once where the column scales are given
+            sweep_signs(part, U, state, block_size)
+            update_row_scales(part, H, state)
+        error += output_error(part - state.dense(), H, w[: len(part)])
+        energy += output_error(part, H, w[: len(part)])
+        signs.append((state.B > 0).to(W.device)), scales.append(state.r.to(W.device))
+    planes = SignPlanes(torch.cat(signs, 1), torch.cat(scales, 1), shared.col_scale.to(W.device))
+    return FitResult(planes, error / max(energy, 1e-30))
+
+
 def fit_planes_elementwise(
     W: Tensor,
     weight: Tensor,
