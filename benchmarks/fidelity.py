@@ -132,7 +132,14 @@ def run(jobs: list[Job], args: argparse.Namespace) -> list[dict]:
         print("\n".join(f"{job.label} (seed {job.seed})" for job in jobs))
         return []
     settings = Settings(
-        args.model, args.device, args.questions, args.samples, args.batch_size, args.eval_batch, args.threads
+        args.model,
+        args.device,
+        args.questions,
+        args.samples,
+        args.batch_size,
+        args.eval_batch,
+        args.threads,
+        max(1, torch.cuda.device_count()),
     )
     head = circumstances(settings)
 

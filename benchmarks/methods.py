@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import sab_hf
 from sab_hf.binarize import language_linears
-from sab_hf.budget import Allocation, average_bits
+from sab_hf.budget import average_bits
 from sab_hf.calibration import IMAGE, TEXT, prepare_calibration
 from sab_hf.capture import BlockInputs
 from sab_hf.roles import find_roles
@@ -106,5 +106,5 @@ def floor_bits(folder: str) -> float:
 def bits_with_residual_columns(folder: str, fraction: float) -> float:
     """Return the stored bits/weight of one plane and a residual plane on `fraction` of the columns, rounded up to 1e-4."""
     shapes = language_shapes(folder)
-    significant = {name: int(fraction * in_features) // 8 * 8 for name, (_, in_features) in shapes.items()}
-    return math.ceil(average_bits(shapes, Allocation(1, significant)) * 1e4) / 1e4
+    sizes = {name: [1, int(fraction * in_features) // 8 * 8] for name, (_, in_features) in shapes.items()}
+    return math.ceil(average_bits(shapes, sizes) * 1e4) / 1e4

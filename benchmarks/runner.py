@@ -8,7 +8,8 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -46,7 +47,7 @@ class Settings:
 
     model: folder of the trained model; device: "cuda" or "cpu"
     questions: held-out samples; samples: calibration samples; batch_size: of calibration; eval_batch: of evaluation
-    threads: CPU threads of a job
+    threads: CPU threads of a job; gpus: GPUs that the jobs are spread over
     """
 
     model: str
@@ -56,6 +57,7 @@ class Settings:
     batch_size: int
     eval_batch: int
     threads: int
+    gpus: int = 1
 
 
 Work = Callable[[Job, Settings], dict[str, Any]]
@@ -79,7 +81,7 @@ def run_jobs(
     deadline, context = time.monotonic() + budget, mp.get_context("spawn")
     rows = [_row(job, NOT_RUN, reason="the time budget ended before it") for job in jobs]
     waiting, running = list(enumerate(jobs)), {}
-    idle = [_start(context, work, settings) for _ in range(min(num_workers, len(jobs)))]
+    idle = [_start(context, work, settings, i) for i in range(min(num_workers, len(jobs)))]
     workers = list(idle)
     try:
         while (waiting or running) and time.monotonic() < deadline:
@@ -95,7 +97,7 @@ def run_jobs(
                 except EOFError:
                     worker[0].join()
                     rows[index] = _row(jobs[index], FAILED, reason=f"its process ended with {worker[0].exitcode}")
-                    worker = _start(context, work, settings)
+                    worker = _start(context, work, settings, workers.index(worker))
                     workers.append(worker)
                 idle.append(worker)
                 _print(rows[index])
@@ -110,12 +112,29 @@ def run_jobs(
     return rows
 
 
-def _start(context: Any, work: Work, settings: Settings) -> tuple[mp.Process, Connection]:
+def _start(context: Any, work: Work, settings: Settings, number: int) -> tuple[mp.Process, Connection]:
+    """Start worker `number`; GPUs are dealt out in turn."""
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, work, settings), daemon=True)
-    process.start()
+    with _one_gpu(number, settings.gpus):
+        process.start()
     theirs.close()
     return process, ours
+
+
+@contextmanager
+def _one_gpu(number: int, gpus: int) -> Iterator[None]:
+    """Let a process that is started here see one of `gpus` GPUs only."""
+    name, before = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpus > 1:
+        os.environ[name] = str(number % gpus) if before is None else before.split(",")[number % gpus]
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def _serve(connection: Connection, work: Work, settings: Settings) -> None:

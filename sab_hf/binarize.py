@@ -13,17 +13,21 @@ from transformers import AutoProcessor
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.logging import tqdm
 
-from .budget import allocate
+from .budget import allocate, average_bits
 from .calibration import MODALITY_NAMES, CalibrationSet, holds_batches, prepare_calibration
 from .capture import BlockInputs
 from .config import SABQuantizationConfig
-from .fit import FitResult, fit_planes, fit_planes_elementwise
-from .hessian import SecondMoments, balanced, damp
-from .linear import SABLinear, replace_module
+from .embedding import SABTiedHead
+from .fit import fit_planes, fit_planes_elementwise
+from .hessian import SecondMoments, damp, mix
+from .linear import SABLinear, SABModule, replace_module
 from .planes import SignPlanes
 from .refine import RefineResult, RefineSettings, refine_block
+from .rest import binarize_rest, plan_rest
 from .roles import Roles, find_roles
-from .significance import SignificanceMap, significance_map, significant_columns
+from .sensitivity import LinearSensitivity, Sensitivity, measure_sensitivity
+from .significance import significance_map, significant_columns
+from .stages import StageClock
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +41,15 @@ class Plan:
 
     Attributes:
         roles: the parts of the model.
-        modules: name → [full planes, significant columns] of each Linear to binarize.
+        modules: name → [full planes, significant columns] of each Linear to binarize; where `bits` go by sensitivity, the sizes
+            are those of an even budget until it is measured.
+        rest: name → full planes of each matrix outside the language blocks.
         calibration: the processed calibration set.
     """
 
     roles: Roles
     modules: dict[str, list[int]]
+    rest: dict[str, int]
     calibration: CalibrationSet
 
 
@@ -55,6 +62,8 @@ class FitRecord:
         error: `tr(EHEᵀ) / tr(WHWᵀ)`, the relative squared error of its output under the modality-balanced H_Λ.
         tokens: calibration tokens by modality name.
         unimodal_share: r of the significance map.
+        column_share: by modality name, the share of the significant columns' score that the modality has; empty without
+            significant columns or scores.
         seconds: fitting time.
     """
 
@@ -62,16 +71,26 @@ class FitRecord:
     error: float
     tokens: dict[str, int]
     unimodal_share: float
+    column_share: dict[str, float]
     seconds: float
 
 
 @dataclass
 class QuantizationRecord:
-    """What `quantize` did: the calibration set in words, and one record for each Linear."""
+    """What `quantize` did.
+
+    Attributes:
+        calibration: the calibration set in words.
+        fits: one record for each Linear of the language blocks.
+        refinements: block output errors before and after, one for each block that was refined.
+        stages: time and peak memory by stage.
+        seconds: in all, from the first weight on.
+    """
 
     calibration: str
     fits: list[FitRecord] = field(default_factory=list)
     refinements: list[RefineResult] = field(default_factory=list)
+    stages: StageClock = field(default_factory=StageClock)
     seconds: float = 0.0
 
 
@@ -108,17 +127,17 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     Raises:
         ValueError: see `quantize`.
     """
-    packed = next((name for name, module in model.named_modules() if isinstance(module, SABLinear)), None)
+    packed = next((name for name, module in model.named_modules() if isinstance(module, SABModule)), None)
     if packed or getattr(model, "quantization_method", "sab") != "sab":
         raise ValueError(
             f"{type(model).__name__} is quantized already ({packed or str(model.quantization_method)}); start from the dense "
             "checkpoint, or call `model.dequantize()` first"
         )
     roles = find_roles(model)
-    linears = language_linears(model, roles, config.modules_to_not_convert or [])
-    num_planes, num_significant = allocate(
-        {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, config.bits
-    )
+    rest, skipped = plan_rest(model, roles, config), config.modules_to_not_convert or []
+    linears = language_linears(model, roles, skipped, others=tuple(rest))
+    modules = allocate(_shapes(linears), config.bits)
+    rest = {name: planes for name, planes in rest.items() if not _is_skipped(name, skipped)}
     samples = config.calibration if samples is None else samples
     processor = config.processor if processor is None else processor
     if not holds_batches(samples):
@@ -133,7 +152,7 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
         batch_size=config.batch_size,
         allow_text_only=config.allow_text_only,
     )
-    return Plan(roles, {name: [num_planes, num_significant[name]] for name in linears}, calibration)
+    return Plan(roles, modules, rest, calibration)
 
 
 def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> QuantizationRecord:
@@ -150,79 +169,183 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
     training = model.training
     model.eval()
     try:
-        _run_blocks(model, plan, config, record)
+        with record.stages.measure("towers, embedding, head"):
+            rest = binarize_rest(model, plan.roles, plan.rest, plan.calibration.batches, config) if plan.rest else {}
+        modules = _run_blocks(model, plan, config, record) | rest
     finally:
         model.train(training)
-    _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | {"modules": plan.modules}))
+    _attach(
+        model,
+        SABQuantizationConfig.from_dict(
+            config.to_dict() | {"modules": modules, "tied_head": isinstance(model.get_output_embeddings(), SABTiedHead)}
+        ),
+    )
     record.seconds = time.perf_counter() - start
     logger.info("binarized %d Linears in %.0f s", len(record.fits), record.seconds)
     return record
 
 
-def _run_blocks(model: nn.Module, plan: Plan, config: SABQuantizationConfig, record: QuantizationRecord) -> None:
-    inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches)
+def _run_blocks(
+    model: nn.Module, plan: Plan, config: SABQuantizationConfig, record: QuantizationRecord
+) -> dict[str, list[int]]:
+    """Binarize the language blocks; returns the sizes of their modules."""
+    measure = record.stages.measure
+    with measure("capture"):
+        inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches)
+    with measure("sensitivity"):
+        sensitivity = _sensitivity(model, inputs, plan, config)
+    modules = _spend(model, plan, sensitivity, config)
     settings = _refine_settings(config, model.device)
     progress = tqdm(plan.roles.blocks, desc="binarizing blocks")
     for index, block_name in enumerate(progress):
         block = model.get_submodule(block_name)
+        linears = {name: model.get_submodule(name) for name in modules if name.startswith(f"{block_name}.")}
         if settings.steps:
-            inputs.advance_targets(block, index)
-        planes = _fit_block(model, block_name, index, inputs, plan, config, record)
-        if settings.steps and planes:
-            result = refine_block(model, block, index, planes, inputs.states, settings)
-            record.refinements.append(result)
-            progress.set_postfix(error=f"{result.before:.4f} → {result.after:.4f}")
-        else:
-            for name in planes:
-                replace_module(model, name, SABLinear.from_planes(planes[name], model.get_submodule(name).bias))
+            with measure("targets"):
+                inputs.advance_targets(block, index)
+        with measure("second moments"):
+            moments = inputs.second_moments(block, index, linears)
+        planes = {}
+        with measure("fit"):
+            for name, linear in linears.items():
+                at_linear = sensitivity.linears.get(name)
+                planes[name], fit = fit_linear(name, linear, moments.get(name), at_linear, modules[name], config)
+                record.fits.append(fit)
+        with measure("refinement"):
+            if settings.steps and planes:
+                gradient = sensitivity.outputs[index] if config.refine_loss == "gradient" else None
+                result = refine_block(model, block, index, planes, inputs.states, settings, gradient)
+                record.refinements.append(result)
+                progress.set_postfix(error=f"{result.before:.4f} → {result.after:.4f}")
+            else:
+                for name in planes:
+                    replace_module(model, name, SABLinear.from_planes(planes[name], linears[name].bias))
         if index + 1 < len(plan.roles.blocks):
-            inputs.advance(block, index)
+            with measure("binarized outputs"):
+                inputs.advance(block, index)
+    return modules
 
 
-def _fit_block(
-    model: nn.Module,
-    block_name: str,
-    index: int,
-    inputs: BlockInputs,
-    plan: Plan,
-    config: SABQuantizationConfig,
-    record: QuantizationRecord,
-) -> dict[str, SignPlanes]:
-    """Fit the Linears of a block to the second moments of its inputs; returns their planes by module name."""
-    linears = {name: model.get_submodule(name) for name in plan.modules if name.startswith(f"{block_name}.")}
-    moments = inputs.second_moments(model.get_submodule(block_name), index, linears)
-    planes = {}
-    for name, linear in linears.items():
-        planes[name], fit_record = fit_linear(name, linear, moments.get(name), plan.modules[name], config)
-        record.fits.append(fit_record)
-    return planes
+def _sensitivity(model: nn.Module, inputs: BlockInputs, plan: Plan, config: SABQuantizationConfig) -> Sensitivity:
+    """Measure the sensitivity of all Linears, if anything asks for it."""
+    if (config.significance, config.budget, config.refine_loss) == ("paper", "uniform", "balanced"):
+        return Sensitivity()
+    return measure_sensitivity(
+        model,
+        inputs,
+        plan.calibration.batches,
+        plan.roles.blocks,
+        {name: model.get_submodule(name) for name in plan.modules},
+        damping=config.damping,
+        num_samples=config.sensitivity_samples,
+        seed=config.seed,
+    )
+
+
+def _spend(
+    model: nn.Module, plan: Plan, sensitivity: Sensitivity, config: SABQuantizationConfig
+) -> dict[str, list[int]]:
+    """Return the sizes of all modules: the plan's, or those that the measured sensitivity asks for."""
+    if config.budget == "uniform":
+        return plan.modules
+    linears = {name: model.get_submodule(name) for name in plan.modules}
+    scores = {
+        name: sum(by_modality.values(), torch.zeros_like(linears[name].weight[0], dtype=torch.float32))
+        for name, by_modality in (
+            (name, at.column_scores(linears[name].weight)) for name, at in sensitivity.linears.items()
+        )
+    }
+    untouched = [name for name in linears if name not in scores]  # no token reached them: nothing is at stake
+    scores |= {name: torch.zeros(linears[name].in_features) for name in untouched}
+    shapes = _shapes(linears)
+    modules = allocate(shapes, config.bits, scores)
+    logger.info("budget: %.4f bits/weight over %d Linears", average_bits(shapes, modules), len(modules))
+    return modules
+
+
+def _shapes(linears: dict[str, nn.Linear]) -> dict[str, tuple[int, int]]:
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
 
 def fit_linear(
-    name: str, linear: nn.Linear, moments: SecondMoments | None, sizes: list[int], config: SABQuantizationConfig
+    name: str,
+    linear: nn.Linear,
+    moments: SecondMoments | None,
+    sensitivity: LinearSensitivity | None,
+    sizes: list[int],
+    config: SABQuantizationConfig,
 ) -> tuple[SignPlanes, FitRecord]:
-    """Fit one Linear: second moments → significance map → significant columns → planes."""
+    """Fit one Linear: second moments → significance map → significant columns → planes.
+
+    Args:
+        name: for the record.
+        linear: with its dense weight.
+        moments: of its inputs; None if no token reached it.
+        sensitivity: of the loss to it; None where it was not measured.
+        sizes: [full planes, significant columns].
+        config: the method's numbers.
+    """
     start = time.perf_counter()
     W = linear.weight.detach().float()
     matrices = moments.matrices() if moments else {}
-    tokens = {MODALITY_NAMES[m]: count for m, count in moments.counts.items()} if moments else {}
+    gradient = sensitivity.gradient if sensitivity and config.significance == "gradient" else None
     significance = significance_map(
         W,
         matrices,
+        gradient=gradient,
         damping=config.damping,
         salient_top_p=config.salient_top_p,
         diff_quantile=config.diff_quantile,
         sparsity_threshold=config.sparsity_threshold,
     )
-    Lambda = significance.column_weight
-    H = Lambda[:, None] * damp(balanced(matrices, W.shape[1], W.device), config.damping) * Lambda
-    columns = significant_columns(W, H, sizes[1])
-    fit = _fit(W, H, significance, sizes[0], columns, config)
-    return fit.planes, FitRecord(name, fit.error, tokens, significance.unimodal_share, time.perf_counter() - start)
+    H = damp(mix(moments, W.shape[1], W.device, config.modality_balance), config.damping)
+    row_weight = None
+    if config.significance != "none":
+        Lambda = significance.column_weight
+        H = Lambda[:, None] * H * Lambda
+    if gradient:
+        row_weight = significance.row_weight * torch.stack([g / g.mean() for g in gradient.values()]).mean(0)
+    columns = significant_columns(W if row_weight is None else W * row_weight.sqrt()[:, None], H, sizes[1])
+    if config.fit == "elementwise":
+        v = torch.ones_like(W) if config.significance == "none" else significance.Lambda.square()
+        fit = fit_planes_elementwise(W, v, sizes[0], columns, alternations=config.alternations)
+    else:
+        fit = fit_planes(
+            W,
+            H,
+            sizes[0],
+            columns,
+            row_weight=row_weight,
+            alternations=config.alternations,
+            block_size=config.block_size,
+        )
+    return fit.planes, FitRecord(
+        name,
+        fit.error,
+        {MODALITY_NAMES[m]: count for m, count in moments.counts.items()} if moments else {},
+        significance.unimodal_share,
+        _column_share(W, sensitivity, columns),
+        time.perf_counter() - start,
+    )
 
 
-def language_linears(model: nn.Module, roles: Roles, skipped: list[str]) -> dict[str, nn.Linear]:
+def _column_share(W: Tensor, sensitivity: LinearSensitivity | None, columns: Tensor) -> dict[str, float]:
+    """Return, by modality name, its share of the loss at stake in the significant columns."""
+    if sensitivity is None or not columns.any():
+        return {}
+    scores = {MODALITY_NAMES[m]: float(s[columns].sum()) for m, s in sensitivity.column_scores(W).items()}
+    total = sum(scores.values())
+    return {name: score / total for name, score in scores.items()} if total else {}
+
+
+def language_linears(
+    model: nn.Module, roles: Roles, skipped: list[str], others: tuple[str, ...] = ()
+) -> dict[str, nn.Linear]:
     """Return the Linears of the language blocks by name, without those that `skipped` names.
+
+    Args:
+        skipped: entries as in `modules_to_not_convert`.
+        others: names outside the language blocks that an entry may also mean.
 
     Raises:
         ValueError: an entry of `skipped` matches nothing, or nothing is left.
@@ -241,29 +364,20 @@ def language_linears(model: nn.Module, roles: Roles, skipped: list[str]) -> dict
                     "are not supported yet and would stay dense"
                 )
     for entry in skipped:
-        if not any(_matches(name, entry) for name in linears):
+        if not any(_is_skipped(name, [entry]) for name in (*linears, *others)):
             raise ValueError(
-                f"`modules_to_not_convert` entry {entry!r} matches no Linear of the language blocks, which are such as "
-                f"`{next(iter(linears), 'none')}`; other parts of the model stay dense anyway"
+                f"`modules_to_not_convert` entry {entry!r} matches nothing that would be binarized, such as "
+                f"`{next(iter(linears), 'none')}`; what it does not list stays dense anyway"
             )
-    kept = {name: linear for name, linear in linears.items() if not any(_matches(name, entry) for entry in skipped)}
+    kept = {name: linear for name, linear in linears.items() if not _is_skipped(name, skipped)}
     if not kept:
         raise ValueError(f"{type(model).__name__} has no Linear left to binarize; shorten `modules_to_not_convert`")
     return kept
 
 
-def _matches(name: str, entry: str) -> bool:
-    """Whether `entry` is a run of whole dotted parts of `name`."""
-    return f".{entry}." in f".{name}."
-
-
-def _fit(
-    W: Tensor, H: Tensor, significance: SignificanceMap, num_planes: int, columns: Tensor, config: SABQuantizationConfig
-) -> FitResult:
-    if config.fit == "elementwise":
-        v = significance.Lambda.square()
-        return fit_planes_elementwise(W, v, num_planes, columns, alternations=config.alternations)
-    return fit_planes(W, H, num_planes, columns, alternations=config.alternations, block_size=config.block_size)
+def _is_skipped(name: str, entries: list[str]) -> bool:
+    """Whether one of the entries is a run of whole dotted parts of `name`."""
+    return any(f".{entry}." in f".{name}." for entry in entries)
 
 
 def _refine_settings(config: SABQuantizationConfig, device: torch.device) -> RefineSettings:

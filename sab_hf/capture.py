@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ class BatchState:
         target: [batch, length, hidden_size], the same from the full-precision blocks; None where it is not needed.
         calls: for each block, the other arguments that the model gives it (masks, rotary positions, …).
         injections: for each block, what the model adds to the hidden states before it (as deep visual features), or None.
+        others: what blocks return beside the hidden states; None if they return a bare tensor.
     """
 
     modality: Tensor
@@ -31,6 +33,7 @@ class BatchState:
     target: Tensor | None = None
     calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
     injections: list[Tensor | None] = field(default_factory=list)
+    others: tuple | None = None
 
 
 class BlockInputs:
@@ -56,7 +59,7 @@ class BlockInputs:
     def _record(self, model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch) -> BatchState:
         state = BatchState(batch.modality)
         with _recording(blocks, state):
-            model(**_model_inputs(model, batch.inputs), use_cache=False)
+            model(**model_inputs(model, batch.inputs), use_cache=False)
         if len(state.calls) != len(blocks):
             raise RuntimeError(
                 f"{type(model).__name__} ran {len(state.calls)} of its {len(blocks)} language blocks for a calibration "
@@ -69,6 +72,17 @@ class BlockInputs:
             )
         state.modality = state.modality.to(state.hidden.device)
         return state
+
+    def first(self, num_samples: int) -> BlockInputs:
+        """Return the inputs of the first batches, as many as hold `num_samples` samples; they advance by themselves."""
+        part = copy.copy(self)
+        part.states, count = [], 0
+        for state in self.states:
+            if count >= num_samples:
+                break
+            part.states.append(copy.copy(state))
+            count += state.modality.shape[0]
+        return part
 
     @torch.no_grad()
     def advance_targets(self, block: nn.Module, index: int) -> None:
@@ -154,32 +168,57 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
+def output_of_last_block(
+    model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch, state: BatchState, hidden: Tensor
+) -> Any:
+    """Return what `model` makes of a batch whose last block gives `hidden`; the blocks themselves do not run.
+
+    Args:
+        state: of the batch.
+        hidden: [batch, length, hidden_size].
+    Returns:
+        The model's output, with `logits` [batch, length, vocabulary].
+    """
+    with _replaced(blocks, lambda _: lambda *args, **kwargs: _returned(hidden, state.others)):
+        return model(**model_inputs(model, batch.inputs), use_cache=False)
+
+
 @contextmanager
 def _recording(blocks: list[nn.Module], state: BatchState) -> Iterator[None]:
     """Let the blocks record into `state` instead of computing; the first one runs once, to learn what it returns."""
     sent: Tensor | None = None  # a private copy of what the block before handed on
-    others: tuple | None = None  # what blocks return beside the hidden states; None if they return a bare tensor
 
-    def recorder(original):
+    def recorder(original: Callable) -> Callable:
         def forward(*args, **kwargs):
-            nonlocal sent, others
+            nonlocal sent
             hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
             args = args[1:]
             if not state.calls:
                 state.hidden = hidden.clone()
                 output = original(hidden.clone(), *args, **kwargs)
-                others = output[1:] if isinstance(output, tuple) else None
+                state.others = output[1:] if isinstance(output, tuple) else None
             state.injections.append(None if sent is None or torch.equal(sent, hidden) else hidden - sent)
             state.calls.append((args, kwargs))
             sent = hidden.clone()
-            return hidden if others is None else (hidden, *others)
+            return _returned(hidden, state.others)
 
         return forward
 
+    with _replaced(blocks, recorder):
+        yield
+
+
+def _returned(hidden: Tensor, others: tuple | None) -> Tensor | tuple:
+    return hidden if others is None else (hidden, *others)
+
+
+@contextmanager
+def _replaced(blocks: list[nn.Module], replacement: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Let each block run `replacement(its forward)` instead of its forward."""
     instance_forwards = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks:
-            block.forward = recorder(block.forward)
+            block.forward = replacement(block.forward)
         yield
     finally:
         for block, forward in zip(blocks, instance_forwards, strict=True):
@@ -188,7 +227,7 @@ def _recording(blocks: list[nn.Module], state: BatchState) -> Iterator[None]:
                 block.forward = forward
 
 
-def _model_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+def model_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Move tensors to the model's device, and floating-point ones (pixels) to its dtype."""
 
     def move(value: Any) -> Any:

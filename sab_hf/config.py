@@ -15,7 +15,19 @@ from .packing import FORMAT_VERSION
 MAX_PLANES = 8
 """Most full planes a matrix may have. The sign sweep compares 2^(planes + 1) levels for each weight."""
 
+DENSE = 16
+"""Bits of a role that is left as it is."""
+
 _NOT_SERIALIZED = ("calibration", "processor")
+REST_ROLES = ("vision", "projector", "embedding", "head")
+"""Roles outside the language blocks, see `roles.py`."""
+_CHOICES = {
+    "fit": ("hessian", "elementwise"),
+    "modality_balance": ("equal", "tokens", "text"),
+    "significance": ("gradient", "paper", "none"),
+    "budget": ("sensitivity", "uniform"),
+    "refine_loss": ("balanced", "gradient"),
+}
 
 
 @register_quantization_config("sab")
@@ -37,7 +49,12 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         max_length: tokens; longer samples are dropped and counted, never truncated.
         batch_size: calibration samples per forward pass; 1 needs least memory and no padding.
         allow_text_only: permit a calibration set without image tokens for a model that takes images.
-        modules_to_not_convert: language modules that stay dense: each entry is a module name, or a part of one between
+        rest_bits: sign planes of every matrix outside the language blocks: vision (and audio) towers, projector, input embedding
+            and output head, 1 to 8, as many bits a weight and a little for scales; 16 leaves them dense. 4 costs hardly any
+            accuracy and makes the whole checkpoint small.
+        vision_bits, projector_bits, embedding_bits, head_bits: the same for one of them; None: `rest_bits`. Tied embeddings
+            are one matrix and are stored once.
+        modules_to_not_convert: modules that stay dense: each entry is a module name, or a part of one between
             dots (`"layers.0"`, `"down_proj"`). An entry that matches nothing is an error.
         processor: the model's processor or tokenizer, or a path to it; None loads it from where the model came from.
 
@@ -46,12 +63,22 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     Attributes:
         fit: `"hessian"` minimizes the error of the layer's output (method §4); `"elementwise"` is the closed form of the
             paper's weighted objective, without second moments: far cheaper, far less accurate.
+        modality_balance: how the second moments of the modalities are mixed: `"equal"` parts, by `"tokens"`, or `"text"` alone,
+            as the published method does for its error feedback.
+        significance: the sensitivity behind the significance map and the budget. `"gradient"` multiplies the paper's S by the
+            squared gradient of the loss at each output feature, from one backward pass, so that ρ and Λ vary over rows as well;
+            `"paper"` is the paper's S, constant down each column in its ρ and Λ; `"none"` sets Λ = 1.
+        budget: `"sensitivity"` spends bits across all layers where they lower the loss most; `"uniform"` gives every matrix the
+            same planes and the same share of significant columns.
+        sensitivity_samples: calibration samples of the pass that measures gradients and column scores for these two.
         alternations: rounds of the alternating fit; the best round by objective is kept.
         damping: added to the diagonal of a second-moment matrix, as a share of its mean; 0.01 as in GPTQ. Below 1e-6, float32
             no longer inverts the matrix.
         refine_steps: steps of block refinement (method §5), which trains scales, signs, norms and biases of a block to give
             the full-precision block's output. None: 400 on a GPU, 50 on a CPU; 0 turns it off.
         refine_batch: calibration samples of one step.
+        refine_loss: `"balanced"` squared error, modalities in equal parts; `"gradient"` weighs it by the squared gradient of the
+            model's loss at each feature of the block's output, by modality.
         refine_scale_rate: Adam's learning rate for scales (relative to their size), norms and biases; 2e-3 to 1e-2 measured
             alike.
         refine_latent_rate: the same for the latent weights behind the signs, which start at ±0.5.
@@ -64,6 +91,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
 
     Attributes:
         modules: quantized modules, name → [full planes, significant columns]; empty before quantization.
+        tied_head: whether the output head uses the packed planes of the input embedding.
         format_version: of the packed tensors, see `packing.py`.
 
     Raises:
@@ -77,9 +105,18 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     max_length: int = 2048
     batch_size: int = 8
     allow_text_only: bool = False
+    rest_bits: int = DENSE
+    vision_bits: int | None = None
+    projector_bits: int | None = None
+    embedding_bits: int | None = None
+    head_bits: int | None = None
     modules_to_not_convert: list[str] | None = None
     processor: Any = None
     fit: str = "hessian"
+    modality_balance: str = "equal"
+    significance: str = "gradient"
+    budget: str = "sensitivity"
+    sensitivity_samples: int = 64
     alternations: int = 15
     damping: float = 0.01
     block_size: int = 128
@@ -88,9 +125,11 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     sparsity_threshold: float = 0.005
     refine_steps: int | None = None
     refine_batch: int = 32
+    refine_loss: str = "balanced"
     refine_scale_rate: float = 5e-3
     refine_latent_rate: float = 2e-2
     modules: dict[str, list[int]] = field(default_factory=dict)
+    tied_head: bool = False
     format_version: int = FORMAT_VERSION
     quant_method: str = field(default="sab", init=False)
 
@@ -109,16 +148,21 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         if self.refine_steps is not None:
             _check_integer(self, "refine_steps", 0)
         _check_integer(self, "refine_batch", 1)
+        _check_integer(self, "sensitivity_samples", 1)
         _check_number(self, "refine_scale_rate", 0, 1, open_low=True)
         _check_number(self, "refine_latent_rate", 0, 1, open_low=True)
         _check_number(self, "damping", 1e-6, 1e3)
         _check_number(self, "salient_top_p", 0, 1, open_low=True)
         _check_number(self, "diff_quantile", 0, 1)
         _check_number(self, "sparsity_threshold", 0, 1)
-        if not isinstance(self.allow_text_only, bool):
-            raise ValueError(f"`allow_text_only` must be True or False, got {self.allow_text_only!r}")
-        if self.fit not in ("hessian", "elementwise"):
-            raise ValueError(f"`fit` must be 'hessian' or 'elementwise', got {self.fit!r}")
+        for name in ("allow_text_only", "tied_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
+        for name in ("rest_bits", *(f"{role}_bits" for role in REST_ROLES)):
+            _check_planes(self, name)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}")
         self._check_modules()
 
     def _check_modules(self) -> None:
@@ -132,6 +176,11 @@ class SABQuantizationConfig(QuantizationConfigMixin):
                 f"`modules` must map module names to [full planes (1 to {MAX_PLANES}), significant columns], "
                 f"got {self.modules!r:.200}"
             )
+
+    def bits_of(self, role: str) -> int:
+        """Return the sign planes of a role outside the language blocks; `DENSE` for none."""
+        own = getattr(self, f"{role}_bits")
+        return self.rest_bits if own is None else own
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
@@ -194,6 +243,16 @@ def _check_number(config: SABQuantizationConfig, name: str, low: float, high: fl
     if not valid or not low <= value <= high or (open_low and value == low):
         bound = "above" if open_low else "at least"
         raise ValueError(f"`{name}` must be a number {bound} {low} and at most {high}, got {value!r}")
+
+
+def _check_planes(config: SABQuantizationConfig, name: str) -> None:
+    value = getattr(config, name)
+    if value is None and name != "rest_bits":
+        return
+    if type(value) is not int or not (1 <= value <= MAX_PLANES or value == DENSE):
+        raise ValueError(
+            f"`{name}` must be an integer from 1 to {MAX_PLANES} (sign planes) or {DENSE} (dense), got {value!r}"
+        )
 
 
 def _is_size(size: Any) -> bool:

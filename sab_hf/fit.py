@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .hessian import feedback_factor
-from .planes import SignPlanes
+from .planes import SignPlanes, signs_to
 
 _RIDGE = 1e-6
 """Relative ridge of the scale systems. Updates solve for a change, so a ridge only shortens the step: the objective still
@@ -68,34 +68,78 @@ def fit_planes(
     num_planes: int,
     significant_columns: Tensor | None = None,
     *,
+    row_weight: Tensor | None = None,
     alternations: int = 15,
     block_size: int = 128,
 ) -> FitResult:
-    """Fit sign planes under the output error `tr((W − Ŵ) H (W − Ŵ)ᵀ)`.
+    """Fit sign planes under the output error `tr(diag(w) (W − Ŵ) H (W − Ŵ)ᵀ)`.
 
     Args:
         W: [out_features, in_features] float32.
         H: [in_features, in_features] float32, damped second moments of the inputs (Λ folded in).
         num_planes: full planes, K.
         significant_columns: [in_features] bool, columns with a residual plane; None for none.
+        row_weight: [out_features] positive, w, how much the error of each output feature counts; None: all alike. Rows
+            only compete for the column scales; signs and row scales are each row's own.
         alternations: most rounds of sweep and refit; ends earlier when a round gains less than 0.1 %. The best round by
             objective is returned.
         block_size: columns of the sweep between two matrix products.
     """
+    w = torch.ones_like(W[:, 0]) if row_weight is None else row_weight / row_weight.mean()
     state = initial_state(W, num_planes, significant_columns)
-    refit_scales(W, H, state)
-    best, least = state.copy(), output_error(W - state.dense(), H)
+    refit_scales(W, H, state, w)
+    best, least = state.copy(), output_error(W - state.dense(), H, w)
     U = feedback_factor(H)
     for _ in range(alternations):
         sweep_signs(W, U, state, block_size)
-        refit_scales(W, H, state)
-        error = output_error(W - state.dense(), H)
+        refit_scales(W, H, state, w)
+        error = output_error(W - state.dense(), H, w)
         gain = 1 - error / least if least > 0 else 0.0
         if gain > 0:
             best, least = state.copy(), error
         if gain < _LEAST_GAIN:
             break
-    return FitResult(to_sign_planes(best), least / max(output_error(W, H), 1e-30))
+    return FitResult(to_sign_planes(best), least / max(output_error(W, H, w), 1e-30))
+
+
+def fit_tall_planes(
+    W: Tensor, H: Tensor, num_planes: int, *, alternations: int = 15, block_size: int = 128, rows: int = 4096
+) -> FitResult:
+    """Fit full sign planes to a matrix of many rows (an embedding, an output head) in bounded memory.
+
+    The column scales, which all rows share, are fitted on `rows` rows spread evenly; then signs and row scales of all rows,
+    `rows` at a time. With no more rows than that it is `fit_planes`.
+
+    Args:
+        W: [out_features, in_features] floating point, on any device; the computation runs on the device of H.
+        H, num_planes, alternations, block_size: as in `fit_planes`.
+    Returns:
+        Planes on the device of W.
+    """
+    n = W.shape[0]
+    if n <= rows:
+        return fit_planes(W.to(H).float(), H, num_planes, alternations=alternations, block_size=block_size)
+    some = W[torch.linspace(0, n - 1, rows, device=W.device).long()].to(H.device).float()
+    shared = fit_planes(some, H, num_planes, alternations=alternations, block_size=block_size).planes
+    U, w = feedback_factor(H), torch.ones(rows, device=H.device)
+    signs, scales, error, energy = [], [], 0.0, 0.0
+    for part in W.split(rows):
+        part = part.to(H.device).float()
+        state = PlaneState(
+            signs_to(torch.float32, shared.signs[:, : len(part)]),
+            shared.row_scale[:, : len(part)].mean(1, keepdim=True).expand(-1, len(part)).clone(),
+            shared.col_scale.clone(),
+            torch.ones_like(shared.col_scale, dtype=torch.bool),
+        )
+        state.r *= part.abs().mean(1) / some.abs().mean()
+        for _ in range(3):  # scales of a row converge at once where the column scales are given
+            sweep_signs(part, U, state, block_size)
+            update_row_scales(part, H, state)
+        error += output_error(part - state.dense(), H, w[: len(part)])
+        energy += output_error(part, H, w[: len(part)])
+        signs.append((state.B > 0).to(W.device)), scales.append(state.r.to(W.device))
+    planes = SignPlanes(torch.cat(signs, 1), torch.cat(scales, 1), shared.col_scale.to(W.device))
+    return FitResult(planes, error / max(energy, 1e-30))
 
 
 def fit_planes_elementwise(
@@ -140,15 +184,15 @@ def initial_state(W: Tensor, num_planes: int, significant_columns: Tensor | None
     return PlaneState(torch.stack(signs), torch.stack(rows), torch.stack(columns), free, has_residual)
 
 
-def output_error(E: Tensor, H: Tensor) -> float:
-    """Return `tr(E H Eᵀ)`, the squared error of the layer's output."""
-    return float(((E @ H) * E).sum())
+def output_error(E: Tensor, H: Tensor, row_weight: Tensor) -> float:
+    """Return `tr(diag(w) E H Eᵀ)`, the squared error of the layer's output."""
+    return float(row_weight @ ((E @ H) * E).sum(1))
 
 
-def refit_scales(W: Tensor, H: Tensor, state: PlaneState) -> None:
+def refit_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor) -> None:
     """Minimize the output error over row, column and again row scales, each exactly; it never rises."""
     update_row_scales(W, H, state)
-    update_column_scales(W, H, state)
+    update_column_scales(W, H, state, row_weight)
     update_row_scales(W, H, state)
 
 
@@ -161,8 +205,8 @@ def update_row_scales(W: Tensor, H: Tensor, state: PlaneState) -> None:
     state.r += _solve(DH @ D.mT, rhs).T
 
 
-def update_column_scales(W: Tensor, H: Tensor, state: PlaneState) -> None:
-    """Minimize the output error over c: `[(A_kᵀA_l) ⊙ H] Δc = Σ_i A_k ⊙ (E H)`, by column blocks if it is too wide."""
+def update_column_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor | None = None) -> None:
+    """Minimize the output error over c: `[(A_kᵀ diag(w) A_l) ⊙ H] Δc = Σ_i w_i A_k ⊙ (E H)`, by column blocks if too wide."""
     K, m = state.c.shape
     A = state.B * state.r[:, :, None]  # [K, n, m]
     width = max(1, _MAX_SYSTEM // K)
@@ -171,8 +215,9 @@ def update_column_scales(W: Tensor, H: Tensor, state: PlaneState) -> None:
         block = slice(start, min(start + width, m))
         A_block = A[:, :, block].transpose(0, 1).flatten(1)  # [n, K·width], plane-major
         free = state.free[:, block].flatten()
-        system = (A_block.T @ A_block) * H[block, block].repeat(K, K)
-        rhs = (A_block * gradient[:, block].repeat(1, K)).sum(0)
+        weighted = A_block if row_weight is None else A_block * row_weight[:, None]
+        system = (A_block.T @ weighted) * H[block, block].repeat(K, K)
+        rhs = (weighted * gradient[:, block].repeat(1, K)).sum(0)
         change = torch.zeros_like(rhs)
         change[free] = _solve(system[free][:, free], rhs[free])
         change = change.unflatten(0, (K, -1))
@@ -219,14 +264,15 @@ def update_scales_elementwise(W: Tensor, v: Tensor, state: PlaneState) -> None:
 
 def nearest_signs(W: Tensor, state: PlaneState) -> Tensor:
     """Return the signs [K, out_features, in_features] whose level `Σ_k ±r_k c_k` is nearest to each weight."""
+    sizes = state.r[:, :, None] * state.c[:, None]  # [K, n, m]
     best = torch.full_like(W, float("inf"))
-    B = torch.empty_like(state.B)
-    for signs in _sign_combinations(state.c.shape[0], W.device):
-        distance = (W - torch.einsum("k,kn,km->nm", signs, state.r, state.c)).abs()
-        closer = distance < best
-        best = torch.where(closer, distance, best)
-        B = torch.where(closer, signs[:, None, None], B)
-    return B
+    choice = torch.zeros(W.shape, dtype=torch.long, device=W.device)
+    combinations = _sign_combinations(len(sizes), W.device)
+    for i, signs in enumerate(combinations):
+        distance = (W - torch.tensordot(signs, sizes, 1)).abs_()
+        choice.masked_fill_(distance < best, i)
+        best = torch.minimum(best, distance)
+    return combinations[choice].movedim(-1, 0)
 
 
 def to_sign_planes(state: PlaneState) -> SignPlanes:
@@ -243,6 +289,25 @@ def to_sign_planes(state: PlaneState) -> SignPlanes:
         residual_signs=state.B[-1][:, columns] > 0,
         residual_row_scale=r[-1],
         residual_col_scale=c[-1][columns],
+    )
+
+
+def from_sign_planes(planes: SignPlanes) -> PlaneState:
+    """Invert `to_sign_planes`; scales in float32."""
+    free = torch.ones_like(planes.col_scale, dtype=torch.bool)
+    state = PlaneState(signs_to(torch.float32, planes.signs), planes.row_scale.float(), planes.col_scale.float(), free)
+    if not planes.num_significant:
+        return state
+    columns = planes.significant_columns
+    B, c = torch.ones_like(state.B[:1]), torch.zeros_like(state.c[:1])
+    B[0, :, columns] = signs_to(torch.float32, planes.residual_signs)
+    c[0, columns] = planes.residual_col_scale.float()
+    return PlaneState(
+        torch.cat([state.B, B]),
+        torch.cat([state.r, planes.residual_row_scale.float()[None]]),
+        torch.cat([state.c, c]),
+        torch.cat([free, columns[None]]),
+        has_residual=True,
     )
 
 

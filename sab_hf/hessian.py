@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .calibration.modality import TEXT
+
 
 class SecondMoments:
     """Stream `H_m = (1/N_m) Σ x xᵀ` over the tokens of each modality m, in float32.
@@ -46,17 +48,24 @@ class SecondMoments:
         return {m: total / self.counts[m] for m, total in sorted(self._sums.items())}
 
 
-def balanced(matrices: dict[int, Tensor], in_features: int, device: torch.device) -> Tensor:
-    """Mix the modalities with equal weight, `H = mean_m H_m` (text and visual: one half each).
+def mix(moments: SecondMoments | None, in_features: int, device: torch.device, balance: str = "equal") -> Tensor:
+    """Mix the modalities' second moments, by default with equal weight, `H = mean_m H_m` (text and visual: one half each).
 
-    A token-count mix would let the many image tokens drown the text. A layer that saw no token at all gets the identity,
-    which makes its fit plain least squares on the weights.
+    A token-count mix lets the many image tokens drown the text. A layer that saw no token at all gets the identity, which
+    makes its fit plain least squares on the weights.
+
+    Args:
+        balance: "equal", "tokens" (by their numbers of tokens) or "text" (alone, where there is any).
 
     Source: method §2. Deviation: the published code mixes by token count and calibrates the feedback on text only.
     """
+    matrices = moments.matrices() if moments else {}
     if not matrices:
         return torch.eye(in_features, device=device)
-    return torch.stack(list(matrices.values())).mean(0)
+    if balance == "text" and TEXT in matrices:
+        return matrices[TEXT]
+    weights = {m: moments.counts[m] if balance == "tokens" else 1 for m in matrices}
+    return sum(matrices[m] * (weight / sum(weights.values())) for m, weight in weights.items())
 
 
 def damp(H: Tensor, damping: float) -> Tensor:

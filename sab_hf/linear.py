@@ -1,4 +1,4 @@
-"""`SABLinear`, a Linear that holds packed sign planes only, and swapping it in and out of a model."""
+"""Modules that hold packed sign planes only: what all have in common, and `SABLinear`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .ops import sab_linear
 from .planes import SignPlanes
 
 
-class SABLinear(nn.Module):
-    """`y = x Wᵀ + bias` with W as packed sign planes (`packing.py`); no dense weight exists at any time.
+class SABModule(nn.Module):
+    """A matrix [out_features, in_features] held as packed sign planes (`packing.py`); no dense weight exists at any time.
 
     The packed tensors are parameters without gradient, under the names of the file format, so that `state_dict` is the
     format, and device maps, offloading and sharding treat them as any weight. All of them are integers, which `.to(dtype)`
@@ -23,14 +23,9 @@ class SABLinear(nn.Module):
     Args:
         tensors: the packed tensors by name, as `packing.to_tensors` gives them.
         in_features: columns of the matrix.
-        bias: [out_features] floating point, or None.
-
-    Attributes:
-        exact: compute in the dtype of the input; otherwise kernels may round activations to int8 where that is faster.
-            False, unless the environment variable `SAB_EXACT` is 1 when the module is made.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None = None):
+    def __init__(self, tensors: dict[str, Tensor], in_features: int):
         super().__init__()
         out_features, num_planes, num_significant = _sizes(tensors)
         self.in_features, self.out_features = in_features, out_features
@@ -44,23 +39,6 @@ class SABLinear(nn.Module):
                     f"`{name}` must be {dtype} {list(shape)} for a {out_features}×{in_features} matrix, got {got}"
                 )
             self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
-        if bias is not None and bias.shape != (out_features,):
-            raise ValueError(f"`bias` must be [{out_features}], got {list(bias.shape)}")
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.exact = os.environ.get("SAB_EXACT", "0") == "1"
-
-    @classmethod
-    def from_planes(cls, planes: SignPlanes, bias: Tensor | None = None) -> SABLinear:
-        """Pack `planes` into a module; scales are rounded to float16."""
-        return cls(packing.to_tensors(planes), planes.shape[1], bias)
-
-    @classmethod
-    def empty_like(cls, linear: nn.Linear, num_planes: int, num_significant: int) -> SABLinear:
-        """Return a module of the shape of `linear`, on its device, with uninitialised planes for a loader to fill."""
-        specs = packing.tensor_specs(linear.out_features, linear.in_features, num_planes, num_significant)
-        device = linear.weight.device
-        tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (dtype, shape) in specs.items()}
-        return cls(tensors, linear.in_features, linear.bias)
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """Return the packed tensors by their names in the file, bias excluded."""
@@ -70,7 +48,8 @@ class SABLinear(nn.Module):
         """Unpack into sign planes (scales float16)."""
         return packing.from_tensors(self.packed_tensors(), self.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, exact: bool) -> Tensor:
+        """Return `x Wᵀ` [..., out_features], in the dtype of x; `exact` as in `ops.linear_reference`."""
         residual: tuple[Tensor | None, ...] = (None, None, None, None)
         if self.num_significant:
             residual = (
@@ -80,14 +59,59 @@ class SABLinear(nn.Module):
                 self.residual_col_scale.view(torch.float16),
             )
         scales = self.row_scale.view(torch.float16), self.col_scale.view(torch.float16)
-        y = sab_linear(x, self.signs, *scales, *residual, self.exact)
-        return y if self.bias is None else y + self.bias
+        return sab_linear(x, self.signs, *scales, *residual, exact)
 
     def extra_repr(self) -> str:
         residual = f", {self.num_significant} significant columns" if self.num_significant else ""
-        return (
-            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.num_planes} planes{residual}"
-        )
+        return f"{self.in_features}, {self.out_features}, {self.num_planes} planes{residual}"
+
+
+class SABLinear(SABModule):
+    """`y = x Wᵀ + bias` with W as packed sign planes.
+
+    Args:
+        tensors, in_features: see `SABModule`.
+        bias: [out_features] floating point, or None.
+
+    Attributes:
+        exact: compute in the dtype of the input; otherwise kernels may round activations to int8 where that is faster.
+            False, unless the environment variable `SAB_EXACT` is 1 when the module is made.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None = None):
+        super().__init__(tensors, in_features)
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"`bias` must be [{self.out_features}], got {list(bias.shape)}")
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.exact = exact_by_default()
+
+    @classmethod
+    def from_planes(cls, planes: SignPlanes, bias: Tensor | None = None) -> SABLinear:
+        """Pack `planes` into a module; scales are rounded to float16."""
+        return cls(packing.to_tensors(planes), planes.shape[1], bias)
+
+    @classmethod
+    def empty_like(cls, linear: nn.Linear, num_planes: int, num_significant: int) -> SABLinear:
+        """Return a module of the shape of `linear`, on its device, with uninitialised planes for a loader to fill."""
+        return cls(empty_tensors(linear.weight, num_planes, num_significant), linear.in_features, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.multiply(x, self.exact)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+def exact_by_default() -> bool:
+    """Return whether the environment variable `SAB_EXACT` asks for products without int8 activations."""
+    return os.environ.get("SAB_EXACT", "0") == "1"
+
+
+def empty_tensors(weight: Tensor, num_planes: int, num_significant: int) -> dict[str, Tensor]:
+    """Return uninitialised packed tensors for a dense `weight` [out_features, in_features], on its device."""
+    specs = packing.tensor_specs(*weight.shape, num_planes, num_significant)
+    return {name: torch.empty(shape, dtype=dtype, device=weight.device) for name, (dtype, shape) in specs.items()}
 
 
 def _sizes(tensors: dict[str, Tensor]) -> tuple[int, int, int]:
@@ -107,42 +131,3 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     attribute = name.rpartition(".")[2]
     module.train(getattr(parent, attribute).training)
     setattr(parent, attribute, module)
-
-
-def swap_in_empty(model: nn.Module, modules: dict[str, list[int]]) -> None:
-    """Replace the Linears of `model` that a checkpoint holds packed by empty `SABLinear`s of the recorded size.
-
-    Args:
-        model: the skeleton, usually on the meta device.
-        modules: name → [K, k], as recorded in `config.json`.
-    Raises:
-        ValueError: no modules are recorded, or one is not a Linear of this model.
-    """
-    if not modules:
-        raise ValueError(
-            "the checkpoint's quantization_config says `sab` but lists no quantized modules; it is damaged or was written by "
-            "hand. To quantize a dense checkpoint, remove quantization_config from its config.json"
-        )
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unknown = [name for name in modules if name not in linears]
-    if unknown:
-        raise ValueError(
-            f"the checkpoint's quantization_config lists {len(unknown)} modules that are no Linear of "
-            f"{type(model).__name__}, first `{unknown[0]}`; load it with the class that saved it"
-        )
-    for name, (num_planes, num_significant) in modules.items():
-        replace_module(model, name, SABLinear.empty_like(linears[name], num_planes, num_significant))
-
-
-def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every `SABLinear` of `model` by a dense `nn.Linear` of the weights that it stands for."""
-    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, SABLinear)]
-    if any(module.signs.is_meta for _, module in packed):
-        raise ValueError("some packed weights are offloaded; to dequantize, load the model with device_map='cpu'")
-    for name, module in packed:
-        with torch.device("meta"):
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
-        linear.weight = nn.Parameter(module.planes().dense(dtype))
-        if module.bias is not None:
-            linear.bias = nn.Parameter(module.bias.to(dtype))
-        replace_module(model, name, linear)

@@ -9,8 +9,7 @@ from .packing import unpack_bits
 from .planes import signs_to
 
 
-@torch.library.custom_op("sab::linear", mutates_args=())
-def sab_linear(
+def linear_reference(
     x: Tensor,
     signs: Tensor,
     row_scale: Tensor,
@@ -36,21 +35,6 @@ def sab_linear(
     Returns:
         [..., out_features], dtype of `x`.
     """
-    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
-    return reference(x, signs, row_scale, col_scale, *residual)
-
-
-def reference(
-    x: Tensor,
-    signs: Tensor,
-    row_scale: Tensor,
-    col_scale: Tensor,
-    significant_columns: Tensor | None,
-    residual_signs: Tensor | None,
-    residual_row_scale: Tensor | None,
-    residual_col_scale: Tensor | None,
-) -> Tensor:
-    """Compute `sab::linear` with PyTorch's own operations, on any device: what every kernel must equal."""
     in_features = check_width(x, col_scale)
     inputs = x.reshape(-1, in_features).float()
     y = torch.zeros(inputs.shape[0], signs.shape[1], dtype=torch.float32, device=x.device)
@@ -61,6 +45,9 @@ def reference(
         columns = torch.nonzero_static(mask, size=residual_col_scale.numel()).squeeze(1)  # no wait for the device
         y += _plane_matmul(inputs[:, columns], residual_signs, residual_row_scale, residual_col_scale)
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+sab_linear = torch.library.custom_op("sab::linear", linear_reference, mutates_args=())
 
 
 def check_width(x: Tensor, col_scale: Tensor) -> int:

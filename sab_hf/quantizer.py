@@ -9,7 +9,7 @@ from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from .linear import dequantize_modules, swap_in_empty
+from .swap import dequantize_modules, swap_in_empty
 from .verify import PACKED_NAMES, check_headers, check_loaded, packed_names, raise_if_missing, raise_if_unlisted
 
 
@@ -31,7 +31,7 @@ class SABHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
-            swap_in_empty(model, self.quantization_config.modules)
+            swap_in_empty(model, self.quantization_config.modules, self.quantization_config.tied_head)
             if kwargs.get("checkpoint_files"):  # transformers 5
                 check_headers(model, kwargs["checkpoint_files"])
             return model

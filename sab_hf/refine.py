@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from .calibration import PADDING
 from .capture import BatchState, block_output
+from .fit import PlaneState, from_sign_planes, nearest_signs, to_sign_planes
 from .linear import SABLinear, replace_module
-from .planes import SignPlanes, signs_to
+from .planes import SignPlanes
 
 logger = logging.getLogger(__name__)
 
 LATENT_START = 0.5
-"""Magnitude that the latent weight behind each sign starts with; the sign flips when training carries it past 0."""
+"""How far, at most, a latent weight starts from its level, towards the dense weight, in halves of a level's distance."""
 
 
 @dataclass(frozen=True)
@@ -44,43 +45,56 @@ class RefineResult(NamedTuple):
 class TrainablePlanes(nn.Module):
     """A Linear whose weight is made of sign planes that can be trained.
 
-    Signs are those of a latent weight, with a straight-through gradient where |latent| ≤ 1. Scales are trained relative to
-    where they start, so that one learning rate suits all.
+    Behind each weight is a latent one; the weight is the level `Σ_k ±r_k c_k` nearest to it, and gradients go straight
+    through to the latent, except where it lies outside all levels. With one plane the level is the latent's sign. Scales are
+    trained relative to where they start, so that one learning rate suits all.
 
     Args:
         planes: where to start.
+        W: [out_features, in_features], the dense weight that they stand for.
         bias: [out_features] or None.
     """
 
-    def __init__(self, planes: SignPlanes, bias: Tensor | None):
+    def __init__(self, planes: SignPlanes, W: Tensor, bias: Tensor | None):
         super().__init__()
-        self.latent = nn.Parameter(signs_to(torch.float32, planes.signs) * LATENT_START)
-        self.register_buffer("row_start", planes.row_scale.float())
-        self.register_buffer("col_start", planes.col_scale.float())
-        self.row_change = nn.Parameter(torch.zeros_like(self.row_start))
-        self.col_change = nn.Parameter(torch.zeros_like(self.col_start))
-        self.significant_columns = planes.significant_columns
-        self.residual: TrainablePlanes | None = None
-        if planes.num_significant:
-            residual = SignPlanes(
-                planes.residual_signs[None], planes.residual_row_scale[None], planes.residual_col_scale[None]
-            )
-            self.residual = TrainablePlanes(residual, None)
+        state = from_sign_planes(planes)
+        self.register_buffer("row_start", state.r)
+        self.register_buffer("col_start", state.c)
+        self.free, self.has_residual = state.free, state.has_residual
+        self.row_change = nn.Parameter(torch.zeros_like(state.r))
+        self.col_change = nn.Parameter(torch.zeros_like(state.c))
+        sizes = (state.r[:, :, None] * state.c[:, None]).abs()  # [K, n, m]
+        unit = torch.where(sizes > 0, sizes, torch.inf).amin(0)
+        unit[unit.isinf()] = 0
+        self.register_buffer("unit", unit)  # half the distance between two levels, about
+        level = torch.where(unit > 0, state.dense() / unit, 0)
+        self.latent = nn.Parameter(_latent_start(W, level, unit, sizes.sum(0)))
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
         self._built: Tensor | None = None
         self._leaf: Tensor | None = None
 
-    def scales(self) -> tuple[Tensor, Tensor]:
-        """Return the row scales [K, out_features] and column scales [K, in_features]."""
-        return self.row_start * (1 + self.row_change), self.col_start * (1 + self.col_change)
+    def state(self) -> PlaneState:
+        """Return the planes at the present latent weights and scales; gradients flow to the scales."""
+        state = PlaneState(
+            torch.empty(0),
+            self.row_start * (1 + self.row_change),
+            self.col_start * (1 + self.col_change),
+            self.free,
+            self.has_residual,
+        )
+        with torch.no_grad():
+            state.B = nearest_signs(self.latent * self.unit, state)
+        return state
 
     def weight(self) -> Tensor:
-        """Return the dense weight [out_features, in_features] with gradients to signs and scales."""
-        r, c = self.scales()
-        W = torch.einsum("kn,knm,km->nm", r, _StraightThroughSign.apply(self.latent), c)
-        if self.residual is not None:
-            W = W.index_add(1, self.significant_columns.nonzero()[:, 0], self.residual.weight())
-        return W
+        """Return the dense weight [out_features, in_features] with gradients to latent weights and scales."""
+        state = self.state()
+        W = state.dense()
+        with torch.no_grad():
+            largest = (state.r[:, :, None] * state.c[:, None]).abs().sum(0)
+            inside = (self.latent * self.unit).abs() <= largest
+        through = torch.where(inside, self.latent * self.unit, 0)
+        return W + through - through.detach()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -100,29 +114,15 @@ class TrainablePlanes(nn.Module):
     @torch.no_grad()
     def planes(self) -> SignPlanes:
         """Return the trained planes."""
-        r, c = self.scales()
-        residual = {}
-        if self.residual is not None:
-            inner = self.residual.planes()
-            residual = {
-                "significant_columns": self.significant_columns,
-                "residual_signs": inner.signs[0],
-                "residual_row_scale": inner.row_scale[0],
-                "residual_col_scale": inner.col_scale[0],
-            }
-        return SignPlanes(self.latent >= 0, r.detach(), c.detach(), **residual)
+        return to_sign_planes(self.state())
 
 
-class _StraightThroughSign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, latent: Tensor) -> Tensor:
-        ctx.save_for_backward(latent)
-        return signs_to(latent.dtype, latent >= 0)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (latent,) = ctx.saved_tensors
-        return gradient * (latent.abs() <= 1)
+def _latent_start(W: Tensor, level: Tensor, unit: Tensor, largest: Tensor) -> Tensor:
+    """Return where the latent weights start, in units of `unit`: between their level and the dense weight."""
+    pull = torch.where(unit > 0, W / unit, 0) - level
+    start = level + pull.clamp(-LATENT_START, LATENT_START)
+    bound = torch.where(unit > 0, largest / unit, 1)
+    return start.clamp(-bound, bound)
 
 
 def refine_block(
@@ -132,6 +132,7 @@ def refine_block(
     planes: dict[str, SignPlanes],
     states: list[BatchState],
     settings: RefineSettings,
+    gradient: dict[int, Tensor] | None = None,
 ) -> RefineResult:
     """Train planes, norms and biases of a block to give the full-precision block's output, and pack the planes into it.
 
@@ -144,6 +145,7 @@ def refine_block(
         planes: fitted planes of the block's Linears, by module name.
         states: calibration batches, with the block's inputs `hidden` and the wanted outputs `target`.
         settings: steps and rates.
+        gradient: modality → [hidden_size], weights of the error at each output feature; None: modalities in equal parts.
     Returns:
         The relative output error before and after.
     Raises:
@@ -151,8 +153,12 @@ def refine_block(
 
     Source: block reconstruction (BRECQ, arXiv 2102.05426) with straight-through signs; method §5.
     """
-    trainable = {name: TrainablePlanes(planes[name], model.get_submodule(name).bias) for name in planes}
-    biases = {name: model.get_submodule(name).bias for name in planes}
+    linears = {name: model.get_submodule(name) for name in planes}
+    biases = {name: linear.bias for name, linear in linears.items()}
+    trainable = {
+        name: TrainablePlanes(planes[name], linear.weight.detach().float(), linear.bias)
+        for name, linear in linears.items()
+    }
     for name, module in trainable.items():
         replace_module(model, name, module)
     others = {name: p for name, p in block.named_parameters() if not name.startswith(_prefixes(block, trainable))}
@@ -161,7 +167,7 @@ def refine_block(
         p.data = p.data.float()
         p.requires_grad_(True)
     try:
-        result = _train(block, index, trainable, list(others.values()), states, settings)
+        result = _train(block, index, trainable, list(others.values()), states, settings, gradient)
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             f"out of memory while refining block {index}; lower `batch_size` (activations) or `max_length`, or set "
@@ -192,9 +198,10 @@ def _train(
     others: list[nn.Parameter],
     states: list[BatchState],
     settings: RefineSettings,
+    gradient: dict[int, Tensor] | None,
 ) -> RefineResult:
-    scale = _TokenWeights(states)
-    before = _mean_error(block, index, modules, states, scale)
+    weights = _ErrorWeights(states, gradient)
+    before = _mean_error(block, index, modules, states, weights)
     optimizer = _optimizer(modules, others, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
@@ -204,10 +211,10 @@ def _train(
         optimizer.zero_grad(set_to_none=True)
         with _building(modules):
             for state in next(draws):
-                _error(block, index, state, scale).backward()
+                _error(block, index, state, weights).backward()
         optimizer.step()
         schedule.step()
-    return RefineResult(before, _mean_error(block, index, modules, states, scale))
+    return RefineResult(before, _mean_error(block, index, modules, states, weights))
 
 
 def _prefixes(block: nn.Module, modules: dict[str, TrainablePlanes]) -> tuple[str, ...]:
@@ -216,39 +223,48 @@ def _prefixes(block: nn.Module, modules: dict[str, TrainablePlanes]) -> tuple[st
     return tuple(f"{inside[module]}." for module in modules.values())
 
 
-class _TokenWeights:
-    """Weights that make the summed squared errors of a whole set `Σ‖y − t‖² / Σ‖t‖²`, modalities in equal parts."""
+class _ErrorWeights:
+    """Weights that make the summed squared errors of a whole set a relative error, `Σ w (y − t)² / Σ w t²`.
 
-    def __init__(self, states: list[BatchState]):
-        power: dict[int, float] = {}
+    Args:
+        states: the set.
+        gradient: modality → [hidden_size], the weight w of each feature; None: w is 1 and modalities have equal parts.
+    """
+
+    def __init__(self, states: list[BatchState], gradient: dict[int, Tensor] | None):
+        power: dict[int, Tensor] = {}
         for state in states:
-            squares = state.target.float().square().sum(-1)
             for m in state.modality.unique().tolist():
                 if m != PADDING:
-                    power[m] = power.get(m, 0.0) + float(squares[state.modality == m].sum())
-        self.by_modality = {m: 1 / (len(power) * max(total, 1e-30)) for m, total in power.items()}
+                    squares = state.target[state.modality == m].float().square().sum(0)
+                    power[m] = power.get(m, 0) + squares
+        if gradient is None:
+            self.by_modality = {
+                m: torch.ones_like(p) / (len(power) * p.sum().clamp_min(1e-30)) for m, p in power.items()
+            }
+        else:
+            total = sum((gradient[m] * power[m]).sum() for m in power if m in gradient)
+            self.by_modality = {m: gradient[m] / total.clamp_min(1e-30) for m in power if m in gradient}
 
-    def of(self, modality: Tensor) -> Tensor:
-        weights = torch.zeros(modality.shape, device=modality.device)
-        for m, weight in self.by_modality.items():
-            weights[modality == m] = weight
-        return weights
+    def error(self, output: Tensor, state: BatchState) -> Tensor:
+        """Return the weighted squared error of a batch's output [batch, length, hidden_size]."""
+        squares = (output.float() - state.target.float()).square()
+        return sum((squares @ weight)[state.modality == m].sum() for m, weight in self.by_modality.items())
 
 
-def _error(block: nn.Module, index: int, state: BatchState, scale: _TokenWeights) -> Tensor:
+def _error(block: nn.Module, index: int, state: BatchState, weights: _ErrorWeights) -> Tensor:
     device = state.hidden.device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         output = block_output(block, index, state, state.hidden.float())
-    squares = (output.float() - state.target.float()).square().sum(-1)
-    return (squares * scale.of(state.modality)).sum()
+    return weights.error(output, state)
 
 
 @torch.no_grad()
 def _mean_error(
-    block: nn.Module, index: int, modules: dict[str, TrainablePlanes], states: list[BatchState], scale: _TokenWeights
+    block: nn.Module, index: int, modules: dict[str, TrainablePlanes], states: list[BatchState], weights: _ErrorWeights
 ) -> float:
     with _building(modules):
-        return sum(float(_error(block, index, state, scale)) for state in states)
+        return sum(float(_error(block, index, state, weights)) for state in states)
 
 
 @contextmanager
@@ -266,7 +282,7 @@ def _optimizer(
     latents = [p for name, p in named if name.endswith("latent")]
     scales = [p for name, p in named if not name.endswith("latent")]
     groups = [{"params": latents, "lr": settings.latent_rate}, {"params": scales + others, "lr": settings.scale_rate}]
-    return torch.optim.Adam(groups, betas=(0.9, 0.95))
+    return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=latents[0].is_cuda)
 
 
 def _draw_batches(states: list[BatchState], settings: RefineSettings) -> Iterator[list[BatchState]]:

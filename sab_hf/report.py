@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .linear import SABLinear
+from .linear import SABModule
 from .roles import find_roles
 
 
@@ -114,9 +114,9 @@ def report(model: nn.Module) -> Report:
             sum(tensor.nbytes for tensor in module.packed_tensors().values()),
         )
         for name, module in model.named_modules()
-        if isinstance(module, SABLinear)
+        if isinstance(module, SABModule)
     ]
-    packed = {id(t) for m in model.modules() if isinstance(m, SABLinear) for t in m.packed_tensors().values()}
+    packed = {id(t) for m in model.modules() if isinstance(m, SABModule) for t in m.packed_tensors().values()}
     dense: dict[str, int] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -33,6 +33,11 @@ class SignificanceMap(NamedTuple):
         """Λ of each input feature [in_features] (root mean square down the column), for `H_Λ = diag(Λ) H diag(Λ)`."""
         return self.Lambda.square().mean(0).sqrt()
 
+    @property
+    def row_weight(self) -> Tensor:
+        """Λ² of each output feature [out_features] (mean along the row), what the error of a row counts."""
+        return self.Lambda.square().mean(1)
+
 
 LEAST_WEIGHT = 0.05
 """Λ is raised to this share of its mean where it is below: a column with Λ = 0 would be fitted to nothing."""
@@ -42,6 +47,7 @@ def significance_map(
     W: Tensor,
     H: dict[int, Tensor],
     *,
+    gradient: dict[int, Tensor] | None = None,
     damping: float,
     salient_top_p: float,
     diff_quantile: float,
@@ -53,6 +59,8 @@ def significance_map(
         W: [out_features, in_features] float32.
         H: second moments [in_features, in_features] by modality. With fewer than two modalities there is nothing to
             separate: ρ is 0 and Λ is 1 everywhere.
+        gradient: g_m [out_features] by modality, the mean squared gradient of the loss at each output feature; then
+            `S_m[i,j] *= g_m[i]`, and ρ and Λ vary over rows too. None: the paper's S, whose ρ and Λ are constant down a column.
         damping: λ as a share of the mean diagonal of each H.
         salient_top_p, diff_quantile, sparsity_threshold: see `SABQuantizationConfig`.
 
@@ -60,7 +68,9 @@ def significance_map(
     by its mean before ρ, and ‖s‖₂ = 0 gives ρ = 0, where the published code adds an absolute epsilon; Λ has mean 1 and
     a floor.
     """
-    S = torch.stack([sensitivity(W, H_m, damping) for H_m in H.values()]) if H else W.new_zeros(1, *W.shape)
+    known = [m for m in H if gradient is None or m in gradient]
+    S = [sensitivity(W, H[m], damping, None if gradient is None else gradient[m]) for m in known]
+    S = torch.stack(S) if S else W.new_zeros(1, *W.shape)
     rho = hoyer_sparsity(S)
     top = max(1, round(salient_top_p * W.numel()))
     significant = torch.stack([S_m >= S_m.flatten().topk(top).values[-1] for S_m in S]).any(0)
@@ -75,12 +85,16 @@ def significance_map(
     return SignificanceMap(rho, unimodal, significant & ~unimodal, share, Lambda / Lambda.mean())
 
 
-def sensitivity(W: Tensor, H: Tensor, damping: float) -> Tensor:
-    """Return `S[i,j] = W[i,j]² / [(H + λI)⁻¹]_jj`, divided by its mean; [out_features, in_features].
+def sensitivity(W: Tensor, H: Tensor, damping: float, gradient: Tensor | None = None) -> Tensor:
+    """Return `S[i,j] = g[i] W[i,j]² / [(H + λI)⁻¹]_jj`, divided by its mean; [out_features, in_features].
 
-    Source: Optimal Brain Surgeon's saliency, as SAB-LVLM uses it.
+    Args:
+        gradient: g [out_features]; None for 1.
+
+    Source: Optimal Brain Surgeon's saliency, as SAB-LVLM uses it. Deviation: the factor g, where it is given.
     """
     S = W.square() / inverse(damp(H, damping)).diagonal()
+    S = S if gradient is None else S * gradient[:, None]
     mean = S.mean()
     return S / mean if mean > 0 else S
 

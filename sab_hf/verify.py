@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from .linear import SABLinear
+from .linear import SABModule
 from .packing import tensor_specs, unpack_bits
 
 PACKED_NAMES = frozenset(tensor_specs(1, 1, 1, 1))
@@ -29,7 +29,7 @@ def packed_names(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{tensor_name}": tensor
         for name, module in model.named_modules()
-        if isinstance(module, SABLinear)
+        if isinstance(module, SABModule)
         for tensor_name, tensor in module.named_parameters(recurse=False)
     }
 
@@ -99,11 +99,11 @@ def check_loaded(model: nn.Module) -> None:
             ]
         )
     for name, module in model.named_modules():
-        if isinstance(module, SABLinear):
+        if isinstance(module, SABModule):
             _check_module(name, module)
 
 
-def _check_module(name: str, module: SABLinear) -> None:
+def _check_module(name: str, module: SABModule) -> None:
     tensors = module.packed_tensors()
     specs = tensor_specs(module.out_features, module.in_features, module.num_planes, module.num_significant)
     for tensor_name, (dtype, shape) in specs.items():

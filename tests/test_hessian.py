@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sab_hf.hessian import SecondMoments, balanced, damp, feedback_factor, inverse
+from sab_hf.hessian import SecondMoments, damp, feedback_factor, inverse, mix
 
 CPU = torch.device("cpu")
 PADDING, TEXT, VISUAL = -1, 0, 1
@@ -61,22 +61,25 @@ def test_moments_tell_of_inputs_that_are_not_finite(bad):
     assert not moments.is_finite()
 
 
-def test_balanced_gives_every_modality_the_same_weight():
+@pytest.mark.parametrize("balance", ["equal", "tokens", "text"])
+def test_mix_weighs_modalities_as_asked(balance):
     generator = torch.Generator().manual_seed(0)
     moments = SecondMoments(5, CPU)
     x = torch.randn(1000, 5, generator=generator) * torch.where(torch.arange(1000) < 10, 3.0, 1.0)[:, None]
     modality = torch.where(torch.arange(1000) < 10, TEXT, VISUAL)
     moments.add(x, modality)
     text, visual = x[:10].T @ x[:10] / 10, x[10:].T @ x[10:] / 990
-    H = balanced(moments.matrices(), 5, CPU)
-    torch.testing.assert_close(H, 0.5 * text + 0.5 * visual)
-    assert not torch.allclose(H, x.T @ x / 1000, rtol=0.5)  # the mix by token count
+    expected = {"equal": 0.5 * text + 0.5 * visual, "tokens": x.T @ x / 1000, "text": text}
+    torch.testing.assert_close(mix(moments, 5, CPU, balance), expected[balance])
 
 
-def test_balanced_of_one_modality_is_that_one_and_of_none_the_identity():
-    H = torch.diag(torch.arange(1.0, 5))
-    assert torch.equal(balanced({VISUAL: H}, 4, CPU), H)
-    assert torch.equal(balanced({}, 4, CPU), torch.eye(4))
+def test_mix_of_one_modality_is_that_one_and_of_none_the_identity():
+    x = torch.eye(4) * torch.arange(1.0, 5)[:, None]
+    moments = SecondMoments(4, CPU)
+    moments.add(x, torch.full((4,), VISUAL))
+    for balance in ("equal", "tokens", "text"):
+        torch.testing.assert_close(mix(moments, 4, CPU, balance), x.T @ x / 4)
+    assert torch.equal(mix(None, 4, CPU), torch.eye(4))
 
 
 def test_damp_adds_a_share_of_the_mean_diagonal():

@@ -7,8 +7,9 @@ import torch
 from test_planes import random_planes
 from torch import nn
 
-from sab_hf.linear import SABLinear, dequantize_modules, replace_module, swap_in_empty
+from sab_hf.linear import SABLinear, replace_module
 from sab_hf.packing import tensor_specs, to_tensors
+from sab_hf.swap import dequantize_modules, swap_in_empty
 
 IN, OUT = 21, 10
 FULL = {"signs", "row_scale", "col_scale"}

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..ops import check_width, reference, sab_linear
+from ..ops import check_width, linear_reference, sab_linear
 
 logger = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,9 +37,9 @@ def linear(
     reason = why_no_kernel(x.device.index, x.dtype)
     if reason is not None:
         warn_once(reason)
-        return reference(x, *operands)
+        return linear_reference(x, *operands)
     if 0 in inputs.shape or 0 in signs.shape:
-        return reference(x, *operands)
+        return linear_reference(x, *operands)
     from . import triton as kernels
 
     with torch.cuda.device(x.device):

@@ -1,0 +1,192 @@
+"""`generate` on a CPU with a vision-language model of half a billion parameters: dense, PyTorch's int8 and bf16, packed.
+
+The shape is Qwen2-0.5B's as the language model of LLaVA with a small SigLIP tower; weights are random, planes are made
+directly, because speed and memory do not depend on their values. Every variant runs in a process of its own, so that
+its resident memory is its own.
+
+    python benchmarks/speed_cpu_model.py --threads 2 --output speed_cpu_model.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from timing import provenance, write_json
+from torch import nn
+
+VARIANTS = ("float32", "bfloat16", "int8", "packed", "packed head", "packed head exact")
+IMAGE_TOKEN, IMAGE_TOKENS, TEXT_TOKENS, NEW_TOKENS = 151_646, 196, 32, 64
+
+
+def config(layers: int):
+    """LLaVA of Qwen2-0.5B (24 layers of 896, vocabulary 151,936) and a SigLIP tower of 12 layers of 384."""
+    from transformers import LlavaConfig, Qwen2Config, SiglipVisionConfig
+
+    text = Qwen2Config(
+        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers, num_attention_heads=14,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=224, patch_size=16,
+        vision_use_head=False,
+    )  # fmt: skip
+    return LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, vision_feature_layer=-1,
+        vision_feature_select_strategy="full", tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def random_packed(linear: nn.Linear, num_planes: int, num_significant: int):
+    """A `SABLinear` of the shape of `linear` with random signs and scales; the bias stays."""
+    from sab_hf import SABLinear, packing
+
+    specs = packing.tensor_specs(linear.out_features, linear.in_features, num_planes, num_significant)
+    tensors = {}
+    for name, (dtype, shape) in specs.items():
+        if dtype == torch.uint8:
+            tensors[name] = torch.randint(0, 256, shape, dtype=torch.uint8)
+        else:
+            tensors[name] = torch.full(shape, 0.15 if "row" in name else 0.2, dtype=torch.float16).view(torch.int16)
+    if num_significant:
+        mask = torch.zeros(linear.in_features, dtype=torch.bool)
+        mask[torch.randperm(linear.in_features)[:num_significant]] = True
+        tensors["significant_columns"] = packing.pack_bits(mask)
+    bias = None if linear.bias is None else torch.zeros(linear.out_features)
+    return SABLinear(tensors, linear.in_features, bias)
+
+
+def pack_language(model: nn.Module, head_planes: int, residual: float) -> None:
+    """Replace the meta-device Linears of the language blocks, and the head if asked, by random packed ones."""
+    from sab_hf.linear import replace_module
+
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name, linear in linears:
+        if "language_model.layers" in name:
+            replace_module(model, name, random_packed(linear, 1, int(residual * linear.in_features)))
+        elif head_planes and name.endswith("lm_head"):
+            replace_module(model, name, random_packed(linear, head_planes, 0))
+
+
+def make_model(variant: str, layers: int, residual: float) -> nn.Module:
+    """The model of one variant, evaluated, weights on the CPU."""
+    from transformers import AutoModelForImageTextToText
+
+    os.environ["SAB_EXACT"] = "1" if variant.endswith("exact") else "0"
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config(layers), dtype=dtype)
+    if variant.startswith("packed"):
+        pack_language(model, 4 if "head" in variant else 0, residual)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                filled = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(0, 0.02)
+                setattr(module, name, nn.Parameter(filled, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module.register_buffer(name, rebuild_buffer(module, name, buffer), persistent=False)
+    if variant == "int8":
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    return model.eval()
+
+
+def rebuild_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> torch.Tensor:
+    """What `from_config` on the meta device leaves out: rotary frequencies and position ids."""
+    if name.endswith("inv_freq"):
+        width = 2 * buffer.numel()
+        return 1.0 / (10_000.0 ** (torch.arange(0, width, 2).float() / width))
+    if name == "position_ids":
+        return torch.arange(buffer.shape[-1]).expand(buffer.shape).clone()
+    raise ValueError(f"{type(module).__name__} has a buffer `{name}` that this benchmark does not know")
+
+
+def resident_mib(field: str) -> float:
+    """`VmRSS` (now) or `VmHWM` (peak) of this process, MiB."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+def measure(variant: str, layers: int, residual: float, compiled: bool, repeats: int) -> dict[str, float | str]:
+    """Time `generate` of one variant: seconds of the whole, of the prefill with the first token, ms per further token."""
+    before = resident_mib("VmRSS")
+    model = make_model(variant, layers, residual)
+    arguments = {}
+    if compiled:
+        model.model.language_model.forward = torch.compile(model.model.language_model.forward, dynamic=False)
+        arguments = {"cache_implementation": "static"}
+    tokens = torch.cat([torch.full((1, IMAGE_TOKENS), IMAGE_TOKEN), torch.arange(TEXT_TOKENS)[None] + 100], 1)
+    pixels = torch.randn(1, 3, 224, 224, dtype=model.dtype if variant == "bfloat16" else torch.float32)
+
+    def seconds(new_tokens: int) -> float:
+        start = time.perf_counter()
+        out = model.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels, do_sample=False,
+            max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0, **arguments,
+        )  # fmt: skip
+        assert out.shape[1] == tokens.shape[1] + new_tokens
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        for new_tokens in (NEW_TOKENS, 1):
+            seconds(new_tokens)
+        whole = statistics.median(seconds(NEW_TOKENS) for _ in range(repeats))
+        first = statistics.median(seconds(1) for _ in range(repeats))
+    return {
+        "variant": variant,
+        "compiled": compiled,
+        "seconds": whole,
+        "first_token_seconds": first,
+        "ms_per_token": (whole - first) / (NEW_TOKENS - 1) * 1e3,
+        "resident_mib": resident_mib("VmRSS") - before,
+        "peak_mib": resident_mib("VmHWM") - before,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument(
+        "--residual", type=float, default=0.0, help="share of significant columns in the language blocks"
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS)
+    parser.add_argument("--compile", action="store_true", help="static cache and a compiled language model")
+    parser.add_argument("--output", default=None)
+    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.one:
+        rest = (arguments.layers, arguments.residual, arguments.compile, arguments.repeats)
+        print(json.dumps(measure(arguments.one, *rest)))
+        return
+    results = {"provenance": provenance("cpu"), "rows": []}
+    for variant in arguments.variants:
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", variant]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1])])}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+        if done.returncode:
+            print(f"{variant}: failed", flush=True)
+            continue
+        row = json.loads(done.stdout.splitlines()[-1])
+        results["rows"].append(row)
+        print(
+            f"{variant:18} {row['seconds']:7.2f} s, first token {row['first_token_seconds']:6.2f} s, then "
+            f"{row['ms_per_token']:7.2f} ms/token; resident {row['resident_mib']:6.0f} MiB, peak {row['peak_mib']:6.0f}",
+            flush=True,
+        )
+        if arguments.output:
+            write_json(arguments.output, results)
+
+
+if __name__ == "__main__":
+    main()

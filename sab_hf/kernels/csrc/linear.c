@@ -1,0 +1,173 @@
+/* y = x W^T from the kernel layout: tables of each token's inputs, then look-ups of the signs of each tile of rows. */
+#include <string.h>
+
+#include "sab_cpu.h"
+
+enum {
+    TASK_TOKENS = 16,            /* tokens that one task takes: a tile's codes stay in the nearest cache for all of them */
+    CHUNK_TOKENS = 64,           /* tokens whose tables exist at a time, at most */
+    CHUNK_BYTES = 4 << 20,       /* and the memory that their tables may take */
+    PARALLEL_WEIGHTS = 4 << 20,  /* less work than this many weights * tokens is done sooner than a worker wakes up */
+    PARALLEL_TABLES = 128 << 10, /* likewise columns * tokens, for making tables */
+    TASKS_PER_THREAD = 8,
+};
+
+typedef struct {
+    const uint8_t *codes;
+    const uint16_t *row_scale, *col_scale;
+    int64_t columns, column_bytes;
+    int64_t tables, scales; /* where the tables and scales of a token begin in its part of the scratch memory */
+} plane;
+
+typedef struct {
+    const sab_kernels *kernels;
+    const sab_matrix *matrix;
+    const char *x;
+    char *y;
+    int64_t x_stride, first_token, tokens; /* tokens of this chunk */
+    int dtype, exact;
+    char *memory; /* of token t: memory + t * token_bytes: inputs, scaled inputs, then tables and scales by plane */
+    int64_t token_bytes, scaled;
+    int32_t *significant; /* column of each significant column, ascending */
+    int64_t tiles_per_task, tile_tasks;
+} call;
+
+static size_t element_size(int dtype) { return dtype == SAB_FLOAT32 ? 4 : 2; }
+
+static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+static int64_t bytes_of(int64_t columns) { return (columns + 7) / 8; }
+
+int64_t sab_cpu_layout_bytes(int64_t rows, int64_t columns) { return round_up(rows, SAB_TILE) * bytes_of(columns); }
+
+static int64_t num_planes(const call *c) { return c->matrix->planes + (c->matrix->significant > 0); }
+
+/* Plane `index` of the matrix, the residual plane after the full ones, and where a token's tables for it lie. */
+static plane plane_at(const call *c, int64_t index) {
+    const sab_matrix *matrix = c->matrix;
+    int64_t table_bytes = c->exact ? (int64_t)sizeof(float) * 2 * c->kernels->exact_entries : 32;
+    int64_t full_bytes = bytes_of(matrix->columns);
+    int64_t full_size = round_up(table_bytes * full_bytes, 64);
+    int64_t scale_size = round_up(round_up(full_bytes, SAB_BLOCK) / SAB_BLOCK * (int64_t)sizeof(float), 64);
+    plane p = {.columns = index < matrix->planes ? matrix->columns : matrix->significant};
+    p.column_bytes = bytes_of(p.columns);
+    if (index < matrix->planes) {
+        p.codes = matrix->codes + index * sab_cpu_layout_bytes(matrix->rows, matrix->columns);
+        p.row_scale = matrix->row_scale + index * matrix->rows;
+        p.col_scale = matrix->col_scale + index * matrix->columns;
+    } else {
+        p.codes = matrix->residual_codes;
+        p.row_scale = matrix->residual_row_scale;
+        p.col_scale = matrix->residual_col_scale;
+    }
+    p.tables = 2 * c->scaled + index * (full_size + scale_size); /* the residual plane is never wider than a full one */
+    p.scales = p.tables + full_size;
+    return p;
+}
+
+/* Task: all tables of one token. */
+static void make_tables(void *argument, int64_t token) {
+    const call *c = argument;
+    const sab_matrix *matrix = c->matrix;
+    char *own = c->memory + token * c->token_bytes;
+    float *inputs = (float *)own, *scaled = (float *)(own + c->scaled);
+    const char *x = c->x + element_size(c->dtype) * (size_t)((c->first_token + token) * c->x_stride);
+    c->kernels->to_float(x, c->dtype, matrix->columns, inputs);
+    for (int64_t index = 0; index < num_planes(c); index++) {
+        plane p = plane_at(c, index);
+        c->kernels->to_float(p.col_scale, SAB_FLOAT16, p.columns, scaled);
+        if (index < matrix->planes)
+            for (int64_t j = 0; j < p.columns; j++) scaled[j] *= inputs[j];
+        else
+            for (int64_t j = 0; j < p.columns; j++) scaled[j] *= inputs[c->significant[j]];
+        for (int64_t j = p.columns; j < 8 * p.column_bytes; j++) scaled[j] = 0;
+        if (c->exact)
+            c->kernels->exact_tables(scaled, p.column_bytes, (float *)(own + p.tables));
+        else
+            c->kernels->lut_tables(scaled, p.column_bytes, (uint8_t *)(own + p.tables), (float *)(own + p.scales));
+    }
+}
+
+/* sums[tokens][64] of one plane and tile. */
+static void sum_tile(const call *c, const plane *p, int64_t tile, int64_t token, int tokens, float *sums) {
+    const uint8_t *codes = p->codes + tile * SAB_TILE * p->column_bytes;
+    const char *own = c->memory + token * c->token_bytes;
+    if (!c->exact) {
+        c->kernels->lut_tile(codes, p->column_bytes, (const uint8_t *)(own + p->tables), c->token_bytes,
+                             (const float *)(own + p->scales), c->token_bytes / (int64_t)sizeof(float), tokens, sums);
+        return;
+    }
+    for (int i = 0; i < tokens; i++, own += c->token_bytes)
+        c->kernels->exact_tile(codes, p->column_bytes, (const float *)(own + p->tables), sums + SAB_TILE * i);
+}
+
+/* One tile of rows of the output, for the tokens from `first` to `last`. */
+static void finish_tile(const call *c, int64_t tile, int64_t first, int64_t last) {
+    const int64_t row = tile * SAB_TILE, left = c->matrix->rows - row, rows = left < SAB_TILE ? left : SAB_TILE;
+    float total[TASK_TOKENS][SAB_TILE] = {{0}}, sums[SAB_GROUP_TOKENS * SAB_TILE], row_scale[SAB_TILE] = {0};
+    for (int64_t index = 0; index < num_planes(c); index++) {
+        plane p = plane_at(c, index);
+        c->kernels->to_float(p.row_scale + row, SAB_FLOAT16, rows, row_scale);
+        const int group = c->exact ? 1 : c->kernels->group_tokens;
+        for (int64_t token = first; token < last;) {
+            int tokens = last - token >= group ? group : 1;
+            sum_tile(c, &p, tile, token, tokens, sums);
+            for (int i = 0; i < tokens; i++, token++)
+                for (int r = 0; r < SAB_TILE; r++) total[token - first][r] += row_scale[r] * sums[SAB_TILE * i + r];
+        }
+    }
+    for (int64_t token = first; token < last; token++) {
+        size_t place = (size_t)((c->first_token + token) * c->matrix->rows + row);
+        c->kernels->from_float(total[token - first], c->dtype, rows, c->y + element_size(c->dtype) * place);
+    }
+}
+
+/* Task: a run of tiles for up to TASK_TOKENS tokens. */
+static void finish_tiles(void *argument, int64_t index) {
+    const call *c = argument;
+    int64_t tiles = (c->matrix->rows + SAB_TILE - 1) / SAB_TILE;
+    int64_t start = index % c->tile_tasks * c->tiles_per_task, stop = start + c->tiles_per_task;
+    int64_t first = index / c->tile_tasks * TASK_TOKENS, last = first + TASK_TOKENS;
+    for (int64_t tile = start; tile < stop && tile < tiles; tile++)
+        finish_tile(c, tile, first, last < c->tokens ? last : c->tokens);
+}
+
+static void run_chunk(call *c, int threads) {
+    int64_t work = c->matrix->rows * c->matrix->columns * num_planes(c) * c->tokens;
+    int64_t table_work = c->matrix->columns * num_planes(c) * c->tokens;
+    int64_t tiles = (c->matrix->rows + SAB_TILE - 1) / SAB_TILE, groups = (c->tokens + TASK_TOKENS - 1) / TASK_TOKENS;
+    int row_threads = work >= PARALLEL_WEIGHTS ? threads : 1;
+    c->tiles_per_task = tiles * groups / (row_threads * TASKS_PER_THREAD);
+    if (c->tiles_per_task < 1) c->tiles_per_task = 1;
+    if (c->tiles_per_task > tiles) c->tiles_per_task = tiles;
+    c->tile_tasks = (tiles + c->tiles_per_task - 1) / c->tiles_per_task;
+    sab_parallel(make_tables, c, c->tokens, table_work >= PARALLEL_TABLES ? threads : 1);
+    sab_parallel(finish_tiles, c, c->tile_tasks * groups, row_threads);
+}
+
+/* y [tokens][rows] = x [tokens][columns] times the transposed matrix, sums in float32, rounded once.
+ *
+ * x_stride is the distance of tokens in elements; the numbers of a token are adjacent. exact: 1 for float32 tables, 0 for
+ * int8 ones where the instruction set has them. Returns 0, or 1 if there is no memory for the tables. */
+int sab_cpu_linear(const sab_matrix *matrix, const void *x, int64_t x_stride, int dtype, int64_t tokens, void *y, int exact,
+                   int threads) {
+    call c = {.kernels = sab_active_kernels(), .matrix = matrix, .x = x, .y = y, .x_stride = x_stride, .dtype = dtype};
+    if (tokens == 0 || matrix->rows == 0) return 0;
+    c.exact = exact || !c.kernels->has_lut;
+    c.scaled = round_up(8 * bytes_of(matrix->columns) * (int64_t)sizeof(float), 64);
+    c.token_bytes = plane_at(&c, num_planes(&c)).tables; /* where one more plane would begin */
+    int64_t list_bytes = round_up(matrix->significant * (int64_t)sizeof(int32_t), 64);
+    int64_t chunk = CHUNK_BYTES / (c.token_bytes + 1);
+    chunk = chunk < TASK_TOKENS ? TASK_TOKENS : chunk > CHUNK_TOKENS ? CHUNK_TOKENS : chunk;
+    if (chunk > tokens) chunk = tokens;
+    char *memory = sab_scratch((size_t)(list_bytes + chunk * c.token_bytes + 64));
+    if (memory == NULL) return 1;
+    c.significant = (int32_t *)memory;
+    c.memory = memory + list_bytes;
+    if (matrix->significant > 0) sab_list_significant(matrix, c.significant);
+    for (; c.first_token < tokens; c.first_token += chunk) {
+        c.tokens = tokens - c.first_token < chunk ? tokens - c.first_token : chunk;
+        run_chunk(&c, threads);
+    }
+    return 0;
+}

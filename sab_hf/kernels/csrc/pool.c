@@ -1,0 +1,133 @@
+/* Worker threads that sleep while there is nothing to do, and memory that a thread keeps between calls.
+ *
+ * The caller works too and never waits for a worker that has not woken up yet: indices are handed out one by one, so on a
+ * busy machine a late worker finds nothing left. It only waits, asleep, for workers in the middle of an index.
+ */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "sab_cpu.h"
+
+enum { MAX_WORKERS = 255 };
+
+static pthread_mutex_t calling = PTHREAD_MUTEX_INITIALIZER; /* held by the one caller that uses the workers */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;    /* guards what follows */
+static pthread_cond_t work_is_there = PTHREAD_COND_INITIALIZER, workers_left = PTHREAD_COND_INITIALIZER;
+static struct {
+    void (*task)(void *, int64_t);
+    void *argument;
+    int64_t count;
+    int wanted, inside; /* workers that may still join, and that are in the middle of it */
+    unsigned long number;
+} job;
+static atomic_llong next_index;
+static int num_workers;
+
+static void run_indices(void (*task)(void *, int64_t), void *argument, int64_t count) {
+    for (int64_t i; (i = atomic_fetch_add(&next_index, 1)) < count;) task(argument, i);
+}
+
+static void *work(void *unused) {
+    unsigned long seen = 0;
+    (void)unused;
+    pthread_mutex_lock(&lock);
+    for (;;) {
+        while (job.number == seen || job.wanted == 0) pthread_cond_wait(&work_is_there, &lock);
+        seen = job.number;
+        job.wanted--;
+        job.inside++;
+        void (*task)(void *, int64_t) = job.task;
+        void *argument = job.argument;
+        int64_t count = job.count;
+        pthread_mutex_unlock(&lock);
+        run_indices(task, argument, count);
+        pthread_mutex_lock(&lock);
+        if (--job.inside == 0) pthread_cond_signal(&workers_left);
+    }
+    return NULL;
+}
+
+/* A forked child has none of the threads; its locks may be held by threads that do not exist there. */
+static void forget_workers(void) {
+    pthread_mutex_init(&calling, NULL);
+    pthread_mutex_init(&lock, NULL);
+    pthread_cond_init(&work_is_there, NULL);
+    pthread_cond_init(&workers_left, NULL);
+    num_workers = job.wanted = job.inside = 0;
+}
+
+static void start_workers(int wanted) {
+    static int watching_forks;
+    if (!watching_forks) watching_forks = pthread_atfork(NULL, NULL, forget_workers) == 0;
+    if (!watching_forks) return;
+    while (num_workers < wanted && num_workers < MAX_WORKERS) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, work, NULL) != 0) return;
+        pthread_detach(thread);
+        num_workers++;
+    }
+}
+
+void sab_parallel(void (*task)(void *, int64_t), void *argument, int64_t count, int threads) {
+    int helpers = (int)(threads < count ? threads : count) - 1;
+    if (helpers < 1 || pthread_mutex_trylock(&calling) != 0) { /* another thread uses the workers: do without */
+        for (int64_t i = 0; i < count; i++) task(argument, i);
+        return;
+    }
+    pthread_mutex_lock(&lock);
+    start_workers(helpers);
+    job.task = task;
+    job.argument = argument;
+    job.count = count;
+    job.wanted = helpers < num_workers ? helpers : num_workers;
+    job.number++;
+    atomic_store(&next_index, 0);
+    if (job.wanted == 1)
+        pthread_cond_signal(&work_is_there);
+    else
+        pthread_cond_broadcast(&work_is_there);
+    pthread_mutex_unlock(&lock);
+    run_indices(task, argument, count);
+    pthread_mutex_lock(&lock);
+    job.wanted = 0; /* who has not joined yet shall sleep on */
+    while (job.inside > 0) pthread_cond_wait(&workers_left, &lock);
+    pthread_mutex_unlock(&lock);
+    pthread_mutex_unlock(&calling);
+}
+
+typedef struct {
+    void *memory;
+    size_t bytes;
+} scratch;
+
+static pthread_key_t scratch_key;
+static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
+static int scratch_key_exists;
+
+static void free_scratch(void *value) {
+    free(((scratch *)value)->memory);
+    free(value);
+}
+
+static void make_scratch_key(void) { scratch_key_exists = pthread_key_create(&scratch_key, free_scratch) == 0; }
+
+void *sab_scratch(size_t bytes) {
+    pthread_once(&scratch_once, make_scratch_key);
+    if (!scratch_key_exists) return NULL;
+    scratch *own = pthread_getspecific(scratch_key);
+    if (own == NULL) {
+        own = calloc(1, sizeof *own);
+        if (own == NULL || pthread_setspecific(scratch_key, own) != 0) {
+            free(own);
+            return NULL;
+        }
+    }
+    if (own->bytes < bytes) {
+        free(own->memory);
+        own->bytes = (bytes + 4095) / 4096 * 4096;
+        own->memory = aligned_alloc(64, own->bytes);
+        if (own->memory == NULL) own->bytes = 0;
+    }
+    return own->memory;
+}

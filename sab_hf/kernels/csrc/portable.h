@@ -1,0 +1,31 @@
+/* Pieces of the plain C kernels that kernels of other instruction sets use where special ones would gain nothing. */
+#ifndef SAB_PORTABLE_H
+#define SAB_PORTABLE_H
+
+#include <math.h>
+
+#include "sab_cpu.h"
+
+SAB_HIDDEN void sab_portable_to_float(const void *x, int dtype, int64_t count, float *out);
+SAB_HIDDEN void sab_portable_from_float(const float *x, int dtype, int64_t count, void *out);
+SAB_HIDDEN void sab_portable_exact_tables(const float *z, int64_t column_bytes, float *tables);
+SAB_HIDDEN void sab_portable_lut_tables(const float *z, int64_t column_bytes, uint8_t *tables, float *scales);
+SAB_HIDDEN void sab_portable_exact_tile(const uint8_t *codes, int64_t column_bytes, const float *tables, float *sums);
+SAB_HIDDEN void sab_portable_dense_row(const uint8_t *bits, int64_t columns, const float *c, float r, int add, float *out);
+
+static inline void sab_to_row_order(const float *by_position, float *sums) {
+    for (int row = 0; row < SAB_TILE; row++) sums[row] = by_position[SAB_POSITION(row)];
+}
+
+/* Table entries are value * inverse, rounded; 0 where the block is zero or no number, so that nothing overflows. */
+static inline float sab_lut_inverse(float largest) {
+    return largest >= 1e-30f && largest <= 3e38f ? SAB_LUT_LIMIT / largest : 0;
+}
+
+/* What one step of an entry stands for; NaN where an input was infinite or NaN, so that the output says so. */
+static inline float sab_lut_scale(float largest) {
+    if (!(largest <= 3e38f)) return NAN;
+    return largest >= 1e-30f ? largest / SAB_LUT_LIMIT : 0;
+}
+
+#endif

@@ -1,0 +1,62 @@
+"""Time and peak memory of each stage of a quantization."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Stage:
+    """One stage, summed over all blocks.
+
+    Attributes:
+        seconds: wall time.
+        peak_ram_mib: most resident memory of the process up to the end of the stage, MiB; None where the system does not tell.
+        peak_gpu_mib: most GPU memory allocated during the stage, MiB; None without a GPU.
+    """
+
+    seconds: float = 0.0
+    peak_ram_mib: float | None = None
+    peak_gpu_mib: float | None = None
+
+
+@dataclass
+class StageClock:
+    """Stages by name, in the order in which they first ran."""
+
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time of the enclosed code to the stage `name`; stages do not nest."""
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if gpu:
+                torch.cuda.synchronize()
+            stage = self.stages.setdefault(name, Stage())
+            stage.seconds += time.perf_counter() - start
+            stage.peak_ram_mib = peak_ram_mib()
+            if gpu:
+                stage.peak_gpu_mib = max(stage.peak_gpu_mib or 0.0, torch.cuda.max_memory_allocated() / 2**20)
+
+
+def peak_ram_mib() -> float | None:
+    """Return the most resident memory that this process ever had, in MiB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,96 @@
+"""Swapping packed modules in and out of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .embedding import SABEmbedding, SABTiedHead
+from .linear import SABLinear, SABModule, replace_module
+
+
+def swap_in_empty(model: nn.Module, modules: dict[str, list[int]], tied_head: bool = False) -> None:
+    """Replace the modules of `model` that a checkpoint holds packed by empty packed ones of the recorded size.
+
+    Args:
+        model: the skeleton, usually on the meta device.
+        modules: name → [K, k], as recorded in `config.json`.
+        tied_head: whether the output head uses the planes of the input embedding.
+    Raises:
+        ValueError: no modules are recorded, or one is not a Linear or the embedding of this model.
+    """
+    if not modules:
+        raise ValueError(
+            "the checkpoint's quantization_config says `sab` but lists no quantized modules; it is damaged or was written by "
+            "hand. To quantize a dense checkpoint, remove quantization_config from its config.json"
+        )
+    dense = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    unknown = [name for name in modules if name not in dense]
+    if unknown:
+        raise ValueError(
+            f"the checkpoint's quantization_config lists {len(unknown)} modules that are no Linear of "
+            f"{type(model).__name__}, first `{unknown[0]}`; load it with the class that saved it"
+        )
+    for name, (num_planes, num_significant) in modules.items():
+        if isinstance(dense[name], nn.Embedding):
+            replace_module(model, name, SABEmbedding.empty_like(dense[name], num_planes))
+        else:
+            replace_module(model, name, SABLinear.empty_like(dense[name], num_planes, num_significant))
+    if tied_head:
+        tie_head(model)
+
+
+def tie_head(model: nn.Module) -> None:
+    """Let the output head of a transformers model use the planes of its packed input embedding.
+
+    transformers ties `weight` parameters, which packed modules do not have: the config says "not tied" from here on, and
+    `SABQuantizationConfig.tied_head` remembers.
+
+    Raises:
+        ValueError: the input embedding is not packed.
+    """
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, SABEmbedding):
+        raise ValueError(
+            "the checkpoint's quantization_config says that the output head is tied to a packed input embedding, but "
+            f"lists no packed embedding for {type(model).__name__}; it was altered: download or quantize it again"
+        )
+    model.set_output_embeddings(SABTiedHead(embedding))
+    _set_tied(model, False)
+
+
+def _set_tied(model: nn.Module, tied: bool) -> None:
+    configs: list[Any] = [model.config, *(module.config for module in model.modules() if hasattr(module, "config"))]
+    for config in configs:
+        if hasattr(config, "tie_word_embeddings"):
+            config.tie_word_embeddings = tied
+    if hasattr(model, "all_tied_weights_keys"):  # transformers 5 works this out when the model is made
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True) if tied else {}
+
+
+def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every packed module of `model` by a dense one of the weights that it stands for."""
+    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, SABModule)]
+    if any(module.signs.is_meta for _, module in packed):
+        raise ValueError("some packed weights are offloaded; to dequantize, load the model with device_map='cpu'")
+    tied = [name for name, module in model.named_modules() if isinstance(module, SABTiedHead)]
+    for name, module in packed:
+        weight = nn.Parameter(module.planes().dense(dtype))
+        with torch.device("meta"):
+            if isinstance(module, SABEmbedding):
+                dense = nn.Embedding(module.num_embeddings, module.embedding_dim, dtype=dtype)
+            else:
+                dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
+        dense.weight = weight
+        if getattr(module, "bias", None) is not None:
+            dense.bias = nn.Parameter(module.bias.to(dtype))
+        replace_module(model, name, dense)
+    for name in tied:
+        embedding = model.get_input_embeddings()
+        with torch.device("meta"):
+            head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, dtype=dtype)
+        head.weight = embedding.weight
+        replace_module(model, name, head)
+        _set_tied(model, True)

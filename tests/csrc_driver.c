@@ -1,0 +1,93 @@
+/* Every kernel over sizes that divide by nothing, for a run under the address and undefined behaviour sanitizers. All
+ * memory is of the exact size, so that a read or write beyond it is seen. Prints a sum, so that nothing is optimized away. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "sab_cpu.h"
+
+static void *filled(size_t bytes) {
+    unsigned char *memory = malloc(bytes ? bytes : 1);
+    for (size_t i = 0; i < bytes; i++) memory[i] = (unsigned char)rand();
+    return memory;
+}
+
+static uint16_t *scales(int64_t count) { /* binary16 numbers between 0.5 and 2, and some subnormal ones */
+    uint16_t *memory = malloc(count ? 2 * (size_t)count : 1);
+    for (int64_t i = 0; i < count; i++) memory[i] = (uint16_t)(i % 7 == 3 ? rand() & 0x83ff : 0x3800 + (rand() & 0x7ff));
+    return memory;
+}
+
+static uint8_t *mask_of(int64_t columns, int64_t significant) {
+    uint8_t *mask = calloc((size_t)(columns + 7) / 8, 1);
+    for (int64_t j = 0; j < significant; j++) {
+        int64_t column = columns - 1 - j; /* the last ones */
+        mask[column >> 3] = (uint8_t)(mask[column >> 3] | 1 << (column & 7));
+    }
+    return mask;
+}
+
+static double run(const sab_matrix *matrix, int64_t tokens, int64_t stride, int dtype) {
+    const size_t size = dtype == SAB_FLOAT32 ? 4 : 2;
+    double sum = 0;
+    char *x = malloc(size * (size_t)(tokens ? (tokens - 1) * stride + matrix->columns : 0) + 1);
+    for (int64_t i = 0; tokens && i < (tokens - 1) * stride + matrix->columns; i++) {
+        float value = (float)(rand() % 2000 - 1000) / 300;
+        uint16_t half = (uint16_t)(0x3000 + (rand() & 0x8fff));
+        memcpy(x + size * (size_t)i, dtype == SAB_FLOAT32 ? (void *)&value : (void *)&half, size);
+    }
+    for (int exact = 0; exact < 2; exact++)
+        for (int threads = 1; threads < 4; threads += 2) {
+            unsigned char *y = malloc(size * (size_t)(tokens * matrix->rows) + 1);
+            if (sab_cpu_linear(matrix, x, stride, dtype, tokens, y, exact, threads) != 0) abort();
+            for (size_t i = 0; i < size * (size_t)(tokens * matrix->rows); i++) sum += y[i];
+            free(y);
+        }
+    free(x);
+    return sum;
+}
+
+static double check(int64_t rows, int64_t columns, int64_t planes, int64_t significant) {
+    const int64_t bytes = (columns + 7) / 8, residual = (significant + 7) / 8;
+    const int64_t plane_bytes = sab_cpu_layout_bytes(rows, columns);
+    sab_matrix matrix = {rows, columns, planes, significant, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+    uint8_t *codes = malloc((size_t)(planes * plane_bytes) + 1), *residual_codes = NULL;
+    void *owned[] = {filled((size_t)(planes * rows * bytes)), scales(planes * rows), scales(planes * columns),
+                     mask_of(columns, significant), filled((size_t)(rows * residual)), scales(rows), scales(significant)};
+    matrix.signs = owned[0], matrix.row_scale = owned[1], matrix.col_scale = owned[2];
+    if (significant) {
+        residual_codes = malloc((size_t)sab_cpu_layout_bytes(rows, significant));
+        matrix.significant_columns = owned[3], matrix.residual_signs = owned[4];
+        matrix.residual_row_scale = owned[5], matrix.residual_col_scale = owned[6];
+        sab_cpu_layout(matrix.residual_signs, rows, significant, residual_codes, 2);
+    }
+    for (int64_t k = 0; k < planes; k++)
+        sab_cpu_layout(matrix.signs + k * rows * bytes, rows, columns, codes + k * plane_bytes, 2);
+    matrix.codes = codes, matrix.residual_codes = residual_codes;
+    double sum = 0;
+    const int64_t tokens[] = {0, 1, 2, 5, 17, 67};
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
+        for (int dtype = 0; dtype < 3; dtype++) sum += run(&matrix, tokens[i], columns + dtype, dtype);
+    float *dense = malloc(sizeof(float) * (size_t)((rows - rows / 2) * columns));
+    if (sab_cpu_dense(&matrix, rows / 2, rows - rows / 2, dense, 3) != 0) abort();
+    for (int64_t i = 0; i < (rows - rows / 2) * columns; i++) sum += dense[i];
+    free(dense);
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    free(codes);
+    free(residual_codes);
+    return sum;
+}
+
+int main(void) {
+    const int64_t sizes[][4] = {{1, 1, 1, 0},   {1, 1, 1, 1},    {3, 7, 2, 7},      {63, 9, 1, 8},    {64, 128, 1, 0},
+                                {65, 129, 3, 1}, {130, 255, 4, 9}, {257, 1000, 2, 300}, {700, 33, 1, 17}, {5, 2049, 1, 1}};
+    const char *names[] = {"portable", "avx2", "avx512", "neon"};
+    for (size_t isa = 0; isa < sizeof names / sizeof *names; isa++) {
+        if (sab_cpu_select(names[isa]) != 0) continue;
+        double sum = 0;
+        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+            sum += check(sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3]);
+        printf("%s %g\n", sab_cpu_isa(), sum);
+    }
+    return 0;
+}

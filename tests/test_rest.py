@@ -1,0 +1,149 @@
+"""Towers, projector, embedding and head on sign planes: accuracy of the fit, round trips, tied weights, errors."""
+
+import pytest
+import torch
+from conftest import (
+    build_llama,
+    build_llava,
+    build_processor,
+    file_bytes,
+    file_entries,
+    generate,
+    load,
+    logits,
+    save_dense,
+)
+from torch import nn
+
+import sab_hf
+from sab_hf.embedding import SABEmbedding, SABTiedHead
+from sab_hf.fit import fit_planes, fit_tall_planes
+from sab_hf.linear import SABLinear, SABModule
+
+ROLES = ("vision", "projector", "embedding", "head")
+
+
+def quantized(make_config, tied=False, **changes):
+    model = build_llava(tied=tied, tie_word_embeddings=tied)
+    sab_hf.quantize(model, build_processor(), config=make_config(**changes))
+    return model
+
+
+def test_embedding_looks_up_the_rows_of_its_planes():
+    torch.manual_seed(0)
+    planes = fit_planes(torch.randn(13, 20), torch.eye(20), 3).planes
+    module = SABEmbedding.from_planes(planes, torch.float32)
+    ids = torch.tensor([[0, 12, 5], [5, 5, 1]])
+    torch.testing.assert_close(module(ids), module.planes().dense()[ids])
+    assert module.to(torch.bfloat16)(ids).dtype == torch.bfloat16
+    assert list(module.state_dict()) == ["signs", "row_scale", "col_scale"]
+    assert (module.num_embeddings, module.embedding_dim) == (13, 20)
+
+
+def test_embedding_compiles_whole():
+    module = SABEmbedding.from_planes(fit_planes(torch.randn(9, 12), torch.eye(12), 2).planes, torch.float32)
+    ids = torch.tensor([3, 8])
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids), module(ids))
+
+
+@pytest.mark.parametrize("rows", [7, 16, 100])
+def test_tall_fit_is_near_the_whole_fit(rows):
+    torch.manual_seed(0)
+    W, x = torch.randn(100, 24) * torch.rand(24), torch.randn(500, 24) @ torch.randn(24, 24)
+    H = x.T @ x / 500 + 0.1 * torch.eye(24)
+    whole, tall = fit_planes(W, H, 4), fit_tall_planes(W, H, 4, rows=rows)
+    E = W - tall.planes.dense()
+    assert float(((E @ H) * E).sum() / ((W @ H) * W).sum()) == pytest.approx(tall.error, rel=1e-3)
+    assert tall.error < (1.0001 if rows == 100 else 3.5) * whole.error
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_model_round_trip(make_config, inputs, tmp_path, tied):
+    model = quantized(make_config, tied, rest_bits=4)
+    dense = [name for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)]
+    assert len(dense) == 1
+    assert dense[0].endswith("embeddings.position_embedding")
+    assert isinstance(model.get_input_embeddings(), SABEmbedding)
+    assert isinstance(model.get_output_embeddings(), SABTiedHead if tied else SABLinear)
+    model.save_pretrained(tmp_path)
+    reloaded = load(tmp_path)
+    assert torch.equal(logits(reloaded, inputs), logits(model, inputs))
+    assert generate(reloaded, inputs) == generate(model, inputs)
+    assert not (tied and any("lm_head" in name for name in file_entries(tmp_path)))
+    report = sab_hf.report(reloaded)
+    assert report.total_bytes == file_bytes(tmp_path)
+    packed = {role for role, part in report.roles.items() if part.num_quantized}
+    assert packed == {"language", *ROLES[: 3 if tied else 4]}
+    reloaded.save_pretrained(tmp_path / "again")
+    assert file_entries(tmp_path / "again") == file_entries(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_model_dequantizes_to_the_same_function(make_config, inputs, tmp_path, tied):
+    model = quantized(make_config, tied, rest_bits=4)
+    for module in model.modules():
+        if isinstance(module, (SABLinear, SABTiedHead)):
+            module.exact = True
+    expected = logits(model, inputs)
+    model.dequantize()
+    assert not any(isinstance(module, (SABModule, SABTiedHead)) for module in model.modules())
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-3, atol=1e-3)
+    if tied:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    save_dense(model, tmp_path)
+    assert torch.equal(logits(load(tmp_path), inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_one_role_alone(make_config, inputs, role):
+    model = quantized(make_config, **{f"{role}_bits": 6})
+    parts = sab_hf.report(model).roles
+    assert {name for name, part in parts.items() if part.num_quantized} == {"language", role}
+    assert 6 < parts[role].bits < 16
+    assert logits(model, inputs).isfinite().all()
+
+
+def test_more_planes_come_nearer_to_the_dense_weights(make_config):
+    dense = build_llava()
+    errors = []
+    for bits in (1, 2, 4):
+        model = quantized(make_config, rest_bits=bits)
+        error = 0.0
+        for name, module in model.named_modules():
+            if isinstance(module, SABModule) and "language_model.layers" not in name:
+                W = dense.get_submodule(name).weight
+                error += float((module.planes().dense() - W).square().sum() / W.square().sum())
+        errors.append(error)
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
+
+
+def test_modules_to_not_convert_reaches_the_rest(make_config):
+    model = quantized(make_config, rest_bits=4, modules_to_not_convert=["lm_head", "vision_tower"])
+    assert type(model.lm_head) is nn.Linear
+    parts = sab_hf.report(model).roles
+    assert parts["vision"].num_quantized == parts["head"].num_quantized == 0 < parts["projector"].num_quantized
+
+
+def test_a_role_that_the_model_lacks_is_an_error_only_where_it_was_named(make_config):
+    tokenizer, texts = build_processor().tokenizer, ["a text", "another text"]
+    with pytest.raises(
+        ValueError, match=r"`vision_bits` is 4, but LlamaForCausalLM has no matrix of the role `vision`"
+    ):
+        sab_hf.quantize(build_llama(), tokenizer, config=make_config(calibration=texts, vision_bits=4))
+    model = build_llama()
+    sab_hf.quantize(model, tokenizer, config=make_config(calibration=texts, rest_bits=4))
+    assert isinstance(model.lm_head, SABLinear)
+
+
+def test_tied_embeddings_take_one_number(make_config):
+    with pytest.raises(ValueError, match=r"`embedding_bits` is 4 and `head_bits` is 2.*one tied matrix"):
+        quantized(make_config, tied=True, embedding_bits=4, head_bits=2)
+    model = quantized(make_config, tied=True, head_bits=5)
+    assert model.get_input_embeddings().num_planes == 5
+
+
+@pytest.mark.parametrize("value", [0, 9, 15, 4.0, "4", True])
+def test_bits_of_a_role_are_checked(make_config, value):
+    with pytest.raises(ValueError, match=r"`head_bits` must be an integer from 1 to 8 \(sign planes\) or 16 \(dense\)"):
+        make_config(head_bits=value)
