@@ -135,22 +135,24 @@ def test_results_do_not_change_from_run_to_run_on_gpu(batch):
 
 
 @interpreted
-def test_rows_shared_among_programs_add_up():
+@pytest.mark.parametrize("bits", [1, 4, 16])
+def test_rows_shared_among_programs_add_up(bits):
     from sab_hf.kernels.cuda_tiles import DotTiles
 
     planes, W = problem((37, 300, 1, 33), "cpu")
     x = inputs(3, 300)
-    y = kernels().dot_product(x, planes, DotTiles(16, 16, 16, 3, 4, 2))
+    y = kernels().dot_product(x, planes, DotTiles(16, 16, 16, 3, 4, 2, bits))
     hold_exact(y, x, W, planes, torch.float32)
 
 
 @interpreted
-def test_programs_of_several_tiles_make_every_row():
+@pytest.mark.parametrize("tiles", [(4, 16, 16, 3), (2, 16, 16, 2), (8, 16, 16, 2), (32, 16, 16, 1)])
+def test_programs_of_several_tiles_make_every_row(tiles):
     from sab_hf.kernels.cuda_tiles import Int8Tiles
 
     planes, W = problem((37, 300, 1, 33), "cpu")
     x = inputs(2, 300)
-    hold_int8(kernels().int8_product(x, planes, Int8Tiles(4, 16, 16, 3)), x, W, planes)
+    hold_int8(kernels().int8_product(x, planes, Int8Tiles(*tiles)), x, W, planes)
 
 
 @interpreted

@@ -140,7 +140,7 @@ def linear(x: Tensor, planes: Planes, exact: bool) -> Tensor:
 def int8_product(x: Tensor, planes: Planes, tiles: cuda_tiles.Int8Tiles | None = None) -> Tensor:
     """Multiply with activations rounded to int8, a scale for each 32 columns; see `triton_int8.py`."""
     batch, (stride, num_words, residual) = x.shape[0], _word_sizes(planes)
-    tiles = tiles or cuda_tiles.int8_tiles(planes.rows, num_words, residual, _processors(x))
+    tiles = tiles or cuda_tiles.int8_tiles(planes.num_planes, planes.rows, num_words, residual, _processors(x))
     total, padded = planes.num_planes + (residual > 0), _padded(planes)
     work = x.new_empty(10, total * batch * padded, dtype=torch.int32)
     q, start, scale = work[:8], work[8], work[9].view(torch.float32)
@@ -161,7 +161,7 @@ def int8_product(x: Tensor, planes: Planes, tiles: cuda_tiles.Int8Tiles | None =
 def dot_product(x: Tensor, planes: Planes, tiles: cuda_tiles.DotTiles | None = None) -> Tensor:
     """Multiply in the dtype of x, the scaled activations rounded to it once; see `triton_dot.py`."""
     batch, (stride, num_words, residual) = x.shape[0], _word_sizes(planes)
-    tiles = tiles or cuda_tiles.dot_tiles(planes.rows, num_words, batch, _processors(x))
+    tiles = tiles or cuda_tiles.dot_tiles(planes.rows, num_words, batch, _processors(x), x.element_size())
     total, padded = planes.num_planes + (residual > 0), _padded(planes)
     grid = (triton.cdiv(planes.rows, tiles.rows), triton.cdiv(batch, tiles.batch), tiles.splits)
     u = x.new_empty(total, 32, batch, padded)

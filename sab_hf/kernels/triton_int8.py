@@ -85,7 +85,9 @@ def int8_kernel(
     tiles: tl.constexpr = (NUM_WORDS + WORDS - 1) // WORDS
     count: tl.constexpr = PLANES * tiles
     rolling: tl.constexpr = count * ROWS <= 24
-    merged: tl.constexpr = RESIDUAL_WORDS > 0 and count == 1 and NUM_WORDS % 4 == 0 and NUM_WORDS + RESIDUAL_WORDS <= WORDS
+    merged: tl.constexpr = (
+        RESIDUAL_WORDS > 0 and count == 1 and NUM_WORDS % 4 == 0 and NUM_WORDS + RESIDUAL_WORDS <= WORDS
+    )
     free = (lane >= NUM_WORDS) & (lane < NUM_WORDS + RESIDUAL_WORDS)
     first_row = tl.program_id(0) * steps * ROWS + tl.arange(0, ROWS)
     ahead = ()
@@ -98,11 +100,10 @@ def int8_kernel(
         cuda.gdc_launch_dependents()
     for b in range(batch):
         q, qstart, qscale = q_ptr + b * 8 * padded_words, start_ptr + b * padded_words, scale_ptr + b * padded_words
-        if count == 1:
-            activations = _activations(q, qstart, qscale, 0, padded_words, lane, lane < NUM_WORDS)
-            if merged:
-                extra = _activations(q, qstart, qscale, PLANES * batch, padded_words, lane - NUM_WORDS, free)
-                activations = _sums(activations, extra)
+        if merged:  # kept in registers, since they are gathered from two places; else loading them anew is faster
+            full = _activations(q, qstart, qscale, 0, padded_words, lane, lane < NUM_WORDS)
+            extra = _activations(q, qstart, qscale, PLANES * batch, padded_words, lane - NUM_WORDS, free)
+            activations = _sums(full, extra)
         for step in range(steps):
             row = first_row + step * ROWS
             here = row < rows
@@ -123,7 +124,7 @@ def int8_kernel(
                     following = following + (
                         load_words(start, next_row, word, rows, (word < NUM_WORDS) & more, STRIDE),
                     )
-                    if count > 1:
+                    if not merged:
                         activations = _activations(
                             q, qstart, qscale, (t // tiles) * batch, padded_words, word, word < NUM_WORDS
                         )
