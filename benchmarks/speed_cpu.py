@@ -84,7 +84,8 @@ def measure(rows: int, columns: int, scheme: str, tokens: int, arguments: argpar
 
 def show(row: dict, bandwidth: float) -> None:
     """Print times, ratios to float32 (medians; minima in brackets) and the share of the copy bandwidth at one token."""
-    text = f"{row['rows']:6}×{row['columns']:<6} {row['scheme']:17} {row['tokens']:4} tokens   float32 {row['float32 ms']:8.2f} ms"
+    text = f"{row['rows']:6}×{row['columns']:<6} {row['scheme']:17} {row['tokens']:4} tokens"
+    text += f"   float32 {row['float32 ms']:8.2f} ms"
     for name in ("look-up", "exact"):
         ratio, best = (row["float32" + kind] / row[name + kind] for kind in (" ms", " min ms"))
         text += f" | {name} {row[name + ' ms']:8.3f} ms {ratio:5.1f}× ({best:5.1f}×)"

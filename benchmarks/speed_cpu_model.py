@@ -155,7 +155,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--residual", type=float, default=0.0, help="share of significant columns in the language blocks")
+    parser.add_argument(
+        "--residual", type=float, default=0.0, help="share of significant columns in the language blocks"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
     parser.add_argument("--compile", action="store_true", help="static cache and a compiled language model")

@@ -9,7 +9,8 @@ from .packing import unpack_bits
 from .planes import signs_to
 
 
-def linear_reference(
+@torch.library.custom_op("sab::linear", mutates_args=())
+def sab_linear(
     x: Tensor,
     signs: Tensor,
     row_scale: Tensor,
@@ -35,7 +36,22 @@ def linear_reference(
     Returns:
         [..., out_features], dtype of `x`.
     """
-    in_features = _check_width(x, col_scale)
+    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
+    return reference(x, signs, row_scale, col_scale, *residual)
+
+
+def reference(
+    x: Tensor,
+    signs: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor,
+    significant_columns: Tensor | None,
+    residual_signs: Tensor | None,
+    residual_row_scale: Tensor | None,
+    residual_col_scale: Tensor | None,
+) -> Tensor:
+    """Compute `sab::linear` with PyTorch's own operations, on any device: what every kernel must equal."""
+    in_features = check_width(x, col_scale)
     inputs = x.reshape(-1, in_features).float()
     y = torch.zeros(inputs.shape[0], signs.shape[1], dtype=torch.float32, device=x.device)
     for packed, r, c in zip(signs, row_scale, col_scale, strict=True):
@@ -47,10 +63,7 @@ def linear_reference(
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
-sab_linear = torch.library.custom_op("sab::linear", linear_reference, mutates_args=())
-
-
-def _check_width(x: Tensor, col_scale: Tensor) -> int:
+def check_width(x: Tensor, col_scale: Tensor) -> int:
     in_features = col_scale.shape[1]
     torch._check(x.shape[-1] == in_features, lambda: f"input has {x.shape[-1]} features, not {in_features}")
     return in_features
@@ -73,5 +86,5 @@ def _(
     residual_col_scale,
     exact=False,
 ) -> Tensor:
-    _check_width(x, col_scale)
+    check_width(x, col_scale)
     return x.new_empty(*x.shape[:-1], signs.shape[1])

@@ -16,7 +16,7 @@ from test_ops import assert_is_matmul, inputs, operands
 from test_planes import random_planes
 
 from sab_hf.kernels import build, library
-from sab_hf.ops import linear_reference, sab_linear
+from sab_hf.ops import reference, sab_linear
 
 ROOT = Path(__file__).parent.parent
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
@@ -101,7 +101,7 @@ def test_missing_library_falls_back_and_says_so_once(monkeypatch, tmp_path, capl
     planes, x = random_planes(20, 30, 2, 5), inputs(3, 30)
     with caplog.at_level(logging.WARNING):
         results = [sab_linear(x, *operands(planes)) for _ in range(3)]
-    assert torch.equal(results[2], linear_reference(x, *operands(planes)))
+    assert torch.equal(results[2], reference(x, *operands(planes)))
     [record] = caplog.records
     assert "slowly" in record.message
     assert "missing.so is missing" in record.message
@@ -178,4 +178,4 @@ def test_forked_processes_and_other_threads_can_compute():
 
 def test_reference_is_the_op_without_kernels():
     planes, x = random_planes(20, 30, 2, 5), inputs(3, 30)
-    assert_is_matmul(linear_reference(x, *operands(planes)), x, planes)
+    assert_is_matmul(reference(x, *operands(planes)), x, planes)

@@ -13,7 +13,7 @@ from test_planes import random_planes
 
 from sab_hf import SABLinear
 from sab_hf.kernels import cpu, layouts, library
-from sab_hf.ops import linear_reference, sab_linear
+from sab_hf.ops import reference, sab_linear
 from sab_hf.planes import SignPlanes
 
 KERNELS = library.load()
@@ -122,7 +122,7 @@ def test_packed_tensors_that_are_not_contiguous(isa):
 
 def test_float64_goes_through_pytorch():
     planes, x = random_planes(20, 19), inputs(3, 19, dtype=torch.float64)
-    assert torch.equal(sab_linear(x, *operands(planes)), linear_reference(x, *operands(planes)))
+    assert torch.equal(sab_linear(x, *operands(planes)), reference(x, *operands(planes)))
 
 
 def test_results_do_not_depend_on_the_number_of_threads(isa):

@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
-from ..ops import linear_reference
+from ..ops import reference
 from ..packing import tensor_specs
 from . import library
 from .layouts import cached
@@ -43,7 +43,7 @@ def linear(
     residual_col_scale: Tensor | None,
     exact: bool = False,
 ) -> Tensor:
-    """Compute `ops.linear_reference` (arguments there) by the compiled kernels.
+    """Compute `ops.reference` (arguments there) by the compiled kernels.
 
     Exact results differ by the rounding of float32 sums. Others: each group of 4 inputs has a table of its 16 signed
     sums, rounded to a step of 1/63 of the largest sum of its block of 128 columns; so the error of an output is at most
@@ -58,7 +58,7 @@ def linear(
     if significant_columns is not None and residual_col_scale.numel():
         packed = (*packed, significant_columns, residual_signs, residual_row_scale, residual_col_scale)
     if kernels is None or dtype is None:
-        return linear_reference(x, *packed, *(None,) * (len(_NAMES) - len(packed)), exact)
+        return reference(x, *packed, *(None,) * (len(_NAMES) - len(packed)))
     packed = tuple([tensor.contiguous() for tensor in packed])
     matrix = _matrix(kernels, packed)
     columns = matrix.columns

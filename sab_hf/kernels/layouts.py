@@ -20,7 +20,7 @@ _LOCK = threading.RLock()
 _CACHE: dict[tuple, _Entry] = {}
 
 
-def cached(name: str, source: Tensor, make: Callable[[], Any]) -> Any:
+def cached(name: str, source: Tensor, make: Callable[[], Any], keep: bool = True) -> Any:
     """Return `make()`, computed once for the memory that `source` views and for its present contents.
 
     Parameters hold their storage across calls, while `tensor.view(dtype)` makes a new tensor at each, and a device move
@@ -31,12 +31,15 @@ def cached(name: str, source: Tensor, make: Callable[[], Any]) -> Any:
         name: which layout; it must name the kernel and all that `make` depends on beside `source`.
         source: the packed tensor that the layout is made from.
         make: makes the layout; its result must not hold `source` or a view of it, which would keep it alive.
+        keep: False returns a layout that is not there yet without keeping it.
     """
     storage = source.untyped_storage()
     key = (name, storage._cdata, source.storage_offset(), tuple(source.shape), source.dtype)
     version = 0 if source.is_inference() else source._version
     entry = _CACHE.get(key)
     if entry is None or entry.version != version or entry.storage.expired():
+        if not keep:
+            return make()
         with _LOCK:
             entry = _CACHE.get(key)
             if entry is None or entry.version != version or entry.storage.expired():
