@@ -46,9 +46,9 @@ def linear(
     """Compute `ops.reference` (arguments there) by the compiled kernels.
 
     Exact results differ by the rounding of float32 sums. Others: each group of 4 inputs has a table of its 16 signed
-    sums, rounded to a step of 1/63 of the largest sum of its block of 128 columns; so the error of an output is at most
-    `Σ_planes |r| Σ_blocks 32 · largest/126`, and about 1.9e-4 of the output's energy for Gaussian inputs. Infinite or NaN
-    inputs give NaN.
+    sums, rounded to a step of 1/63 of the largest sum of its block of 128 columns, outliers apart; so the error of an
+    output is at most `Σ_planes |r| Σ_blocks 32 · largest/126`, and about 1.9e-4 of the output's energy for Gaussian
+    inputs. Infinite or NaN inputs never give numbers.
 
     Raises:
         ValueError: a tensor's dtype, shape or device is not that of the file format.
