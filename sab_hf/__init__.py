@@ -1,7 +1,6 @@
 """Binarized vision-language models for transformers. Importing this package registers the quantization method `sab`."""
 
 from .config import SABQuantizationConfig
-from .kernels import cpu as _cpu  # noqa: F401  (registers the CPU implementation of the op)
 from .linear import SABLinear
 from .quantizer import SABHfQuantizer
 from .report import report
