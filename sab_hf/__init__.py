@@ -11,6 +11,7 @@ __all__ = [
     "SABHfQuantizer",
     "SABLinear",
     "SABQuantizationConfig",
+    "load",
     "quantize",
     "report",
     "__version__",
@@ -23,6 +24,10 @@ def __getattr__(name: str):
         from .binarize import quantize
 
         return quantize
+    if name == "load":
+        from .loading import load
+
+        return load
     if name == "AutoModelForVision2Seq":  # gone in transformers 5, where AutoModelForImageTextToText took its place
         from transformers import AutoModelForImageTextToText
 

@@ -90,4 +90,10 @@ class SABHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
+        """Adapters (`sab_hf.peft`) can be trained on a packed model; its packed tensors cannot, see `is_qat_trainable`."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Signs and scales are stored numbers without gradient: a packed model without adapters is not trainable."""
         return False
