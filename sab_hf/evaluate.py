@@ -249,7 +249,7 @@ def _greedy(model: nn.Module, encoder: ChatEncoder, batch: QuestionBatch, max_ne
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad)
     length = inputs["input_ids"].shape[1]
-    if torch.equal(out[:, :length], inputs["input_ids"]):  # models that generate from embeddings return the answer alone
+    if torch.equal(out[:, :length], inputs["input_ids"]):  # generation from embeddings returns the answer alone
         out = out[:, length:]
     return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
 

@@ -10,7 +10,15 @@ from transformers import AutoConfig, AutoProcessor
 from transformers import __version__ as transformers_version
 from transformers.models.auto import modeling_auto
 
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+_HUB_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 
 def load(path_or_id: str | os.PathLike, **kwargs: Any) -> tuple[Any, Any]:

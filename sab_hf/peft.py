@@ -76,6 +76,9 @@ class LoraSABLinear(nn.Module, LoraLayer):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self._move_adapter_to_device_of_base_layer(adapter_name, device=self.base_layer.row_scale.device)
 
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, adapter_names=adapter_names, **kwargs)
         y = self.base_layer(x)

@@ -84,7 +84,9 @@ def encode_questions(
     for question in questions:
         kinds.setdefault((bool(question.accepted), bool(question.sample.num_media)), []).append(question)
     for (answered, _), group in sorted(kinds.items(), reverse=True):
-        group.sort(key=lambda question: (question.sample.num_media, sum(map(len, map(_text, question.sample.messages)))))
+        group.sort(
+            key=lambda question: (question.sample.num_media, sum(map(len, map(_text, question.sample.messages))))
+        )
         rows = iter(group)
         while batch := list(itertools.islice(rows, batch_size)):
             yield _encode(batch, encoder, model_config, answered)

@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Sequence
 
 _ARTICLES = {"a", "an", "the"}
-_PUNCTUATION = str.maketrans({mark: " " for mark in set(string.punctuation) - set(".-")})
+_PUNCTUATION = str.maketrans(dict.fromkeys(set(string.punctuation) - set(".-"), " "))
 _ANLS_THRESHOLD = 0.5
 _TOLERANCE = 0.05  # relative, of numbers in relaxed accuracy
 

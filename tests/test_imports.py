@@ -19,6 +19,7 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 RUN = {"__init__", "config", "linear", "ops", "packing", "planes", "quantizer", "report", "roles", "verify", "version"}
+RUN |= {"loading", "peft", "run"}
 HEAVY = {"datasets", "PIL"}
 
 

@@ -98,14 +98,13 @@ class _SampleError(ValueError):
 
 def _first_answer(row: Any) -> tuple[Any, tuple[str, ...]]:
     """Return the row with one answer in place of a list, and the list: VQA data has several, as text or as {"answer": ...}."""
-    if not isinstance(row, Mapping) or "messages" in row:
+    if not isinstance(row, Mapping) or "messages" in row or row.get("answers") is None:
         return row, ()
-    key = next((key for key in ("answers", "answer") if isinstance(row.get(key), (list, tuple))), None)
-    if key is None:
-        return row, ()
-    answers = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in row[key]]
+    listed = row["answers"]
+    rows = listed if isinstance(listed, (list, tuple)) else ()
+    answers = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in rows]
     if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise _SampleError(f"key {key!r} must be a list of at least one string, got {_shown(row[key])}")
+        raise _SampleError(f"key 'answers' must be a list of at least one string, got {_shown(listed)}")
     return {**row, "answer": answers[0]}, tuple(answers)
 
 
