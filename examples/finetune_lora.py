@@ -24,7 +24,7 @@ def main():
     parser.add_argument(
         "--output", type=Path, default=Path("finetune_output"), help="folder for checkpoint and adapter"
     )
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of 32 samples")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 16 samples")
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapter")
     parser.add_argument("--calibration", type=int, default=128, help="calibration samples")
     parser.add_argument(
@@ -53,18 +53,19 @@ def main():
         TrainingArguments(
             str(args.output / "trainer"),
             max_steps=args.steps,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=16,
             learning_rate=3e-3,
             lr_scheduler_type="cosine",
             warmup_steps=args.steps // 20,
             save_strategy="no",
             logging_steps=max(1, args.steps // 5),
             remove_unused_columns=False,
+            dataloader_pin_memory=False,
             disable_tqdm=True,
             report_to=[],
             seed=0,
         ),
-        train_dataset=world.samples(32 * args.steps, seed="fine-tuning"),
+        train_dataset=world.samples(16 * args.steps, seed="fine-tuning"),
         data_collator=lambda samples: collate(processor, samples),
     )
     trainer.train()
