@@ -18,7 +18,20 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-RUN = {"__init__", "config", "linear", "ops", "packing", "planes", "quantizer", "report", "roles", "verify", "version"}
+RUN = {
+    "__init__",
+    "config",
+    "integrity",
+    "linear",
+    "ops",
+    "packing",
+    "planes",
+    "quantizer",
+    "report",
+    "roles",
+    "verify",
+    "version",
+}
 HEAVY = {"datasets", "PIL"}
 
 
