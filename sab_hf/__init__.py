@@ -13,6 +13,7 @@ __all__ = [
     "SABQuantizationConfig",
     "quantize",
     "report",
+    "save",
     "__version__",
 ]
 
@@ -23,6 +24,10 @@ def __getattr__(name: str):
         from .binarize import quantize
 
         return quantize
+    if name == "save":
+        from .hub import save
+
+        return save
     if name == "AutoModelForVision2Seq":  # gone in transformers 5, where AutoModelForImageTextToText took its place
         from transformers import AutoModelForImageTextToText
 

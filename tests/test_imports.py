@@ -20,7 +20,11 @@ MODULES = {
 }
 RUN = {
     "__init__",
+    "card",
+    "charts",
     "config",
+    "html_report",
+    "hub",
     "integrity",
     "linear",
     "ops",
@@ -29,6 +33,7 @@ RUN = {
     "quantizer",
     "report",
     "roles",
+    "summary",
     "verify",
     "version",
 }
