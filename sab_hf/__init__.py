@@ -14,6 +14,7 @@ __all__ = [
     "load",
     "quantize",
     "report",
+    "save",
     "__version__",
 ]
 
@@ -28,6 +29,10 @@ def __getattr__(name: str):
         from .loading import load
 
         return load
+    if name == "save":
+        from .hub import save
+
+        return save
     if name == "AutoModelForVision2Seq":  # gone in transformers 5, where AutoModelForImageTextToText took its place
         from transformers import AutoModelForImageTextToText
 

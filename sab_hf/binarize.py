@@ -155,6 +155,7 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
         model.train(training)
     _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | {"modules": plan.modules}))
     record.seconds = time.perf_counter() - start
+    model.hf_quantizer.record = record
     logger.info("binarized %d Linears in %.0f s", len(record.fits), record.seconds)
     return record
 

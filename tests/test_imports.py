@@ -18,8 +18,28 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-RUN = {"__init__", "config", "linear", "ops", "packing", "planes", "quantizer", "report", "roles", "verify", "version"}
-RUN |= {"loading", "peft", "run"}
+RUN = {
+    "__init__",
+    "card",
+    "charts",
+    "config",
+    "html_report",
+    "hub",
+    "integrity",
+    "linear",
+    "loading",
+    "ops",
+    "packing",
+    "peft",
+    "planes",
+    "quantizer",
+    "report",
+    "roles",
+    "run",
+    "summary",
+    "verify",
+    "version",
+}
 HEAVY = {"datasets", "PIL"}
 
 
