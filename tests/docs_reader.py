@@ -45,5 +45,7 @@ def links(name: str) -> list[str]:
     """Return the relative targets of a page's links, anchors left out."""
     text = (DOCS / name).read_text(encoding="utf-8")
     return [
-        target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith(("http", "#"))
+        target.partition("#")[0]
+        for target in re.findall(r"\]\(([^)]+)\)", text)
+        if not target.startswith(("http", "#"))
     ]

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import build_processor, generate, load
+from docs_reader import read_page
 from transformers import GenerationConfig, pipeline
 
 import sab_hf
@@ -67,7 +69,6 @@ def test_assisted_generation_gives_the_greedy_answer(packed, packed_dir, vlm_dir
 
 
 def test_continuous_batching_gives_the_greedy_answers(packed):
-    transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "ContinuousBatchingConfig"):
         pytest.skip("continuous batching of this version of transformers has no settings for its cache")
     prompts = [list(b"What is this?"), list(b"And that, there?")]
@@ -78,7 +79,7 @@ def test_continuous_batching_gives_the_greedy_answers(packed):
         assert result.generated_tokens == generate(packed, {"input_ids": torch.tensor([prompt])}, 5)[len(prompt) :]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(packed_dir):
     """`transformers serve` started by `sab_hf.run` in a process of its own; yields its address."""
     with socket.socket() as free:
@@ -121,3 +122,17 @@ def test_openai_client_asks_about_a_picture(server, packed, packed_dir, samples)
     expected = build_processor().decode(generate(packed, inputs, 6)[start:], skip_special_tokens=True)
     assert reply.usage.prompt_tokens == start
     assert reply.choices[0].message.content == expected
+
+
+@pytest.mark.skipif(not CAN_SERVE, reason="needs `transformers serve` and pip install 'sab_hf[serve]'")
+def test_client_of_the_guide_gets_an_answer(server, packed_dir, samples, tmp_path, monkeypatch, capsys):
+    samples[0][0]["content"][0]["image"].save(tmp_path / "0.png")
+    (tmp_path / "packed").symlink_to(packed_dir)
+    monkeypatch.chdir(tmp_path)
+    code = next(block.code for block in read_page("serve.md")[0] if "from openai import" in block.code)
+    for old, new in (("http://localhost:8000/v1", server), ('"packed"', repr(str(packed_dir)))):
+        assert old in code
+        code = code.replace(old, new)
+    capsys.readouterr()
+    exec(compile(code, "docs/serve.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
