@@ -24,12 +24,12 @@ def __getattr__(name: str):
         from .binarize import quantize
 
         return quantize
-    if name == "save":
-        from .hub import save
-
-        return save
     if name == "AutoModelForVision2Seq":  # gone in transformers 5, where AutoModelForImageTextToText took its place
         from transformers import AutoModelForImageTextToText
 
         return AutoModelForImageTextToText
+    if name == "save":
+        from .hub import save
+
+        return save
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

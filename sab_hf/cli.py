@@ -331,3 +331,7 @@ _COMMANDS = {
     "demo": ("ask a packed model about a picture", _demo_arguments, _demo),
     "run": ("start another Python program in which packed checkpoints load", _run_arguments, _run),
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
