@@ -59,7 +59,7 @@ def test_no_command_shows_all_of_them(capsys):
     code, out, err = run(capsys)
     assert (code, out) == (2, "")
     for name in ("quantize", "inspect", "eval", "dequantize", "card", "demo", "run"):
-        assert f"\n    {name} " in err
+        assert f"\n    {name}" in err
 
 
 def test_failure_is_exit_code_1_with_the_reason_on_stderr(capsys, vlm_dir):
