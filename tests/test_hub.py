@@ -235,6 +235,7 @@ def test_published_checkpoint_loads_by_its_id_in_a_new_process_which_publishes_i
         capture_output=True, text=True, check=False, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "checksums are not checked" not in done.stderr
     assert done.stdout.strip().split(";") == ["<pad>", "present, not checked", str(sab_hf.report(quantized).bits)]
     assert {f"GET /me/tiny-sab/resolve/{hub.sha('me/tiny-sab')}/{shard}" for shard in shards} <= set(
         hub.requests[before:]
