@@ -192,6 +192,19 @@ def test_license_is_read_from_the_card_of_the_original(tmp_path):
     assert find_license(None) is None
 
 
+def test_local_paths_of_data_are_not_published(model, processor, make_config, tmp_path):
+    data = tmp_path / "questions" / "data.jsonl"
+    data.parent.mkdir()
+    data.write_text("\n".join(json.dumps({"question": f"Say {i}.", "answer": str(i)}) for i in range(4)))
+    sab_hf.quantize(model, processor, None, make_config(calibration=str(data), allow_text_only=True))
+    scores = {"metrics": {"exact_match": 0.5}, "nll": 1.25}
+    evaluation = {"data": str(data), "seed": 1, "num_samples": 9, "model": scores}
+    sab_hf.save(model, processor, tmp_path / "saved", evaluation=evaluation)
+    pages = [(tmp_path / "saved" / name).read_text() for name in ("README.md", "report.json", "report.html")]
+    assert all("questions/data.jsonl" in page for page in pages)
+    assert not any(str(tmp_path) in page for page in pages)
+
+
 # ---- the hub
 
 

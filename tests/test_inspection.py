@@ -58,3 +58,8 @@ def test_newer_format_is_refused(damage):
     path = damage(config=lambda config: config.update(format_version=99, checksums=None))
     with pytest.raises(ValueError, match="format version 99"):
         inspect(path)
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder `.*nowhere`"):
+        inspect(tmp_path / "nowhere")
