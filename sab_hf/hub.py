@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoProcessor
 from .card import find_license, model_card
 from .html_report import html_report, plots
 from .inspection import inspect, saved_class
-from .summary import summarize, without_path
+from .summary import summarize
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def save(
     summary = summarize(model, record, evaluation, base_model)
     license = license or find_license(summary["base_model"])
     if summary["base_model"] and Path(summary["base_model"]).exists():
-        summary["base_model"] = without_path(summary["base_model"])
+        summary["base_model"] = Path(summary["base_model"]).name  # no path, and nothing that looks like a Hub id
     processor = fresh_processor(model, processor)
     if push:
         with tempfile.TemporaryDirectory() as folder:

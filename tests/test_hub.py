@@ -180,6 +180,7 @@ def test_local_original_gives_its_license_but_not_its_path(vlm_dir, make_config,
     sab_hf.save(load(vlm_dir, quantization_config=make_config()), processor, tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "license: cc0-1.0" in card
+    assert "base_model" not in card
     assert str(vlm_dir) not in card + (tmp_path / "saved" / "report.json").read_text()
 
 
