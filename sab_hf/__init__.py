@@ -37,4 +37,8 @@ def __getattr__(name: str):
         from transformers import AutoModelForImageTextToText
 
         return AutoModelForImageTextToText
+    if name == "save":
+        from .hub import save
+
+        return save
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

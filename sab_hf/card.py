@@ -45,7 +45,7 @@ def model_card(
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        title=repo_id.rpartition("/")[2] if _is_repo_id(repo_id) else f"{_name(summary)}, binarized",
+        title=repo_id.rpartition("/")[2],
         repo_id=repo_id,
         base_sentence=f"This is {_link(summary)}, binarized.",
         bits=f"{summary['bits']:.3f}",
@@ -84,11 +84,6 @@ def find_license(base_model: str | None) -> str | None:
 def _is_repo_id(name: str) -> bool:
     """Whether `name` has the form owner/name and is no folder here."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
-
-
-def _name(summary: dict[str, Any]) -> str:
-    """Return the last part of the original's name: paths of the machine that made it are nobody's business."""
-    return Path(summary["base_model"]).name if summary["base_model"] else summary["model_class"]
 
 
 def _link(summary: dict[str, Any]) -> str:

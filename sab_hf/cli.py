@@ -237,13 +237,14 @@ def _card(args: argparse.Namespace) -> tuple[Any, str]:
 
     from .card import find_license
     from .hub import publish_folder, read_summary, write_pages
+    from .summary import plain_evaluation
 
     folder = Path(args.checkpoint)
     summary = read_summary(folder)
     if args.base_model:
         summary["base_model"] = args.base_model
     if args.evaluation:
-        summary["evaluation"] = json.loads(Path(args.evaluation).read_text(encoding="utf-8"))
+        summary["evaluation"] = plain_evaluation(json.loads(Path(args.evaluation).read_text(encoding="utf-8")))
     license = args.license or find_license(str(folder)) or find_license(summary["base_model"])
     repo_id = args.repo_id or folder.resolve().name
     write_pages(folder, summary, repo_id, license)
@@ -331,3 +332,7 @@ _COMMANDS = {
     "demo": ("ask a packed model about a picture", _demo_arguments, _demo),
     "run": ("start another Python program in which packed checkpoints load", _run_arguments, _run),
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

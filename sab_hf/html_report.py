@@ -29,13 +29,14 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
-def html_report(summary: dict[str, Any]) -> str:
+def html_report(summary: dict[str, Any], title: str | None = None) -> str:
     """Return the report of a packed model as one HTML page.
 
     Args:
         summary: from `summary.summarize`, or the JSON report of a checkpoint.
+        title: of the page; None: after the original.
     """
-    title = f"{summary['base_model'] or summary['model_class']}, binarized"
+    title = title or f"{summary['base_model'] or summary['model_class']}, binarized"
     pictures = plots(summary)
     parts = [
         f"<h1>{escape(title)}</h1>",

@@ -67,7 +67,7 @@ def save(
     summary = summarize(model, record, evaluation, base_model)
     license = license or find_license(summary["base_model"])
     if summary["base_model"] and Path(summary["base_model"]).exists():
-        summary["base_model"] = Path(summary["base_model"]).name  # a path here means nothing elsewhere
+        summary["base_model"] = Path(summary["base_model"]).name  # no path, and nothing that looks like a Hub id
     processor = fresh_processor(model, processor)
     if push:
         with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +175,7 @@ def write_pages(folder: Path, summary: dict[str, Any], repo_id: str, license: st
     for name, svg in pictures.items():
         (folder / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    (folder / "report.html").write_text(html_report(summary), encoding="utf-8")
+    (folder / "report.html").write_text(html_report(summary, repo_id.rpartition("/")[2]), encoding="utf-8")
     model_card(summary, repo_id, license, tuple(pictures)).save(folder / "README.md")
 
 

@@ -69,6 +69,8 @@ def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: st
         OSError: there is no such checkpoint.
     """
     name = str(path_or_id)
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"there is no folder `{name}`")
     if verify and not Path(name).is_dir():
         path_or_id = snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
     local = Path(path_or_id).is_dir()

@@ -32,6 +32,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
+from .linear import SABLinear
+
 logger = logging.getLogger(__name__)
 
 _REWRITTEN = ("transformers_version", "auto_map", "custom_pipelines")
@@ -73,12 +75,12 @@ def seal(model: nn.Module) -> dict[str, Tensor] | None:
     return state
 
 
-def marker(modules: Mapping[str, Any]) -> str:
+def marker(modules: Iterable[str]) -> str:
     """Return the name of the empty tensor that makes loading without the plugin an error."""
     return f"{min(modules)}.weight"
 
 
-def expect_marker(model: nn.Module, modules: Mapping[str, Any]) -> None:
+def expect_marker(model: nn.Module, modules: Iterable[str]) -> None:
     """Let transformers not report the marker as a tensor that the model has no place for."""
     tail = re.escape(_tail(marker(modules)))
     ignored = model._keys_to_ignore_on_load_unexpected
@@ -104,12 +106,16 @@ def checkpoint_files(model: nn.Module) -> list[str]:
     return []
 
 
-def check_checksums(files: Iterable[str | os.PathLike], checksums: dict[str, Any] | None) -> None:
+def check_checksums(
+    files: Iterable[str | os.PathLike], checksums: dict[str, Any] | None, model: nn.Module | None = None
+) -> None:
     """Compare a checkpoint with the checksums in its config; without checksums (an older or edited checkpoint) do nothing.
 
     Args:
         files: its safetensors files; `config.json` lies beside them.
         checksums: `quantization_config.checksums`.
+        model: the skeleton; with it, files are accepted that were saved under the names of the model's own tensors
+            (`save_pretrained(save_original_format=False)` of transformers 5).
     Raises:
         ValueError: a tensor or the config was altered, is missing or is too much.
     """
@@ -122,21 +128,33 @@ def check_checksums(files: Iterable[str | os.PathLike], checksums: dict[str, Any
     config = files[0].parent / "config.json"
     if config.is_file() and config_digest(json.loads(config.read_text(encoding="utf-8"))) != checksums["config"]:
         raise ValueError(f"{config} was altered after it was saved: {_HINT}")
-    found: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
     where: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt") as reader:
             names = list(reader.keys())
             where |= dict.fromkeys(names, file.name)
-            found |= _digest_all((checksums["aliases"].get(name, name), reader.get_tensor(name)) for name in names)
+            tensors |= {name: reader.get_tensor(name) for name in names}  # mapped, not read
     _check_index(files[0].parent / "model.safetensors.index.json", where)
-    groups, expected = _by_group(found), checksums["tensors"]
-    wrong = sorted(name for name in groups.keys() | expected.keys() if groups.get(name) != expected.get(name))
+    wrong = _differing(tensors, checksums)
+    if wrong and model is not None and tensors.keys() <= model.state_dict().keys() | {marker(_modules(model))}:
+        wrong = _differing(_as_in_file(model, tensors), checksums)
     if wrong:
         raise ValueError(
             f"tensors of the checkpoint in {files[0].parent} were altered, lost or added after it was saved: checksums differ "
-            f"for {len(wrong)} of {len(expected)} parts, first `{wrong[0]}`; {_HINT}"
+            f"for {len(wrong)} of {len(checksums['tensors'])} parts, first `{wrong[0]}`; {_HINT}"
         )
+
+
+def _differing(tensors: dict[str, Tensor], checksums: dict[str, Any]) -> list[str]:
+    """Return the parts whose digest is not the recorded one."""
+    found = _digest_all((checksums["aliases"].get(name, name), tensor) for name, tensor in tensors.items())
+    groups, expected = _by_group(found), checksums["tensors"]
+    return sorted(name for name in groups.keys() | expected.keys() if groups.get(name) != expected.get(name))
+
+
+def _modules(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, SABLinear)]
 
 
 def _check_index(index: Path, where: dict[str, str]) -> None:

@@ -36,7 +36,7 @@ class SABHfQuantizer(HfQuantizer):
             files = kwargs.get("checkpoint_files") or checkpoint_files(model)
             if files:
                 check_headers(model, files)
-            check_checksums(files, self.quantization_config.checksums)
+            check_checksums(files, self.quantization_config.checksums, model)
             expect_marker(model, self.quantization_config.modules)
             return model
         from .binarize import make_plan

@@ -7,6 +7,7 @@ import datetime
 import math
 import os
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def summarize(
         base_model = model.config._name_or_path or None
     sizes = report(model)
     config = model.config.quantization_config.to_dict()
+    config["calibration"] = without_path(config["calibration"])
     return {
         "created": datetime.date.today().isoformat(),
         "versions": {"sab_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
@@ -57,8 +59,21 @@ def summarize(
         "roles": {name: dataclasses.asdict(role) | {"bits": role.bits} for name, role in sizes.roles.items()},
         "modules": _modules(model, sizes, record),
         "record": _record(record),
-        "evaluation": evaluation.to_dict() if hasattr(evaluation, "to_dict") else evaluation,
+        "evaluation": plain_evaluation(evaluation),
     }
+
+
+def plain_evaluation(evaluation: Any) -> dict[str, Any] | None:
+    """Return an evaluation, or its `to_dict()`, as it stands in a summary."""
+    if evaluation is None:
+        return None
+    plain = evaluation.to_dict() if hasattr(evaluation, "to_dict") else evaluation
+    return plain | {"data": without_path(plain["data"])}
+
+
+def without_path(name: str) -> str:
+    """Return the last two parts of a path on this machine, which means nothing elsewhere; anything else as it is."""
+    return "/".join(Path(name).absolute().parts[-2:]) if Path(name).exists() else name
 
 
 def spent(summary: dict[str, Any]) -> dict[str, dict[str, int]]:

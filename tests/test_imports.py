@@ -18,29 +18,10 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-RUN = {
-    "__init__",
-    "card",
-    "charts",
-    "config",
-    "html_report",
-    "hub",
-    "integrity",
-    "linear",
-    "loading",
-    "ops",
-    "packing",
-    "peft",
-    "planes",
-    "quantizer",
-    "report",
-    "roles",
-    "run",
-    "summary",
-    "verify",
-    "version",
-}
+RUN = {"__init__", "config", "linear", "ops", "packing", "planes", "quantizer", "report", "roles", "verify", "version"}
 HEAVY = {"datasets", "PIL"}
+RUN |= {"card", "charts", "cli", "demo", "html_report", "hub", "inspection", "integrity", "summary"}
+RUN |= {"loading", "peft", "run"}
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

@@ -100,6 +100,17 @@ def test_saving_an_offloaded_model_writes_no_checksums_and_says_so(packed_dir, t
     assert torch.equal(logits(load(tmp_path / "saved"), inputs), logits(load(packed_dir), inputs))
 
 
+@pytest.mark.skipif(not V5, reason="transformers 4.57 always saves under the original names")
+def test_files_under_the_model_s_own_names_are_checked_too(packed_dir, tmp_path, inputs):
+    load(packed_dir).save_pretrained(tmp_path, save_original_format=False)
+    with safe_open(files_of(tmp_path)[0], framework="pt") as reader:
+        assert "model.language_model.norm.weight" in reader.keys()  # noqa: SIM118
+    assert torch.equal(logits(load(tmp_path), inputs), logits(load(packed_dir), inputs))
+    rewrite(tmp_path, lambda tensors: tensors["model.language_model.norm.weight"].mul_(2))
+    with pytest.raises(ValueError, match=r"first `language_model\.model\.norm`"):
+        load(tmp_path)
+
+
 # ---- what is found
 
 
