@@ -29,10 +29,6 @@ def __getattr__(name: str):
         from .loading import load
 
         return load
-    if name == "save":
-        from .hub import save
-
-        return save
     if name == "AutoModelForVision2Seq":  # gone in transformers 5, where AutoModelForImageTextToText took its place
         from transformers import AutoModelForImageTextToText
 
