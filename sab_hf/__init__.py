@@ -11,8 +11,10 @@ __all__ = [
     "SABHfQuantizer",
     "SABLinear",
     "SABQuantizationConfig",
+    "load",
     "quantize",
     "report",
+    "save",
     "__version__",
 ]
 
@@ -23,8 +25,16 @@ def __getattr__(name: str):
         from .binarize import quantize
 
         return quantize
+    if name == "load":
+        from .loading import load
+
+        return load
     if name == "AutoModelForVision2Seq":  # gone in transformers 5, where AutoModelForImageTextToText took its place
         from transformers import AutoModelForImageTextToText
 
         return AutoModelForImageTextToText
+    if name == "save":
+        from .hub import save
+
+        return save
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

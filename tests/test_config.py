@@ -34,6 +34,12 @@ INVALID = {
     "refine_batch": NO_INTEGER,
     "refine_scale_rate": [0, -0.1, 1.1, math.nan, None, True],
     "refine_latent_rate": [0, -0.1, 1.1, math.nan, None, True],
+    "checksums": [
+        1,
+        {},
+        {"tensors": {}, "aliases": {}, "config": None},
+        {"tensors": {"a": 1}, "aliases": {}, "config": ""},
+    ],
     "modules": [
         None,
         [],
@@ -59,6 +65,7 @@ VALID = {
     "refine_steps": [None, 0],
     "refine_scale_rate": [1],
     "modules": [{}, {"a": [1, 0], "b.c": [MAX_PLANES, 5]}],
+    "checksums": [None, {"tensors": {"a": "12"}, "aliases": {"b": "a"}, "config": "34"}],
 }
 
 
