@@ -176,8 +176,9 @@ def _budget(summary: dict[str, Any]) -> dict[str, str]:
 def _significance(role: str, modules: list[dict[str, Any]]) -> dict[str, str]:
     found = {}
     if any(module["num_significant"] for module in modules):
-        wide = max(len(module["significant_columns"]) for module in modules)
-        same = [module for module in modules if len(module["significant_columns"]) == wide]
+        shown = [module for module in modules if module["num_significant"]]
+        wide = max(len(module["significant_columns"]) for module in shown)
+        same = [module for module in shown if len(module["significant_columns"]) == wide]
         found[f"significance_columns_{role}"] = _columns(role, same)
         found[f"significance_share_{role}"] = _by_layer(
             f"Share of columns with a residual plane, {role}", modules,
@@ -199,7 +200,7 @@ def _significance(role: str, modules: list[dict[str, Any]]) -> dict[str, str]:
 
 def _columns(role: str, modules: list[dict[str, Any]]) -> str:
     """Draw where in its input features each layer has significant columns, from the first feature to the last."""
-    shown = [module for module in modules if module["num_significant"]][:200]
+    shown = modules[:200]
     labels = [" ".join(_place(module["name"])) for module in shown]
     count = len(shown[0]["significant_columns"])
     return charts.heat_map(

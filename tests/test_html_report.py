@@ -81,6 +81,13 @@ def test_experts_of_a_block_share_a_row(summary):
     assert "mlp.experts.up_proj, block 0: 2.00" in titles(plots(many)["bits_language"])
 
 
+def test_layers_without_significant_columns_are_left_out_of_their_map(summary):
+    few = copy.deepcopy(summary)
+    narrow = few["modules"][-1] | {"significant_columns": [0.5] * 8, "num_significant": 4}
+    few["modules"] = [module | {"num_significant": 0} for module in few["modules"][:-1]] + [narrow]
+    assert len(titles(plots(few)["significance_columns_language"])) == 8 + 16  # cells and the legend
+
+
 def test_model_without_a_record_has_the_pictures_that_need_none(packed_dir):
     found = summarize(load(packed_dir))
     assert found["record"] is None

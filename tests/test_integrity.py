@@ -70,6 +70,12 @@ def test_untouched_checkpoint_loads_and_says_nothing(packed_dir, caplog):
     assert model.config.quantization_config.checksums is not None
 
 
+def test_marker_is_at_a_layer_of_a_block_that_is_no_expert():
+    names = ["lm_head", "model.layers.0.mlp.experts.3.up_proj", "model.layers.1.self_attn.q_proj", "model.embed_tokens"]
+    assert integrity.marker(names) == "model.layers.1.self_attn.q_proj.weight"
+    assert integrity.marker(["lm_head", "embed_tokens"]) == "embed_tokens.weight"
+
+
 def test_tied_weights_are_sealed_once(make_config, tmp_path, inputs):
     dense = save_dense(build_llava(tied=True, tie_word_embeddings=True), tmp_path / "dense")
     model = load(dense, quantization_config=make_config())
