@@ -17,8 +17,8 @@ from transformers import AutoConfig
 
 from .config import SABQuantizationConfig
 from .integrity import check_checksums
-from .linear import swap_in_empty
 from .report import Report, report
+from .swap import swap_in_empty
 from .verify import PACKED_NAMES, check_entries, header_entries
 
 NONE, PRESENT, VERIFIED = "none", "present, not checked", "verified"
@@ -86,7 +86,7 @@ def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: st
     if local and not files:
         raise ValueError(f"`{name}` has no safetensors files")
     entries = {str(file): header_entries(file) for file in files} if local else _remote_entries(name, revision)
-    model = skeleton(path_or_id, config.modules, revision)
+    model = skeleton(path_or_id, config, revision)
     flat = [entry for of_file in entries.values() for entry in of_file]
     check_entries(model, flat)
     _check_sums(model, flat)
@@ -96,12 +96,14 @@ def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: st
     return Inspection(name, config.format_version, len(entries), len(flat), state, report(model))
 
 
-def skeleton(path_or_id: str | os.PathLike, modules: dict[str, list[int]], revision: str | None = None) -> nn.Module:
+def skeleton(
+    path_or_id: str | os.PathLike, quantization: SABQuantizationConfig, revision: str | None = None
+) -> nn.Module:
     """Return the packed model of a checkpoint without any weights (on the meta device)."""
     config = AutoConfig.from_pretrained(path_or_id, revision=revision)
     with torch.device("meta"):
         model = saved_class(config)._from_config(config, dtype=config.dtype)
-        swap_in_empty(model, modules)
+        swap_in_empty(model, quantization.modules, quantization.tied_head)
     return model
 
 
