@@ -30,6 +30,7 @@ BASELINE_LABELS = {
     "sab_as_published": "SAB-LVLM as published (our reading)",
 }
 BITS = (1.05, 1.1, 1.2, 1.35, 1.6, 2.1, 3.1)
+BITS_OF_OTHER_SEEDS = (1.1, 1.35, 2.1, 3.1)
 COLUMNS = ("method", "bits", "NLL", "visual %", "text %", "text perplexity", "same answers %", "quantizing s", "seeds")
 
 
@@ -38,15 +39,13 @@ def list_jobs(floor: float, seeds: Sequence[int], refine_steps: int = 400) -> li
 
     floor: least bits/weight of the model; smaller budgets are raised to it, and equal ones merged
     """
-    budgets = sorted({max(bits, floor) for bits in BITS})
+    budgets, few = (sorted({max(bits, floor) for bits in some}) for some in (BITS, BITS_OF_OTHER_SEEDS))
     jobs = [Job(FULL_PRECISION, FULL_PRECISION)]
     for seed in seeds:
-        jobs += [ours(bits, seed, refine_steps) for bits in budgets]
+        jobs += [ours(bits, seed, refine_steps) for bits in (budgets if seed == seeds[0] else few)]
         jobs += [Job(label, method, seed) for method, label in BASELINE_LABELS.items()]
-        if seed == seeds[0]:
-            jobs += [Job(name, name, seed) for name in PACKAGES]
-        jobs += [ours(bits, seed, 0) for bits in budgets]
-    return jobs
+    jobs += [Job(name, name, seeds[0]) for name in PACKAGES]
+    return jobs + [ours(bits, seeds[0], 0) for bits in budgets]
 
 
 def ours(bits: float, seed: int, refine_steps: int) -> Job:

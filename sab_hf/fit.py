@@ -267,7 +267,7 @@ def nearest_signs(W: Tensor, state: PlaneState) -> Tensor:
     sizes = state.r[:, :, None] * state.c[:, None]  # [K, n, m]
     best = torch.full_like(W, float("inf"))
     choice = torch.zeros(W.shape, dtype=torch.long, device=W.device)
-    combinations = _sign_combinations(len(sizes), W.device)
+    combinations = _sign_combinations(len(sizes), W.device).to(W.dtype)
     for i, signs in enumerate(combinations):
         distance = (W - torch.tensordot(signs, sizes, 1)).abs_()
         choice.masked_fill_(distance < best, i)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,18 @@ from .kernels import cpu as _cpu  # noqa: F401  registers the op's implementatio
 from .kernels import cuda as _cuda  # noqa: F401  registers the op's implementation
 from .ops import sab_linear
 from .planes import SignPlanes
+
+
+class PackedWeight(NamedTuple):
+    """Shape, dtype of storage and device of a packed weight. It is no tensor, and models that ask (T5) leave it alone."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return True  # transformers 5 initializes what has no such flag
 
 
 class SABModule(nn.Module):
@@ -40,6 +53,11 @@ class SABModule(nn.Module):
                     f"`{name}` must be {dtype} {list(shape)} for a {out_features}×{in_features} matrix, got {got}"
                 )
             self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+
+    @property
+    def weight(self) -> PackedWeight:
+        """What models and adapters may ask of a matrix's weight; the values are in the packed tensors only."""
+        return PackedWeight((self.out_features, self.in_features), self.signs.dtype, self.signs.device)
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """Return the packed tensors by their names in the file, bias excluded."""

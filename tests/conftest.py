@@ -208,6 +208,7 @@ def make_config(samples):
 
     def make(**changes) -> SABQuantizationConfig:
         values = {"calibration": samples, "num_samples": 4, "alternations": 2, "refine_steps": 0}
+        values |= {"budget": "uniform"}  # so that every module has a residual plane
         return SABQuantizationConfig(**values | changes)
 
     return make

@@ -232,7 +232,7 @@ def test_number_of_forward_passes(model, processor, make_config, batch_size):
     }
     for name, module in watched.items():
         module.register_forward_hook(lambda *_, name=name: counts.update([name]))
-    sab_hf.quantize(model, processor, None, make_config(batch_size=batch_size))
+    sab_hf.quantize(model, processor, None, make_config(batch_size=batch_size, significance="paper"))
     num_batches = 4 // batch_size
     assert counts["vision"] == counts["projector"] == num_batches
     assert counts["head"] <= num_batches

@@ -21,6 +21,7 @@ MODULES = {
 RUN = {
     "__init__",
     "config",
+    "embedding",
     "kernels",
     "kernels.cuda",
     "kernels.layouts",
@@ -31,6 +32,7 @@ RUN = {
     "quantizer",
     "report",
     "roles",
+    "swap",
     "verify",
     "version",
 }

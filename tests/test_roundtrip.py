@@ -284,7 +284,7 @@ def test_dense_weights_die_block_by_block(model, processor, make_config, monkeyp
     monkeypatch.setattr(BlockInputs, "advance", spy)
     gc.disable()
     try:
-        sab_hf.quantize(model, processor, None, make_config())
+        sab_hf.quantize(model, processor, None, make_config(significance="paper"))
     finally:
         gc.enable()
     assert [index for index, _ in seen] == [0]
