@@ -66,11 +66,16 @@ def test_job_list_has_every_method_budget_and_seed():
     jobs = fidelity.list_jobs(1.0531, seeds=(0, 1))
     assert jobs[0].method == "full precision"
     assert {job.method for job in jobs} >= set(fidelity.BASELINE_LABELS) | set(fidelity.PACKAGES)
-    for seed in (0, 1):
-        own = [job for job in jobs if job.seed == seed and job.method == "sab_hf"]
-        for steps in (0, 400):
-            bits = [job.bits for job in own if job.options["refine_steps"] == steps]
-            assert bits == [1.0531, 1.1, 1.2, 1.35, 1.6, 2.1, 3.1]
+    own = {
+        (seed, steps): [
+            j.bits for j in jobs if j.method == "sab_hf" and (j.seed, j.options["refine_steps"]) == (seed, steps)
+        ]
+        for seed in (0, 1)
+        for steps in (0, 400)
+    }
+    every = [1.0531, 1.1, 1.2, 1.35, 1.6, 2.1, 3.1]
+    assert own == {(0, 400): every, (0, 0): every, (1, 400): [1.1, 1.35, 2.1, 3.1], (1, 0): []}
+    assert {job.method for job in jobs if job.seed == 1} >= set(fidelity.BASELINE_LABELS)
     assert len({(job.label, job.seed) for job in jobs}) == len(jobs)
     assert len([job for job in fidelity.list_jobs(1.15, (0,)) if job.method == "sab_hf"]) == 12  # two budgets merge
 

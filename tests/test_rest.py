@@ -112,7 +112,7 @@ def test_more_planes_come_nearer_to_the_dense_weights(make_config):
         error = 0.0
         for name, module in model.named_modules():
             if isinstance(module, SABModule) and "language_model.layers" not in name:
-                W = dense.get_submodule(name).weight
+                W = dense.get_submodule(name).weight.detach()
                 error += float((module.planes().dense() - W).square().sum() / W.square().sum())
         errors.append(error)
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
