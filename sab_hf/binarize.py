@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,17 +15,22 @@ from transformers import AutoProcessor
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.logging import tqdm
 
+from . import distributed
 from .budget import allocate
 from .calibration import MODALITY_NAMES, CalibrationSet, holds_batches, prepare_calibration
 from .capture import BlockInputs
 from .config import SABQuantizationConfig
+from .fingerprint import digest, fingerprint
 from .fit import FitResult, fit_planes, fit_planes_elementwise
 from .hessian import SecondMoments, balanced, damp
 from .linear import SABLinear, replace_module
+from .placement import check_readable, offloaded
 from .planes import SignPlanes
 from .refine import RefineResult, RefineSettings, refine_block
+from .resume import FinishedBlocks, open_checkpoint
 from .roles import Roles, find_roles
 from .significance import SignificanceMap, significance_map, significant_columns
+from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -160,42 +167,94 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
 
 
 def _run_blocks(model: nn.Module, plan: Plan, config: SABQuantizationConfig, record: QuantizationRecord) -> None:
-    inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches)
-    settings = _refine_settings(config, model.device)
-    progress = tqdm(plan.roles.blocks, desc="binarizing blocks")
-    for index, block_name in enumerate(progress):
-        block = model.get_submodule(block_name)
-        if settings.steps:
-            inputs.advance_targets(block, index)
-        planes = _fit_block(model, block_name, index, inputs, plan, config, record)
-        if settings.steps and planes:
-            result = refine_block(model, block, index, planes, inputs.states, settings)
-            record.refinements.append(result)
-            progress.set_postfix(error=f"{result.before:.4f} → {result.after:.4f}")
-        else:
-            for name in planes:
-                replace_module(model, name, SABLinear.from_planes(planes[name], model.get_submodule(name).bias))
-        if index + 1 < len(plan.roles.blocks):
-            inputs.advance(block, index)
+    workspace = Workspace.of(model, config)
+    settings = _refine_settings(config, workspace.device)
+    with _finished_blocks(model, plan, config, workspace, settings) as finished:
+        inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches, workspace)
+        progress = tqdm(plan.roles.blocks, desc="binarizing blocks", disable=distributed.rank() > 0)
+        for index, block_name in enumerate(progress):
+            with workspace.placement.visit(block_name, lasting=True) as block:
+                if settings.steps:
+                    inputs.advance_targets(block, index)
+                block_record = finished.restore(block_name)
+                if block_record is None:
+                    block_record = _binarize_block(model, block_name, index, inputs, plan, config, settings)
+                    finished.commit(block_name, block_record)
+                _note(record, block_record)
+                if block_record["refinement"]:
+                    progress.set_postfix(error="{before:.4f} → {after:.4f}".format(**block_record["refinement"]))
+                if index + 1 < len(plan.roles.blocks):
+                    inputs.advance(block, index)
 
 
-def _fit_block(
+@contextmanager
+def _finished_blocks(
+    model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace, settings: RefineSettings
+) -> Iterator[FinishedBlocks]:
+    """Join the other processes and open the checkpoint of the run."""
+    distributed.start(workspace.device, config.process_timeout)
+    batches = plan.calibration.batches
+    if distributed.size() > 1:
+        data = digest(value for batch in batches for value in (batch.inputs["input_ids"], batch.modality))
+        distributed.check_same({"config": config.to_dict(), "modules": plan.modules, "calibration data": data})
+
+    def identify():
+        run = {"device": workspace.device, "processes": distributed.size(), "refine_steps": settings.steps}
+        return fingerprint(model, batches, config, **run)
+
+    checkpoint = open_checkpoint(config.checkpoint_dir, identify)
+    try:
+        yield FinishedBlocks(model, plan.modules, workspace, checkpoint)
+    finally:
+        workspace.store.close()
+        if checkpoint is not None:
+            checkpoint.close()
+
+
+def _binarize_block(
     model: nn.Module,
     block_name: str,
     index: int,
     inputs: BlockInputs,
     plan: Plan,
     config: SABQuantizationConfig,
-    record: QuantizationRecord,
-) -> dict[str, SignPlanes]:
-    """Fit the Linears of a block to the second moments of its inputs; returns their planes by module name."""
+    settings: RefineSettings,
+) -> dict[str, Any]:
+    """Fit, refine and pack one block; returns its record as plain data."""
+    block = model.get_submodule(block_name)
+    planes, fits = _fit_block(model, block_name, index, inputs, plan, config)
+    result = None
+    if settings.steps and planes:
+        result = refine_block(model, block, index, planes, inputs, settings)
+    else:
+        for name in planes:
+            replace_module(model, name, SABLinear.from_planes(planes[name], model.get_submodule(name).bias))
+    return {"fits": [asdict(fit) for fit in fits], "refinement": result and result._asdict()}
+
+
+def _note(record: QuantizationRecord, block_record: dict[str, Any]) -> None:
+    record.fits += [FitRecord(**fit) for fit in block_record["fits"]]
+    if block_record["refinement"]:
+        record.refinements.append(RefineResult(**block_record["refinement"]))
+
+
+def _fit_block(
+    model: nn.Module, block_name: str, index: int, inputs: BlockInputs, plan: Plan, config: SABQuantizationConfig
+) -> tuple[dict[str, SignPlanes], list[FitRecord]]:
+    """Fit the Linears of a block to the second moments of its inputs; returns their planes by module name, and records."""
     linears = {name: model.get_submodule(name) for name in plan.modules if name.startswith(f"{block_name}.")}
-    moments = inputs.second_moments(model.get_submodule(block_name), index, linears)
-    planes = {}
     for name, linear in linears.items():
-        planes[name], fit_record = fit_linear(name, linear, moments.get(name), plan.modules[name], config)
-        record.fits.append(fit_record)
-    return planes
+        _check_finite(name, linear.weight)  # weights that were offloaded are seen here for the first time
+    moments = inputs.second_moments(model.get_submodule(block_name), index, linears)
+    costs = {
+        name: float(linear.in_features * (linear.in_features + linear.out_features)) for name, linear in linears.items()
+    }
+    results = distributed.divide(
+        costs,
+        lambda name: fit_linear(name, linears[name], moments.get(name), plan.modules[name], config),
+        inputs.workspace.device,
+    )
+    return {name: planes for name, (planes, _) in results.items()}, [record for _, record in results.values()]
 
 
 def fit_linear(
@@ -274,15 +333,19 @@ def _refine_settings(config: SABQuantizationConfig, device: torch.device) -> Ref
 
 
 def _check_weights(model: nn.Module, modules: dict[str, list[int]]) -> None:
-    offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if offloaded:
-        raise ValueError(
-            f"`{offloaded}` is offloaded; quantizing needs all weights in memory: load with device_map='cpu' or on GPUs that "
-            "hold the model"
-        )
+    """Check what can be checked before work starts: weights in memory are finite, offloaded ones can be loaded."""
+    absent = offloaded(model)
+    for name in absent:
+        check_readable(model, name)
     for name in modules:
-        if not model.get_submodule(name).weight.isfinite().all():
-            raise ValueError(f"the weight of `{name}` holds NaN or infinite values; the checkpoint is damaged")
+        weight = model.get_submodule(name).weight
+        if f"{name}.weight" not in absent:
+            _check_finite(name, weight)
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise ValueError(f"the weight of `{name}` holds NaN or infinite values; the checkpoint is damaged")
 
 
 def _load_processor(model: nn.Module, processor: Any) -> Any:
