@@ -212,11 +212,13 @@ def _note_device(model: nn.Module, name: str, device: torch.device) -> None:
     if not device_map:
         return
     place = str(device) if device.index is None else device.index
-    inside = [key for key in device_map if key == name or key.startswith(f"{name}.")]
-    for key in inside:
+    for key in [key for key in device_map if key == name or key.startswith(f"{name}.")]:
         device_map[key] = place
-    if not inside and any(device_map.get(key) == "disk" for key in _parents(name)):
-        device_map[name] = place
+    for key in _parents(name):
+        if device_map.get(key) in ("cpu", "disk"):
+            device_map[name] = place
+            if not any(parameter.is_meta for parameter in model.get_submodule(key).parameters()):
+                device_map[key] = place  # the last block under this entry
 
 
 def _parents(name: str) -> list[str]:

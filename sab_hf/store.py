@@ -64,13 +64,16 @@ class StateStore:
             return old.copy_(new)
         return new.to(old.device)
 
-    def put_all(self, value: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Any:
-        """Put every tensor in nested tuples, lists and dicts; `seen` remembers those that come again."""
-        if isinstance(value, Tensor):
-            if id(value) not in seen:
-                seen[id(value)] = value, self.put(value)
-            return seen[id(value)][1]
-        return map_nested(value, lambda item: self.put_all(item, seen))
+    def put_all(self, value: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
+        """Put every tensor in nested tuples, lists and dicts; `seen` remembers what comes again, which stays shared."""
+        if id(value) not in seen:
+            put = (
+                self.put(value)
+                if isinstance(value, Tensor)
+                else map_nested(value, lambda item: self.put_all(item, seen))
+            )
+            seen[id(value)] = value, put
+        return seen[id(value)][1]
 
     def close(self) -> None:
         """Delete the files."""
