@@ -26,6 +26,7 @@ from .hessian import SecondMoments, balanced, damp
 from .linear import SABLinear, replace_module
 from .placement import check_readable, offloaded
 from .planes import SignPlanes
+from .preflight import estimate_plan, log_estimate
 from .refine import RefineResult, RefineSettings, refine_block
 from .resume import FinishedBlocks, open_checkpoint
 from .roles import Roles, find_roles
@@ -168,7 +169,8 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
 
 def _run_blocks(model: nn.Module, plan: Plan, config: SABQuantizationConfig, record: QuantizationRecord) -> None:
     workspace = Workspace.of(model, config)
-    settings = _refine_settings(config, workspace.device)
+    settings = refine_settings(config, workspace.device)
+    log_estimate(estimate_plan(model, plan, config, workspace, settings.steps))
     with _finished_blocks(model, plan, config, workspace, settings) as finished:
         inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches, workspace)
         progress = tqdm(plan.roles.blocks, desc="binarizing blocks", disable=distributed.rank() > 0)
@@ -325,7 +327,8 @@ def _fit(
     return fit_planes(W, H, num_planes, columns, alternations=config.alternations, block_size=config.block_size)
 
 
-def _refine_settings(config: SABQuantizationConfig, device: torch.device) -> RefineSettings:
+def refine_settings(config: SABQuantizationConfig, device: torch.device) -> RefineSettings:
+    """Return the numbers of block refinement on a compute device."""
     steps = config.refine_steps
     if steps is None:
         steps = DEFAULT_REFINE_STEPS_CPU if device.type == "cpu" else DEFAULT_REFINE_STEPS
