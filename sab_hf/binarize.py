@@ -176,10 +176,12 @@ def _run_blocks(model: nn.Module, plan: Plan, config: SABQuantizationConfig, rec
         progress = tqdm(plan.roles.blocks, desc="binarizing blocks", disable=distributed.rank() > 0)
         for index, block_name in enumerate(progress):
             with workspace.placement.visit(block_name, lasting=True) as block:
+                stage = finished.find(block_name)
                 if settings.steps:
                     inputs.advance_targets(block, index)
-                block_record = finished.restore(block_name)
-                if block_record is None:
+                if stage is not None:
+                    block_record = finished.restore(block_name, stage)
+                else:
                     block_record = _binarize_block(model, block_name, index, inputs, plan, config, settings)
                     finished.commit(block_name, block_record)
                 _note(record, block_record)

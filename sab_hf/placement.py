@@ -45,9 +45,9 @@ class Placement:
             ValueError: a weight is on the meta device and no hook says from where to load it.
         """
         module = self.model.get_submodule(name)
+        kept = [] if lasting else _data(module)
         hooks = _take_hooks(module)
         home = _home(module, hooks)
-        kept = [] if lasting else _data(module)
         for owner, hook in hooks.items():
             _materialise(owner, hook, self.device, forget=lasting)
         _check_real(name, module)
@@ -120,12 +120,13 @@ def _compute_device(model: nn.Module, device: str | torch.device | None) -> torc
         if own.type != "cpu" or not torch.cuda.is_available():
             return own
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', torch.cuda.current_device())) % torch.cuda.device_count()}"
+    name = device
     try:
-        device = torch.device(device)
+        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"`compute_device` must be a device of this machine, such as 'cpu' or 'cuda:0', got {device!r}"
+            f"`compute_device` must be a device of this machine, such as 'cpu' or 'cuda:0', got {name!r}"
         ) from error
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

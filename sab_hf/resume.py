@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .checkpoint import RunCheckpoint
+from .checkpoint import RunCheckpoint, Stage
 from .fingerprint import Fingerprint
 from .linear import swap_in_empty
 from .workspace import Workspace
@@ -34,21 +34,23 @@ class FinishedBlocks:
     ):
         self.model, self.modules, self.workspace, self.checkpoint = model, modules, workspace, checkpoint
 
-    def restore(self, name: str) -> dict[str, Any] | None:
-        """Make the module called `name` what it was when it was committed; returns its record, or None if it was not.
+    def find(self, name: str) -> Stage | None:
+        """Return what was committed of the module called `name`, or None; the limit of samples becomes what it was then.
 
         Raises:
             ValueError: the commit is damaged.
         """
         stage = self.checkpoint.load(name) if self.checkpoint else None
         stage = distributed.broadcast(stage, source=0)
-        if stage is None:
-            return None
-        record = dict(stage.record)
-        self.workspace.limit.rows = record.pop("rows")
+        if stage is not None:
+            self.workspace.limit.rows = stage.record["rows"]
+        return stage
+
+    def restore(self, name: str, stage: Stage) -> dict[str, Any]:
+        """Make the module called `name` what it was when it was committed; returns its record."""
         self._fill(name, stage.tensors)
         _set_random_state(stage.tensors, self.workspace.device)
-        return record
+        return {key: value for key, value in stage.record.items() if key != "rows"}
 
     def commit(self, name: str, record: dict[str, Any]) -> None:
         """Commit the finished module called `name`, and make it on all processes what it is on the first.

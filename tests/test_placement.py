@@ -81,7 +81,7 @@ def test_weights_that_cannot_be_loaded_are_named(model, processor, make_config):
 
 
 def test_unknown_compute_device_is_refused(model, processor, make_config):
-    with pytest.raises(ValueError, match="`compute_device` must be a device of this machine.* got 'cuda:99'"):
+    with pytest.raises(ValueError, match=r"`compute_device` must be a device of this machine.* got 'cuda:99'"):
         sab_hf.quantize(model, processor, None, make_config(compute_device="cuda:99"))
 
 
@@ -135,7 +135,7 @@ def test_full_disk_for_hidden_states_is_a_clear_error(vlm_dir, make_config, tmp_
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OSError, match="cannot keep .* of hidden states in .*No space left.*`offload_dir`") as caught:
+    with pytest.raises(OSError, match=r"cannot keep .* of hidden states in .*No space left.*`offload_dir`") as caught:
         load(vlm_dir, quantization_config=make_config(cache_ram_gib=0.0, offload_dir=tmp_path))
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == []

@@ -87,7 +87,7 @@ def test_estimate_follows_the_settings():
     unrefined = sab_hf.estimate(model, None, None, config(given, refine_steps=0))
     assert "refine" not in unrefined.working
     assert unrefined.states["ram"] < whole.states["ram"]
-    more = sab_hf.estimate(model, None, None, config(given, bits=2.5))
+    more = sab_hf.estimate(model, None, None, config(given, bits=4.0))
     assert more.working["fit"] > whole.working["fit"]
 
 

@@ -52,14 +52,15 @@ def uninterrupted() -> dict[str, torch.Tensor]:
 
 
 def test_run_killed_ten_times_gives_the_bytes_of_one_that_was_not(uninterrupted, tmp_path):
-    """Each kill comes at a random moment after the process has started on its checkpoint folder."""
+    """Each kill comes at a random moment after none, one or two more blocks."""
     folder, output, chance = tmp_path / "run", tmp_path / "out.safetensors", random.Random(0)
     kills, committed = 0, set()
     while kills < 10:
         process = start(output, folder)
-        while process.is_alive() and not _held(folder):
+        wanted = len(list(folder.glob("*.safetensors"))) + chance.randrange(3)
+        while process.is_alive() and not (_held(folder) and len(list(folder.glob("*.safetensors"))) >= wanted):
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 6 * PAUSE))
+        time.sleep(chance.uniform(0, 3 * PAUSE))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join()
