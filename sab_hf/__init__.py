@@ -21,7 +21,7 @@ __all__ = [
 def __getattr__(name: str):
     """Import on first use what loading a packed checkpoint does not need."""
     if name == "estimate":
-        from .preflight import estimate
+        from .binarize import estimate
 
         return estimate
     if name == "quantize":

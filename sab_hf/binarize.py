@@ -26,7 +26,7 @@ from .hessian import SecondMoments, balanced, damp
 from .linear import SABLinear, replace_module
 from .placement import check_readable, offloaded
 from .planes import SignPlanes
-from .preflight import estimate_plan, log_estimate
+from .preflight import Estimate, estimate_run, log_estimate
 from .refine import RefineResult, RefineSettings, refine_block
 from .resume import FinishedBlocks, open_checkpoint
 from .roles import Roles, find_roles
@@ -107,6 +107,23 @@ def quantize(
     return run_plan(model, plan, config)
 
 
+def estimate(
+    model: nn.Module, processor: Any = None, samples: Any = None, config: SABQuantizationConfig | None = None
+) -> Estimate:
+    """Predict the peak memory and the operations of `quantize` with the same arguments. Nothing is changed.
+
+    Raises:
+        ValueError: as `quantize` does.
+    """
+    config = config or SABQuantizationConfig()
+    return _estimate(model, make_plan(model, config, processor, samples), config, Workspace.of(model, config))
+
+
+def _estimate(model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace) -> Estimate:
+    steps = _refine_settings(config, workspace.device).steps
+    return estimate_run(model, plan.roles.blocks, plan.modules, plan.calibration, config, workspace, steps)
+
+
 def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = None, samples: Any = None) -> Plan:
     """Check everything that can be checked without weights, and prepare the calibration set.
 
@@ -169,8 +186,8 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
 
 def _run_blocks(model: nn.Module, plan: Plan, config: SABQuantizationConfig, record: QuantizationRecord) -> None:
     workspace = Workspace.of(model, config)
-    settings = refine_settings(config, workspace.device)
-    log_estimate(estimate_plan(model, plan, config, workspace, settings.steps))
+    settings = _refine_settings(config, workspace.device)
+    log_estimate(_estimate(model, plan, config, workspace))
     with _finished_blocks(model, plan, config, workspace, settings) as finished:
         inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches, workspace)
         progress = tqdm(plan.roles.blocks, desc="binarizing blocks", disable=distributed.rank() > 0)
@@ -329,7 +346,7 @@ def _fit(
     return fit_planes(W, H, num_planes, columns, alternations=config.alternations, block_size=config.block_size)
 
 
-def refine_settings(config: SABQuantizationConfig, device: torch.device) -> RefineSettings:
+def _refine_settings(config: SABQuantizationConfig, device: torch.device) -> RefineSettings:
     """Return the numbers of block refinement on a compute device."""
     steps = config.refine_steps
     if steps is None:

@@ -17,19 +17,16 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import nn
 
+from .calibration import CalibrationSet
+from .config import SABQuantizationConfig
 from .packing import stored_bytes
 from .store import GIB
 from .workspace import Workspace
-
-if TYPE_CHECKING:
-    from .binarize import Plan
-    from .config import SABQuantizationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -80,36 +77,26 @@ class Estimate:
         )
 
 
-def estimate(
-    model: nn.Module, processor: Any = None, samples: Any = None, config: SABQuantizationConfig | None = None
+def estimate_run(
+    model: nn.Module,
+    block_names: tuple[str, ...],
+    modules: dict[str, list[int]],
+    calibration: CalibrationSet,
+    config: SABQuantizationConfig,
+    workspace: Workspace,
+    refine_steps: int,
 ) -> Estimate:
-    """Predict what `sab_hf.quantize` with the same arguments will need. Nothing is changed.
-
-    Raises:
-        ValueError: as `sab_hf.quantize` does.
-    """
-    from .binarize import make_plan, refine_settings
-    from .config import SABQuantizationConfig
-
-    config = config or SABQuantizationConfig()
-    workspace = Workspace.of(model, config)
-    plan = make_plan(model, config, processor, samples)
-    return estimate_plan(model, plan, config, workspace, refine_settings(config, workspace.device).steps)
-
-
-def estimate_plan(
-    model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace, refine_steps: int
-) -> Estimate:
-    """Predict what a plan will need in a workspace.
+    """Predict what a run will need in a workspace.
 
     Args:
+        block_names, modules, calibration: as in `Plan`.
         refine_steps: of each block, 0 for none.
     """
-    data = _Data.of(plan, config, model, refine_steps, workspace)
-    blocks = [_Block.of(model, name, plan.modules) for name in plan.roles.blocks]
+    data = _Data.of(calibration, model, refine_steps, workspace)
+    blocks = [_Block.of(model, name, modules) for name in block_names]
     dearest = max(blocks, key=lambda block: block.weights)
     moved = 0 if workspace.device.type == "cpu" else 1  # what is computed where it is needs no second place
-    working = {"record": moved * (_beside_blocks(model, plan) + dearest.dense) + _activations(dearest, data)}
+    working = {"record": moved * (_beside_blocks(model, block_names) + dearest.dense) + _activations(dearest, data)}
     working["fit"] = moved * dearest.dense + _moments(dearest, data) + _fit(dearest, data)
     if refine_steps:
         working["refine"] = _refine(dearest, data)
@@ -153,8 +140,8 @@ class _Data:
     state_bytes: float
 
     @classmethod
-    def of(cls, plan: Plan, config: Any, model: nn.Module, refine_steps: int, workspace: Workspace) -> _Data:
-        shapes = [tuple(batch.modality.shape) for batch in plan.calibration.batches]
+    def of(cls, calibration: CalibrationSet, model: nn.Module, refine_steps: int, workspace: Workspace) -> _Data:
+        shapes = [tuple(batch.modality.shape) for batch in calibration.batches]
         tokens = sum(rows * length for rows, length in shapes)
         rows = workspace.limit.rows
         largest = max(min(batch, rows or batch) * length for batch, length in shapes)
@@ -163,7 +150,7 @@ class _Data:
         arguments = sum(batch * length * (length + 512 * size) for batch, length in shapes)  # mask, rotary factors
         states = tokens * width * size * (2 if refine_steps else 1) + arguments
         longest = max(length for _, length in shapes)
-        return cls(tokens, largest, longest, sum(b for b, _ in shapes), len(plan.calibration.tokens), size, states)
+        return cls(tokens, largest, longest, sum(b for b, _ in shapes), len(calibration.tokens), size, states)
 
 
 @dataclass(frozen=True)
@@ -222,8 +209,8 @@ def _activations(block: _Block, data: _Data) -> float:
     return data.activation_bytes * data.largest * 3 * max((n + m for n, m, _, _ in block.linears), default=0)
 
 
-def _beside_blocks(model: nn.Module, plan: Plan) -> float:
-    inside = tuple(f"{name}." for name in plan.roles.blocks)
+def _beside_blocks(model: nn.Module, block_names: tuple[str, ...]) -> float:
+    inside = tuple(f"{name}." for name in block_names)
     return sum(p.nbytes for name, p in model.named_parameters() if not name.startswith(inside))
 
 
@@ -237,7 +224,9 @@ def _places(states: float, workspace: Workspace) -> dict[str, float]:
     return places
 
 
-def _operations(blocks: list[_Block], data: _Data, config: Any, refine_steps: int) -> dict[str, float]:
+def _operations(
+    blocks: list[_Block], data: _Data, config: SABQuantizationConfig, refine_steps: int
+) -> dict[str, float]:
     weights = sum(block.weights for block in blocks)
     per_step = min(config.refine_batch, data.samples) * data.tokens / data.samples
     fit = 0.0
