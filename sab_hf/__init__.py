@@ -1,7 +1,6 @@
 """Binarized vision-language models for transformers. Importing this package registers the quantization method `sab`."""
 
 from .config import SABQuantizationConfig
-from .kernels import cpu as _cpu  # noqa: F401  (registers the CPU implementation of the op)
 from .linear import SABLinear
 from .quantizer import SABHfQuantizer
 from .report import report
@@ -13,8 +12,10 @@ __all__ = [
     "SABLinear",
     "SABQuantizationConfig",
     "estimate",
+    "load",
     "quantize",
     "report",
+    "save",
     "__version__",
 ]
 
@@ -29,8 +30,16 @@ def __getattr__(name: str):
         from .binarize import quantize
 
         return quantize
+    if name == "load":
+        from .loading import load
+
+        return load
     if name == "AutoModelForVision2Seq":  # gone in transformers 5, where AutoModelForImageTextToText took its place
         from transformers import AutoModelForImageTextToText
 
         return AutoModelForImageTextToText
+    if name == "save":
+        from .hub import save
+
+        return save
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -204,6 +204,7 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
         ),
     )
     record.seconds = time.perf_counter() - start
+    model.hf_quantizer.record = record
     logger.info("binarized %d Linears in %.0f s", len(record.fits), record.seconds)
     return record
 

@@ -116,6 +116,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         modules: quantized modules, name → [full planes, significant columns]; empty before quantization.
         tied_head: whether the output head uses the packed planes of the input embedding.
         format_version: of the packed tensors, see `packing.py`.
+        checksums: of tensors and config, written when the model is saved and checked when it is loaded, see `integrity.py`;
+            None: nothing is checked.
 
     Raises:
         ValueError: a field has a wrong type or lies outside its range; the message says what is accepted.
@@ -160,6 +162,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     modules: dict[str, list[int]] = field(default_factory=dict)
     tied_head: bool = False
     format_version: int = FORMAT_VERSION
+    checksums: dict[str, Any] | None = None
     quant_method: str = field(default="sab", init=False)
 
     def __post_init__(self):
@@ -218,6 +221,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
                 f"`modules` must map module names to [full planes (1 to {MAX_PLANES}), significant columns], "
                 f"got {self.modules!r:.200}"
             )
+        if self.checksums is not None and not _are_checksums(self.checksums):
+            raise ValueError(f"`checksums` must be None or what `save_pretrained` writes, got {self.checksums!r:.200}")
 
     def bits_of(self, role: str) -> int:
         """Return the sign planes of a role outside the language blocks; `DENSE` for none."""
@@ -305,4 +310,17 @@ def _is_size(size: Any) -> bool:
         and all(type(count) is int for count in size)
         and 1 <= size[0] <= MAX_PLANES
         and size[1] >= 0
+    )
+
+
+def _are_checksums(value: Any) -> bool:
+    """Whether `value` has the form of `integrity.py`."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"tensors", "aliases", "config"}
+        and isinstance(value["config"], str)
+        and all(
+            isinstance(value[part], dict) and all(isinstance(entry, str) for entry in value[part].values())
+            for part in ("tensors", "aliases")
+        )
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import packing
+from .kernels import cpu as _cpu  # noqa: F401  registers the op's implementation
 from .kernels import cuda as _cuda  # noqa: F401  registers the op's implementation
 from .ops import sab_linear
 from .planes import SignPlanes

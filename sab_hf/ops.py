@@ -75,3 +75,53 @@ def _(
 ) -> Tensor:
     check_width(x, col_scale)
     return x.new_empty(*x.shape[:-1], signs.shape[1])
+
+
+def _keep_planes(ctx, inputs, output) -> None:
+    x, *planes = inputs
+    ctx.dtype, ctx.num_options = x.dtype, len(planes) - _NUM_PLANE_TENSORS
+    ctx.save_for_backward(*planes[:_NUM_PLANE_TENSORS])
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradient of `x`; planes and scales are stored numbers and get none."""
+    grad_x = input_gradient(grad, *ctx.saved_tensors).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+    return grad_x, *[None] * (_NUM_PLANE_TENSORS + ctx.num_options)
+
+
+def input_gradient(
+    grad: Tensor,
+    signs: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor,
+    significant_columns: Tensor | None,
+    residual_signs: Tensor | None,
+    residual_row_scale: Tensor | None,
+    residual_col_scale: Tensor | None,
+) -> Tensor:
+    """Multiply an output's gradient by the matrix of sign planes, `grad_x = grad W`, one plane at a time.
+
+    Args:
+        grad: [..., out_features] floating point; the planes as in `sab_linear`.
+    Returns:
+        [..., in_features] float32.
+    """
+    rows = grad.reshape(-1, grad.shape[-1]).float()
+    grad_x = torch.zeros(rows.shape[0], col_scale.shape[1], dtype=torch.float32, device=grad.device)
+    for packed, r, c in zip(signs, row_scale, col_scale, strict=True):
+        grad_x += _plane_transposed(rows, packed, r, c)
+    if significant_columns is not None:
+        mask = unpack_bits(significant_columns, col_scale.shape[1])
+        columns = torch.nonzero_static(mask, size=residual_col_scale.numel()).squeeze(1)
+        residual = _plane_transposed(rows, residual_signs, residual_row_scale, residual_col_scale)
+        grad_x.index_add_(1, columns, residual)
+    return grad_x.reshape(*grad.shape[:-1], -1)
+
+
+def _plane_transposed(grad: Tensor, packed: Tensor, row_scale: Tensor, col_scale: Tensor) -> Tensor:
+    B = signs_to(torch.float32, unpack_bits(packed, col_scale.numel()))
+    return (grad * row_scale.float()) @ B * col_scale.float()
+
+
+_NUM_PLANE_TENSORS = 7
+sab_linear.register_autograd(_backward, setup_context=_keep_planes)

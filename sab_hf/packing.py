@@ -23,7 +23,9 @@ selects them). In a checkpoint the module called `name` is the tensors `name.sig
 The four tensors of the residual plane are absent where k = 0. Spare bits at the end of a row are 0. Scales are stored
 as integers because loaders cast floating-point tensors to the dtype that the user asks for (which would round them) and
 leave integers alone: `tensor.view(torch.float16)` reads them. `config.json` holds, under `quantization_config`,
-`quant_method: "sab"`, `format_version: 1` and `modules`: for each quantized module its name and `[K, k]`.
+`quant_method: "sab"`, `format_version: 1` and `modules`: for each quantized module its name and `[K, k]`, and `checksums`
+(see `integrity.py`; null if there are none). One module also has an empty tensor `weight`, uint8 [0]: a loader that does not
+know this format finds a weight of the wrong shape and fails, in place of initializing the module randomly. Readers skip it.
 """
 
 from __future__ import annotations

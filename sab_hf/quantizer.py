@@ -9,6 +9,7 @@ from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from .integrity import check_checksums, checkpoint_files, expect_marker, seal
 from .swap import dequantize_modules, swap_in_empty
 from .verify import PACKED_NAMES, check_headers, check_loaded, packed_names, raise_if_missing, raise_if_unlisted
 
@@ -32,8 +33,11 @@ class SABHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
             swap_in_empty(model, self.quantization_config.modules, self.quantization_config.tied_head)
-            if kwargs.get("checkpoint_files"):  # transformers 5
-                check_headers(model, kwargs["checkpoint_files"])
+            files = kwargs.get("checkpoint_files") or checkpoint_files(model)
+            if files:
+                check_headers(model, files)
+            check_checksums(files, self.quantization_config.checksums, model)
+            expect_marker(model, self.quantization_config.modules)
             return model
         from .binarize import make_plan
 
@@ -75,12 +79,26 @@ class SABHfQuantizer(HfQuantizer):
                 vars(module.config).pop("_pre_quantization_dtype", None)
         return model
 
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Called by `save_pretrained` before it writes anything: write the checksums into the config."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved
+            return None, {}
+        return seal(model), {}
+
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         """Packed models are saved as safetensors only; pickled files are refused."""
         return safe_serialization is not False
 
     @property
     def is_trainable(self) -> bool:
+        """Adapters (`sab_hf.peft`) can be trained on a packed model; its packed tensors cannot, see `is_qat_trainable`."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Signs and scales are stored numbers without gradient: a packed model without adapters is not trainable."""
         return False
 
     @property

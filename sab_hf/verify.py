@@ -6,8 +6,9 @@ dtype. Each of these would be a silently different model, so each is an error he
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,26 +35,36 @@ def packed_names(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def check_headers(model: nn.Module, checkpoint_files: list[str]) -> None:
+def check_headers(model: nn.Module, checkpoint_files: Iterable[str | os.PathLike]) -> None:
     """Compare the packed tensors in the files' headers with what the skeleton expects, before any weight is read.
+
+    Raises:
+        ValueError: a packed tensor is missing, left over, or has another dtype or shape.
+    """
+    check_entries(model, [entry for file in checkpoint_files for entry in header_entries(file)])
+
+
+def header_entries(file: str | os.PathLike) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Read a file's header: name, dtype (as safetensors writes it) and shape of each tensor."""
+    with safe_open(file, framework="pt") as reader:
+        slices = [(name, reader.get_slice(name)) for name in reader.keys()]  # noqa: SIM118 (a reader is no dict)
+        return [(name, stored.get_dtype(), tuple(stored.get_shape())) for name, stored in slices]
+
+
+def check_entries(model: nn.Module, entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+    """Compare packed tensors by name, dtype and shape with what the skeleton expects.
 
     Loaders may rename the first parts of a tensor's name, so tensors are matched by the rest of it, dtype and shape.
 
     Raises:
-        ValueError: a packed tensor is missing, left over, or has another dtype or shape.
+        ValueError: see `check_headers`.
     """
     expected = {
         name: _Entry(_tail(name), _HEADER_DTYPES[tensor.dtype], tuple(tensor.shape))
         for name, tensor in packed_names(model).items()
         if name.endswith(_SUFFIXES)
     }
-    found: Counter[_Entry] = Counter()
-    for file in checkpoint_files:
-        with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118 (a reader is no dict)
-                if name.endswith(_SUFFIXES):
-                    stored = reader.get_slice(name)
-                    found[_Entry(_tail(name), stored.get_dtype(), tuple(stored.get_shape()))] += 1
+    found = Counter(_Entry(_tail(name), *stored) for name, *stored in entries if name.endswith(_SUFFIXES))
     surplus = found - Counter(expected.values())
     missing = []
     for name, entry in expected.items():

@@ -224,7 +224,10 @@ def packed_dir(vlm_dir, make_config, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def damage(packed_dir, tmp_path):
-    """Return a function that copies `packed_dir` with changed tensors and config: `damage(tensors=f, config=g)`."""
+    """Return a function that copies `packed_dir` with changed tensors and config: `damage(tensors=f, config=g)`.
+
+    The copy has no checksums, so that the checks behind them are reached; `test_integrity.py` tests the checksums.
+    """
 
     def copy(tensors=None, config=None) -> Path:
         path = tmp_path / "damaged"
@@ -233,10 +236,11 @@ def damage(packed_dir, tmp_path):
             content = load_file(path / "model.safetensors")
             tensors(content)
             save_file(content, path / "model.safetensors", metadata={"format": "pt"})
+        content = json.loads((path / "config.json").read_text())
+        content["quantization_config"]["checksums"] = None
         if config is not None:
-            content = json.loads((path / "config.json").read_text())
             config(content["quantization_config"])
-            (path / "config.json").write_text(json.dumps(content))
+        (path / "config.json").write_text(json.dumps(content))
         return path
 
     return copy

@@ -68,7 +68,7 @@ def test_budget_is_met_within_a_hundredth_on_shapes_of_a_model():
 
 
 def test_budget_with_scores_is_near_the_best_of_all_allocations():
-    shapes = {"a": (64, 24), "b": (32, 24), "c": (96, 16)}
+    shapes = {"a": (640, 24), "b": (320, 24), "c": (960, 16)}
     scores = random_scores(shapes, 3)
     options = [[K, k] for K in (1, 2, 3) for k in (0, 8, 16)]
     every = [
@@ -76,7 +76,7 @@ def test_budget_with_scores_is_near_the_best_of_all_allocations():
         for sizes in itertools.product(options, repeat=3)
         if all(k < shapes[name][1] for name, (_, k) in zip(shapes, sizes, strict=True))
     ]
-    for bits in (2.0, 2.3, 2.7, 3.2):
+    for bits in (2.3, 2.7, 3.2, 3.9):
         best = min(loss(sizes, scores) for sizes in every if average_bits(shapes, sizes) <= bits)
         assert loss(allocate(shapes, bits, scores), scores) <= 1.25 * best  # steps of whole bytes are coarse here
 
@@ -127,7 +127,7 @@ def test_budget_above_the_ceiling_states_a_ceiling_that_works():
     assert 0.98 * stated < average_bits(SHAPES, allocate(SHAPES, stated)) <= stated
 
 
-@pytest.mark.parametrize(("bits", "planes"), [(1.01, 1), (2.0, 1), (2.02, 2), (3.0, 2), (4.04, 4), (8.06, 8)])
+@pytest.mark.parametrize(("bits", "planes"), [(1.01, 1), (2.0, 1), (2.02, 2), (3.0, 2), (4.04, 4), (8.0625, 8)])
 def test_budget_without_scores_buys_full_planes_first(bits, planes):
     shapes = {"a": (4096, 4096), "b": (4096, 4096)}
     sizes = allocate(shapes, bits)

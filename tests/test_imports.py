@@ -35,6 +35,8 @@ RUN = {
     "version",
 }
 HEAVY = {"datasets", "PIL"}
+RUN |= {"card", "charts", "cli", "demo", "html_report", "hub", "inspection", "integrity", "summary"}
+RUN |= {"loading", "peft", "run"}
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

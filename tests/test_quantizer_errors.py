@@ -86,7 +86,7 @@ def test_dict_of_another_method_is_refused():
     ("changes", "message"),
     [
         ({"bits": 1.0}, r"`bits` must be at least 1\.\d+ for this model .*got 1\.0.*`modules_to_not_convert`"),
-        ({"modules_to_not_convert": ["up_proj", "lm_head"]}, r"'lm_head' matches nothing that would be binarized, such as .*model\.language_model\.layers\.0"),
+        ({"modules_to_not_convert": ["up_proj", "lm_head"]}, r"'lm_head' matches nothing that .*model\.language_model\.layers\.0"),
         ({"modules_to_not_convert": ["proj"]}, r"'proj' matches nothing"),  # no whole part of a name
         ({"modules_to_not_convert": ["layers"]}, r"LlavaForConditionalGeneration has no Linear left .*shorten"),
         ({"calibration": [{"text": "no image"}]}, r"LlavaForConditionalGeneration|LlavaConfig.*allow_text_only=True"),

@@ -46,21 +46,25 @@ class ChatEncoder:
         self.content = self._find_content()
         self._image_token = self._find_image_token()
 
-    def __call__(self, samples: list[Sample], *, padding: bool = False) -> dict[str, Any]:
+    def __call__(
+        self, samples: list[Sample], *, padding: bool = False, padding_side: str = "right", reply: bool = False
+    ) -> dict[str, Any]:
         """Process samples into one batch.
 
         Args:
             samples: all of them with images, video or audio, or all of them without.
-            padding: pad on the right to the longest sample.
+            padding: pad to the longest sample.
+            padding_side: "right" or "left".
+            reply: end with what the template writes before the model's next reply.
 
         Raises:
             ValueError: an image cannot be read, or the samples need a chat template that the processor lacks.
         """
         conversations = [self._messages(sample) for sample in samples]
-        options: dict[str, Any] = {"padding": True, "padding_side": "right"} if padding else {}
+        options: dict[str, Any] = {"padding": True, "padding_side": padding_side} if padding else {}
         if self.content == PARTS:
-            return dict(self._apply_template(conversations, tokenize=True, options=options))
-        prompts = [self._prompt(messages) for messages in conversations]
+            return dict(self._apply_template(conversations, tokenize=True, options=options, reply=reply))
+        prompts = [self._prompt(messages, reply) for messages in conversations]
         bos = getattr(self.tokenizer, "bos_token", None)
         if self.content != NO_TEMPLATE and (self.text_only or (bos and prompts[0].startswith(bos))):
             options["add_special_tokens"] = False  # the template has written them
@@ -97,11 +101,11 @@ class ChatEncoder:
             return load_media(sample, self.max_image_pixels)
         return [{**message, "content": _parts([message], "text")} for message in sample.messages]
 
-    def _prompt(self, messages: list[dict[str, Any]]) -> str:
+    def _prompt(self, messages: list[dict[str, Any]], reply: bool = False) -> str:
         if self.content == NO_TEMPLATE:
             texts = [part["text"] for part in _parts(messages, "text")]
             return self._image_token * len(_parts(messages, "image")) + "\n".join(texts)
-        return self._apply_template([self._as_content(messages)], tokenize=False)[0]
+        return self._apply_template([self._as_content(messages)], tokenize=False, reply=reply)[0]
 
     def _as_content(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [
@@ -114,9 +118,13 @@ class ChatEncoder:
     def _as_string(self, parts: list[dict[str, Any]]) -> str:
         return "\n".join(part["text"] if part["type"] == "text" else self._image_token for part in parts)
 
-    def _apply_template(self, conversations: list, *, tokenize: bool, options: dict[str, Any] | None = None) -> Any:
+    def _apply_template(
+        self, conversations: list, *, tokenize: bool, options: dict[str, Any] | None = None, reply: bool = False
+    ) -> Any:
         target = self.processor if hasattr(self.processor, "apply_chat_template") else self.tokenizer
         kwargs: dict[str, Any] = {"tokenize": tokenize, "chat_template": _default_template(self._template)}
+        if reply:
+            kwargs["add_generation_prompt"] = True
         if tokenize:
             kwargs |= {"return_dict": True, "return_tensors": "pt"}
         if options:

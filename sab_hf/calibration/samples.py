@@ -15,7 +15,7 @@ ACCEPTED_FORMATS = """A sample is one of
   - {"messages": [...]}, optionally with "images": [...], which fills the {"type": "image"} parts, or the "<image>" in
     the text, in order;
   - {"image": ..., "question": ..., "answer": ...}: "image" and "answer" are optional, "prompt" or "text" may stand for
-    "question";
+    "question"; "answers" may list several accepted answers, of which the first is used as the reply;
   - a plain string, for text alone.
 A list of already processed batches holds what the processor returned with return_tensors="pt", "input_ids" included."""
 
@@ -34,11 +34,13 @@ class Sample:
         messages: each with "role" and "content", a list of parts of type text, image, video or audio.
         where: how to name the sample in a message to the user, for example "data.jsonl, row 7".
         folder: where relative paths start; None: the working directory.
+        answers: all accepted answers to the last question, where the data lists several.
     """
 
     messages: list[dict[str, Any]]
     where: str
     folder: Path | None = None
+    answers: tuple[str, ...] = ()
 
     @property
     def num_media(self) -> int:
@@ -61,7 +63,8 @@ def parse_sample(row: Any, where: str, folder: Path | None = None) -> Sample:
         ValueError: names `where`, the offending key, what was required and what was got.
     """
     try:
-        return Sample(_messages(row), where, folder)
+        row, answers = _first_answer(row)
+        return Sample(_messages(row), where, folder, answers)
     except _SampleError as error:
         raise ValueError(f"{where}: {error}.\n{ACCEPTED_FORMATS}") from None
 
@@ -91,6 +94,18 @@ def load_media(sample: Sample, max_image_pixels: int | None) -> list[dict[str, A
 
 class _SampleError(ValueError):
     """What is wrong with a sample, without its place."""
+
+
+def _first_answer(row: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return the row with one answer in place of a list, and the list: VQA data has several, as text or as {"answer": ...}."""
+    if not isinstance(row, Mapping) or "messages" in row or row.get("answers") is None:
+        return row, ()
+    listed = row["answers"]
+    rows = listed if isinstance(listed, (list, tuple)) else ()
+    answers = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in rows]
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise _SampleError(f"key 'answers' must be a list of at least one string, got {_shown(listed)}")
+    return {**row, "answer": answers[0]}, tuple(answers)
 
 
 def _messages(row: Any) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 LIBRARY = HERE / "sab_cpu.so"
-COMMON = ("portable", "pool", "linear", "dense")
+COMMON = ("portable", "pool", "linear", "outliers", "dense")
 FLAGS = ("-O3", "-std=c11", "-D_POSIX_C_SOURCE=200809L", "-fPIC", "-fvisibility=hidden", "-pthread")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")

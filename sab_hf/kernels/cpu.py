@@ -21,7 +21,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum sab_dt
 _NAMES = tuple(name for name, _ in library.Matrix._fields_)[4:11]  # the op's arguments after `x`
 # Beyond so many tokens exact products are left to PyTorch's matmul on dense rows; measured by benchmarks/speed_cpu.py.
 _EXACT_TOKENS = {"avx512": sys.maxsize, "avx2": 16, "neon": 4, "portable": 4}
-_DENSE_BYTES = 4 << 20  # of dense rows at a time
+_DENSE_BYTES = 16 << 20  # of dense rows at a time
 
 
 class _Entry:
@@ -43,12 +43,12 @@ def linear(
     residual_col_scale: Tensor | None,
     exact: bool = False,
 ) -> Tensor:
-    """Compute `ops.linear_reference` (arguments there) by the compiled kernels.
+    """Compute `ops.reference` (arguments there) by the compiled kernels.
 
     Exact results differ by the rounding of float32 sums. Others: each group of 4 inputs has a table of its 16 signed
-    sums, rounded to a step of 1/63 of the largest sum of its block of 128 columns; so the error of an output is at most
-    `Σ_planes |r| Σ_blocks 32 · largest/126`, and about 1.9e-4 of the output's energy for Gaussian inputs. Infinite or NaN
-    inputs give NaN.
+    sums, rounded to a step of 1/63 of the largest sum of its block of 128 columns, outliers apart; so the error of an
+    output is at most `Σ_planes |r| Σ_blocks 32 · largest/126`, and about 1.9e-4 of the output's energy for Gaussian
+    inputs. Infinite or NaN inputs never give numbers.
 
     Raises:
         ValueError: a tensor's dtype, shape or device is not that of the file format.
@@ -58,9 +58,8 @@ def linear(
     if significant_columns is not None and residual_col_scale.numel():
         packed = (*packed, significant_columns, residual_signs, residual_row_scale, residual_col_scale)
     if kernels is None or dtype is None:
-        return linear_reference(x, *packed, *(None,) * (len(_NAMES) - len(packed)), exact)
-    if not all(tensor.is_contiguous() for tensor in packed):
-        packed = tuple(tensor.contiguous() for tensor in packed)
+        return linear_reference(x, *packed, *(None,) * (len(_NAMES) - len(packed)))
+    packed = tuple([tensor.contiguous() for tensor in packed])
     matrix = _matrix(kernels, packed)
     columns = matrix.columns
     if x.shape[-1] != columns:
@@ -86,7 +85,8 @@ def _matrix(kernels: ctypes.CDLL, packed: tuple[Tensor, ...]) -> library.Matrix:
     """Return the C struct of the packed tensors, the one of the last call where they still are what they were."""
     signs = packed[0]
     entry = cached("cpu", signs, lambda: _Entry(_lay_out(kernels, signs)))
-    identity = [number for tensor in packed for number in (tensor.data_ptr(), tensor.numel())]
+    identity = [tensor.data_ptr() for tensor in packed]
+    identity += [tensor.numel() for tensor in packed]
     residual_codes = None
     if len(packed) > 3:
         residual_codes = cached("cpu residual", packed[4], lambda: _lay_out(kernels, packed[4][None])).data_ptr()

@@ -138,15 +138,16 @@ static void lut_tile(const uint8_t *codes, int64_t column_bytes, const uint8_t *
 }
 
 /* A code's low 3 bits choose among 8 entries, its bit 3 is the sign of what was found. */
-static void exact_tile(const uint8_t *codes, int64_t column_bytes, const float *tables, float *sums) {
+static void exact_tile(const uint8_t *codes, const int32_t *list, int64_t column_bytes, const float *tables, float *sums) {
     const __m256i sign = _mm256_set1_epi32((int)0x80000000);
     __m256 total[8];
     for (int i = 0; i < 8; i++) total[i] = _mm256_setzero_ps();
-    for (int64_t byte = 0; byte < column_bytes; byte++, codes += SAB_TILE, tables += 16) {
+    for (int64_t byte = 0; byte < column_bytes; byte++, tables += 16) {
+        const uint8_t *here = codes + SAB_TILE * (list == NULL ? byte : list[byte]);
         __m256 table0 = _mm256_load_ps(tables), table1 = _mm256_load_ps(tables + 8);
-        _mm_prefetch((const char *)codes + 2048, _MM_HINT_T0);
+        _mm_prefetch((const char *)here + 2048, _MM_HINT_T0);
         for (int i = 0; i < 8; i++) {
-            __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + 8 * i)));
+            __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(here + 8 * i)));
             __m256 low = _mm256_permutevar8x32_ps(table0, code);
             __m256 high = _mm256_permutevar8x32_ps(table1, _mm256_srli_epi32(code, 4));
             __m256i low_sign = _mm256_and_si256(_mm256_slli_epi32(code, 28), sign);

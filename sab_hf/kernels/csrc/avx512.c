@@ -20,14 +20,15 @@ static void exact_tables(const float *z, int64_t column_bytes, float *tables) {
     }
 }
 
-static void exact_tile(const uint8_t *codes, int64_t column_bytes, const float *tables, float *sums) {
+static void exact_tile(const uint8_t *codes, const int32_t *list, int64_t column_bytes, const float *tables, float *sums) {
     __m512 total[4][2];
     for (int i = 0; i < 4; i++) total[i][0] = total[i][1] = _mm512_setzero_ps();
-    for (int64_t byte = 0; byte < column_bytes; byte++, codes += SAB_TILE, tables += 32) {
+    for (int64_t byte = 0; byte < column_bytes; byte++, tables += 32) {
+        const uint8_t *here = codes + SAB_TILE * (list == NULL ? byte : list[byte]);
         __m512 table0 = _mm512_load_ps(tables), table1 = _mm512_load_ps(tables + 16);
-        _mm_prefetch((const char *)codes + 2048, _MM_HINT_T0);
+        _mm_prefetch((const char *)here + 2048, _MM_HINT_T0);
         for (int i = 0; i < 4; i++) { /* a permutation looks at the low 4 bits of its index only */
-            __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + 16 * i)));
+            __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(here + 16 * i)));
             total[i][0] = _mm512_add_ps(total[i][0], _mm512_permutexvar_ps(code, table0));
             total[i][1] = _mm512_add_ps(total[i][1], _mm512_permutexvar_ps(_mm512_srli_epi32(code, 4), table1));
         }

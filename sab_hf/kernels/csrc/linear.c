@@ -15,8 +15,8 @@ enum {
 typedef struct {
     const uint8_t *codes;
     const uint16_t *row_scale, *col_scale;
-    int64_t columns, column_bytes;
-    int64_t tables, scales; /* where the tables and scales of a token begin in its part of the scratch memory */
+    int64_t columns, column_bytes, most_outliers;
+    int64_t tables, scales, outliers; /* where they begin in a token's part of the scratch memory */
 } plane;
 
 typedef struct {
@@ -42,13 +42,31 @@ int64_t sab_cpu_layout_bytes(int64_t rows, int64_t columns) { return round_up(ro
 
 static int64_t num_planes(const call *c) { return c->matrix->planes + (c->matrix->significant > 0); }
 
+/* What is kept of a token's and plane's outliers, at most `most` of them, in memory from `start` on. */
+typedef struct {
+    int64_t *count;
+    int32_t *list;
+    float *values, *tables;
+    int64_t end; /* bytes */
+} outliers;
+
+static outliers outliers_at(const call *c, char *start, int64_t most) {
+    int64_t list = 64, values = list + round_up(most * (int64_t)sizeof(int32_t), 64);
+    int64_t tables = values + round_up(8 * most * (int64_t)sizeof(float), 64);
+    int64_t end = tables + round_up(2 * c->kernels->exact_entries * most * (int64_t)sizeof(float), 64);
+    if (start == NULL) return (outliers){.end = end};
+    return (outliers){(int64_t *)start, (int32_t *)(start + list), (float *)(start + values), (float *)(start + tables), end};
+}
+
 /* Plane `index` of the matrix, the residual plane after the full ones, and where a token's tables for it lie. */
 static plane plane_at(const call *c, int64_t index) {
     const sab_matrix *matrix = c->matrix;
     int64_t table_bytes = c->exact ? (int64_t)sizeof(float) * 2 * c->kernels->exact_entries : 32;
     int64_t full_bytes = bytes_of(matrix->columns);
     int64_t full_size = round_up(table_bytes * full_bytes, 64);
-    int64_t scale_size = round_up(round_up(full_bytes, SAB_BLOCK) / SAB_BLOCK * (int64_t)sizeof(float), 64);
+    int64_t blocks = c->exact ? 0 : round_up(full_bytes, SAB_BLOCK) / SAB_BLOCK;
+    int64_t scale_size = round_up(blocks * (int64_t)sizeof(float), 64);
+    int64_t outlier_size = c->exact ? 0 : outliers_at(c, NULL, SAB_BLOCK_OUTLIERS * blocks).end;
     plane p = {.columns = index < matrix->planes ? matrix->columns : matrix->significant};
     p.column_bytes = bytes_of(p.columns);
     if (index < matrix->planes) {
@@ -60,8 +78,11 @@ static plane plane_at(const call *c, int64_t index) {
         p.row_scale = matrix->residual_row_scale;
         p.col_scale = matrix->residual_col_scale;
     }
-    p.tables = 2 * c->scaled + index * (full_size + scale_size); /* the residual plane is never wider than a full one */
+    /* The residual plane is never wider than a full one. */
+    p.tables = 2 * c->scaled + index * (full_size + scale_size + outlier_size);
     p.scales = p.tables + full_size;
+    p.outliers = p.scales + scale_size;
+    p.most_outliers = SAB_BLOCK_OUTLIERS * blocks;
     return p;
 }
 
@@ -81,24 +102,35 @@ static void make_tables(void *argument, int64_t token) {
         else
             for (int64_t j = 0; j < p.columns; j++) scaled[j] *= inputs[c->significant[j]];
         for (int64_t j = p.columns; j < 8 * p.column_bytes; j++) scaled[j] = 0;
-        if (c->exact)
+        if (c->exact) {
             c->kernels->exact_tables(scaled, p.column_bytes, (float *)(own + p.tables));
-        else
-            c->kernels->lut_tables(scaled, p.column_bytes, (uint8_t *)(own + p.tables), (float *)(own + p.scales));
+            continue;
+        }
+        outliers out = outliers_at(c, own + p.outliers, p.most_outliers);
+        *out.count = sab_take_outliers(scaled, p.column_bytes, out.list, out.values);
+        c->kernels->exact_tables(out.values, *out.count, out.tables);
+        c->kernels->lut_tables(scaled, p.column_bytes, (uint8_t *)(own + p.tables), (float *)(own + p.scales));
     }
 }
 
 /* sums[tokens][64] of one plane and tile. */
 static void sum_tile(const call *c, const plane *p, int64_t tile, int64_t token, int tokens, float *sums) {
     const uint8_t *codes = p->codes + tile * SAB_TILE * p->column_bytes;
-    const char *own = c->memory + token * c->token_bytes;
+    char *own = c->memory + token * c->token_bytes;
     if (!c->exact) {
         c->kernels->lut_tile(codes, p->column_bytes, (const uint8_t *)(own + p->tables), c->token_bytes,
                              (const float *)(own + p->scales), c->token_bytes / (int64_t)sizeof(float), tokens, sums);
+        for (int i = 0; i < tokens; i++, own += c->token_bytes) {
+            outliers out = outliers_at(c, own + p->outliers, p->most_outliers);
+            if (*out.count == 0) continue;
+            float apart[SAB_TILE];
+            c->kernels->exact_tile(codes, out.list, *out.count, out.tables, apart);
+            for (int r = 0; r < SAB_TILE; r++) sums[SAB_TILE * i + r] += apart[r];
+        }
         return;
     }
     for (int i = 0; i < tokens; i++, own += c->token_bytes)
-        c->kernels->exact_tile(codes, p->column_bytes, (const float *)(own + p->tables), sums + SAB_TILE * i);
+        c->kernels->exact_tile(codes, NULL, p->column_bytes, (const float *)(own + p->tables), sums + SAB_TILE * i);
 }
 
 /* One tile of rows of the output, for the tokens from `first` to `last`. */

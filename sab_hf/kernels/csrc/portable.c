@@ -60,10 +60,13 @@ void sab_portable_lut_tables(const float *z, int64_t column_bytes, uint8_t *tabl
     }
 }
 
-void sab_portable_exact_tile(const uint8_t *codes, int64_t column_bytes, const float *tables, float *sums) {
+void sab_portable_exact_tile(const uint8_t *codes, const int32_t *list, int64_t column_bytes, const float *tables,
+                             float *sums) {
     float by_position[SAB_TILE] = {0};
-    for (int64_t byte = 0; byte < column_bytes; byte++, codes += SAB_TILE, tables += 32)
-        for (int i = 0; i < SAB_TILE; i++) by_position[i] += tables[codes[i] & 15] + tables[16 + (codes[i] >> 4)];
+    for (int64_t byte = 0; byte < column_bytes; byte++, tables += 32) {
+        const uint8_t *here = codes + SAB_TILE * (list == NULL ? byte : list[byte]);
+        for (int i = 0; i < SAB_TILE; i++) by_position[i] += tables[here[i] & 15] + tables[16 + (here[i] >> 4)];
+    }
     sab_to_row_order(by_position, sums);
 }
 

@@ -21,6 +21,7 @@
 #define SAB_BLOCK 16          /* column bytes (128 columns) that share one scale of the int8 tables */
 #define SAB_LUT_LIMIT 63      /* table entries are integers in [-63, 63], stored plus SAB_LUT_OFFSET */
 #define SAB_LUT_OFFSET 64
+#define SAB_BLOCK_OUTLIERS 2  /* column bytes of a block that may be looked up in float32 instead */
 #define SAB_GROUP_TOKENS 4    /* tokens that one call of a look-up tile kernel takes at most */
 
 /* Where row `row` of a tile lies among its 64 bytes. */
@@ -60,7 +61,8 @@ typedef struct {
     /* sums [tokens][64], one for each row of the tile; table_stride and scale_stride between tokens, in elements */
     void (*lut_tile)(const uint8_t *codes, int64_t column_bytes, const uint8_t *tables, int64_t table_stride,
                      const float *scales, int64_t scale_stride, int tokens, float *sums);
-    void (*exact_tile)(const uint8_t *codes, int64_t column_bytes, const float *tables, float *sums);
+    /* of all column bytes, or of the `column_bytes` ones listed; tables are those of the bytes taken, one after the other */
+    void (*exact_tile)(const uint8_t *codes, const int32_t *list, int64_t column_bytes, const float *tables, float *sums);
     /* out[j] (+)= bit j ? c[j] * r : -c[j] * r */
     void (*dense_row)(const uint8_t *bits, int64_t columns, const float *c, float r, int add, float *out);
 } sab_kernels;
@@ -70,6 +72,7 @@ SAB_HIDDEN const sab_kernels *sab_active_kernels(void);
 
 /* The column of each significant column, ascending: list [significant]. */
 SAB_HIDDEN void sab_list_significant(const sab_matrix *matrix, int32_t *list);
+SAB_HIDDEN int64_t sab_take_outliers(float *z, int64_t column_bytes, int32_t *list, float *values);
 /* Calls task(argument, i) for every i below count, on the caller and at most threads - 1 sleeping workers. */
 SAB_HIDDEN void sab_parallel(void (*task)(void *argument, int64_t i), void *argument, int64_t count, int threads);
 /* Memory of at least `bytes`, 64-byte aligned, owned by the calling thread until its next call; NULL if there is none. */

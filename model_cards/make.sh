@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Quantizes the example model, evaluates it, and writes its card here: bash model_cards/make.sh [OUTPUT FOLDER]
+# `python` must have sab_hf installed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=${1:-$(mktemp -d)}
+export PYTHONPATH=examples
+python -m tiny_vlm.export "$work/calibration" --samples 512 --seed calibration
+python -m tiny_vlm.export "$work/questions" --samples 330 --seed held-out
+python -m sab_hf.cli quantize examples/tiny_vlm/checkpoint "$work/tiny_vlm-sab" --calibration "$work/calibration/data.jsonl" \
+    --dtype float32 --license apache-2.0
+python -m sab_hf.cli eval "$work/tiny_vlm-sab" --original examples/tiny_vlm/checkpoint --data "$work/questions/data.jsonl" \
+    --num-samples 330 --dtype float32 --output "$work/evaluation.json"
+python -m sab_hf.cli card "$work/tiny_vlm-sab" --evaluation "$work/evaluation.json" --license apache-2.0
+rm -rf model_cards/tiny_vlm-sab
+mkdir model_cards/tiny_vlm-sab
+cp -r "$work/tiny_vlm-sab"/{README.md,plots} model_cards/tiny_vlm-sab/

@@ -1,0 +1,274 @@
+"""Checksums of a packed checkpoint: written when it is saved, checked when it is loaded, dense tensors and config included.
+
+`quantization_config.checksums` in `config.json` holds
+
+- `tensors`: for each block of the model (file names up to their first number) and for each module outside of blocks, a digest
+  of the names, dtypes, shapes and bytes of its tensors, as they are in the files;
+- `aliases`: names of tied tensors → the name under which they are counted (a file holds one of them);
+- `config`: a digest of `config.json` as parsed JSON, without itself and without what tools rewrite.
+
+A digest is BLAKE2b, 8 bytes in hexadecimal. It finds damage; it is no signature.
+
+A packed checkpoint also holds one empty tensor under the name of a dense weight (`marker`). Without the plugin, transformers
+would only warn and initialize the packed modules randomly; with a weight of the wrong shape in the file it raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+logger = logging.getLogger(__name__)
+
+_REWRITTEN = ("transformers_version", "auto_map", "custom_pipelines")
+"""Keys of `config.json` that other tools write and that change no weight."""
+_LARGE = 2**20
+"""Bytes from which a tensor is worth a thread."""
+_HINT = (
+    "download or quantize it again. If the change is meant, set `checksums` in the quantization_config of config.json to null; "
+    "nothing is checked then"
+)
+
+
+def seal(model: nn.Module) -> dict[str, Tensor] | None:
+    """Write the checksums of `model` into its quantization config, for `save_pretrained` to save.
+
+    Args:
+        model: a quantized transformers model that is about to be saved.
+    Returns:
+        The state dict to save, which holds the marker; None where transformers must make it (offloaded tensors).
+    """
+    config = model.config.quantization_config
+    config.checksums = None
+    state = model.state_dict()
+    offloaded = [name for name, tensor in state.items() if tensor.is_meta]
+    if offloaded:
+        logger.warning(
+            "%d tensors are offloaded, first `%s`: the checkpoint is saved without checksums; load the model with "
+            "device_map='cpu' to save them",
+            len(offloaded),
+            offloaded[0],
+        )
+        return None
+    state[marker(config.modules)] = torch.empty(0, dtype=torch.uint8)
+    stored = _as_in_file(model, dict(state))
+    aliases = _aliases(stored)
+    digests = _digest_all((name, tensor) for name, tensor in stored.items() if name not in aliases)
+    config.checksums = {"tensors": _by_group(digests), "aliases": aliases, "config": ""}
+    config.checksums["config"] = config_digest(_config_to_be_saved(model))
+    return state
+
+
+def marker(modules: Iterable[str]) -> str:
+    """Return the name of the empty tensor that makes loading without the plugin an error.
+
+    It belongs to a module of a block that is no expert, if there is one: transformers converts the weights of experts and ties
+    those of embeddings.
+    """
+
+    def rank(name: str) -> tuple[bool, int, str]:
+        numbers = sum(part.isdigit() for part in name.split("."))
+        return numbers == 0, numbers, name
+
+    return f"{min(modules, key=rank)}.weight"
+
+
+def expect_marker(model: nn.Module, modules: Iterable[str]) -> None:
+    """Let transformers not report the marker as a tensor that the model has no place for."""
+    tail = re.escape(_tail(marker(modules)))
+    ignored = model._keys_to_ignore_on_load_unexpected
+    kind = set if isinstance(ignored, set) else list  # transformers 5, 4.57
+    model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), rf"(^|\.){tail}$"])
+
+
+def checkpoint_files(model: nn.Module) -> list[str]:
+    """Return the safetensors files that `model` is loaded from, where transformers (4.57) does not tell; [] if not found."""
+    where, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        try:
+            found = cached_file(
+                where, name, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
+            )
+        except (OSError, ValueError):
+            return []
+        if found and name.endswith(".json"):
+            shards = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
+            return [str(Path(found).parent / shard) for shard in shards]
+        if found:
+            return [found]
+    return []
+
+
+def check_checksums(
+    files: Iterable[str | os.PathLike], checksums: dict[str, Any] | None, model: nn.Module | None = None
+) -> None:
+    """Compare a checkpoint with the checksums in its config; without checksums (an older or edited checkpoint) do nothing.
+
+    Args:
+        files: its safetensors files; `config.json` lies beside them.
+        checksums: `quantization_config.checksums`.
+        model: the skeleton; with it, files are accepted that were saved under the names of the model's own tensors
+            (`save_pretrained(save_original_format=False)` of transformers 5).
+    Raises:
+        ValueError: a tensor or the config was altered, is missing or is too much.
+    """
+    files = [Path(file) for file in files]
+    if not checksums:
+        return
+    if not files:
+        logger.warning("the checkpoint's files were not found, so its checksums are not checked")
+        return
+    config = files[0].parent / "config.json"
+    if config.is_file() and config_digest(json.loads(config.read_text(encoding="utf-8"))) != checksums["config"]:
+        raise ValueError(f"{config} was altered after it was saved: {_HINT}")
+    tensors: dict[str, Tensor] = {}
+    where: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as reader:
+            names = list(reader.keys())
+            where |= dict.fromkeys(names, file.name)
+            tensors |= {name: reader.get_tensor(name) for name in names}  # mapped, not read
+    _check_index(files[0].parent / "model.safetensors.index.json", where)
+    wrong = _differing(tensors, checksums)
+    names = {name for name, tensor in tensors.items() if tensor.numel()}  # the marker is in no model
+    if wrong and model is not None and names <= model.state_dict().keys():
+        wrong = _differing(_as_in_file(model, tensors), checksums)
+    if wrong:
+        raise ValueError(
+            f"tensors of the checkpoint in {files[0].parent} were altered, lost or added after it was saved: checksums differ "
+            f"for {len(wrong)} of {len(checksums['tensors'])} parts, first `{wrong[0]}`; {_HINT}"
+        )
+
+
+def _differing(tensors: dict[str, Tensor], checksums: dict[str, Any]) -> list[str]:
+    """Return the parts whose digest is not the recorded one."""
+    found = _digest_all((checksums["aliases"].get(name, name), tensor) for name, tensor in tensors.items())
+    groups, expected = _by_group(found), checksums["tensors"]
+    return sorted(name for name in groups.keys() | expected.keys() if groups.get(name) != expected.get(name))
+
+
+def _check_index(index: Path, where: dict[str, str]) -> None:
+    """Raise if the index of a sharded checkpoint does not list its tensors: loaders leave out what it does not list."""
+    if len(set(where.values())) > 1 and index.is_file():
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        wrong = sorted(name for name in listed.keys() | where.keys() if listed.get(name) != where.get(name))
+        if wrong:
+            raise ValueError(
+                f"{index} and the files beside it differ in {len(wrong)} tensors, first `{wrong[0]}`; {_HINT}"
+            )
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """Return the digest of a parsed `config.json`, without its own checksum and what other tools rewrite."""
+    config = {key: value for key, value in config.items() if key not in _REWRITTEN}
+    method = dict(config.get("quantization_config") or {})
+    if isinstance(method.get("checksums"), dict):
+        method["checksums"] = {key: value for key, value in method["checksums"].items() if key != "config"}
+    return _hash(json.dumps(config | {"quantization_config": method}, sort_keys=True).encode())
+
+
+def _config_to_be_saved(model: nn.Module) -> dict[str, Any]:
+    """Return `config.json` as `save_pretrained` will write it in a moment."""
+    config = copy.deepcopy(model.config)
+    config.quantization_config = model.config.quantization_config
+    config.dtype = str(model.dtype).split(".")[1]
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    if hasattr(config, "_get_non_default_generation_parameters") and model.can_generate():  # transformers 4.57
+        for name in config._get_non_default_generation_parameters():
+            setattr(config, name, None)
+    vars(config).pop("transformers_weights", None)
+    return json.loads(config.to_json_string(use_diff=True))
+
+
+def _as_in_file(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict under the names, and in the layout, in which transformers will write it."""
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        state.pop(name, None)
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4.57
+        state = {_name_in_file(model, name): tensor for name, tensor in state.items()}
+        return model._fix_state_dict_keys_on_save(state)
+    return revert_weight_conversion(model, state)
+
+
+def _name_in_file(model: nn.Module, name: str) -> str:
+    """Undo the renaming of loading, as `save_pretrained` of transformers 4.57 does for vision-language models."""
+    from transformers.modeling_utils import VLMS
+
+    classes = [cls.__name__.lower() for cls in type(model).__mro__[:-1]]
+    if any(known in cls for cls in classes for known in VLMS):
+        reverse = {pattern: replacement for replacement, pattern in model._checkpoint_conversion_mapping.items()}
+        for pattern, replacement in reverse.items():
+            renamed, count = re.subn(pattern, re.sub(r"\(.*\)", "", replacement.lstrip("^")), name)
+            if count:
+                return renamed
+    return name
+
+
+def _aliases(state: dict[str, Tensor]) -> dict[str, str]:
+    """Return the tied tensors of a state dict: every further name → the first one."""
+    first: dict[tuple, str] = {}
+    aliases = {}
+    for name in sorted(state):
+        tensor = state[name]
+        if tensor.numel():
+            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device)
+            if first.setdefault(key, name) != name:
+                aliases[name] = first[key]
+    return aliases
+
+
+def _digest_all(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Return name → digest of dtype, shape and bytes; large tensors in threads, since hashing releases the interpreter."""
+    digests: dict[str, Any] = {}
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for name, tensor in tensors:
+            digests[name] = pool.submit(_digest, tensor) if tensor.nbytes > _LARGE else _digest(tensor)
+        return {name: value if isinstance(value, str) else value.result() for name, value in digests.items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return _hash(f"{tensor.dtype} {list(tensor.shape)} ".encode(), content)
+
+
+def _by_group(digests: Mapping[str, str]) -> dict[str, str]:
+    """Return one digest for each block, and for each module outside of blocks."""
+    lines: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(digests):
+        lines[_group(name)].append(f"{name} {digests[name]}\n")
+    return {group: _hash("".join(lines[group]).encode()) for group in sorted(lines)}
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[:-1] if number is None else parts[: number + 1])
+
+
+def _tail(name: str) -> str:
+    """Return `name` from its first number on: loaders rename what is before."""
+    parts = name.split(".")
+    return ".".join(parts[next((i for i, part in enumerate(parts) if part.isdigit()), 0) :])
+
+
+def _hash(*contents: Any) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()

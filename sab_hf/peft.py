@@ -1,0 +1,152 @@
+"""LoRA adapters on packed models: importing this module tells PEFT how to put an adapter on a `SABLinear`.
+
+    import sab_hf.peft
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(packed_model, LoraConfig(r=8, target_modules="all-linear"))
+
+Everything else is PEFT's own: saving, `PeftModel.from_pretrained(packed_model, folder)`, several adapters, `Trainer`. The
+adapter's files are those of any LoRA adapter.
+
+PEFT finds the layer for a module in a fixed list, and the one opening it leaves, `LoraConfig._register_custom_module`, is
+not saved with the adapter. So this module enters its `LoraModel` in PEFT's table of tuners instead: a subclass that treats
+`SABLinear` and passes every other module on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+try:
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
+    from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+except ImportError as error:
+    raise ImportError("adapters on packed models need PEFT: pip install 'sab_hf[peft]'") from error
+
+from .linear import SABLinear
+
+_ALL_LINEAR = "all-linear"
+_INITIALIZATIONS = (True, False, "gaussian")  # the others start from a decomposition of the dense weight
+
+
+class LoraSABLinear(nn.Module, LoraLayer):
+    """`y = SABLinear(x) + scaling · B(A(dropout(x)))`, with trainable float A [r, in_features] and B [out_features, r].
+
+    Args:
+        base_layer: the packed Linear, which stays as it is.
+        adapter_name: of the first adapter.
+        config: PEFT's LoRA config.
+        r, lora_alpha: rank and scale of the adapter, as PEFT resolved them for this module.
+    Raises:
+        ValueError: the config asks for a variant that needs the dense weight.
+    Source: LoRA, arXiv 2106.09685.
+    """
+
+    def __init__(
+        self,
+        base_layer: SABLinear,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self.fan_in_fan_out = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Add an adapter, as PEFT asks for it.
+
+        Raises:
+            ValueError: see the class.
+        """
+        if config.init_lora_weights not in _INITIALIZATIONS or config.use_dora:
+            asked = "use_dora" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
+            raise ValueError(
+                f"LoRA on packed sign planes does not support {asked}, which needs the dense weight; leave it out, or put "
+                "the adapter on `model.dequantize()`"
+            )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self._move_adapter_to_device_of_base_layer(adapter_name, device=self.base_layer.row_scale.device)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, adapter_names=adapter_names, **kwargs)
+        y = self.base_layer(x)
+        if self.disable_adapters:
+            return y
+        if adapter_names is not None:  # one adapter for each row of the batch
+            y = y.clone()
+            for name in set(adapter_names) & self.lora_A.keys():
+                rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
+                y[rows] += self._delta(name, x[rows]).to(y.dtype)
+            return y
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                y = y + self._delta(name, x).to(y.dtype)
+        return y
+
+    def _delta(self, name: str, x: Tensor) -> Tensor:
+        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: the sum of sign planes and a low-rank matrix is no longer sign planes.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a LoRA adapter cannot be merged into packed sign planes: their sum is a dense matrix. Keep the adapter beside "
+            "the packed model, or save it and merge it into the dense one: "
+            "`PeftModel.from_pretrained(packed_model.dequantize(), adapter_folder).merge_and_unload()`"
+        )
+
+    def unmerge(self) -> None:
+        """Do nothing: nothing is ever merged."""
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__()
+
+
+class SABLoraModel(LoraModel):
+    """PEFT's `LoraModel`, which also knows `SABLinear`."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model; "all-linear" means the packed Linears too, which PEFT would pass over."""
+        config = self.peft_config[adapter_name]
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == _ALL_LINEAR:
+            packed = {name for name, module in model.named_modules() if _packed(module)}
+            head = getattr(model, "get_output_embeddings", lambda: None)()
+            packed -= {name for name, module in model.named_modules() if module is head}
+            config.target_modules = _maybe_include_all_linear_layers(config, model).target_modules | packed
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @staticmethod
+    def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if _packed(target):
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            return LoraSABLinear(base, adapter_name, config=lora_config, **kwargs)
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+
+def _packed(module: nn.Module) -> bool:
+    """Return whether a module is a `SABLinear`, or a layer of a tuner on one."""
+    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, SABLinear)
+
+
+def register() -> None:
+    """Enter `SABLoraModel` in PEFT's table of tuners; done when this module is imported, and harmless when repeated."""
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = SABLoraModel
+
+
+register()

@@ -1,0 +1,92 @@
+"""Start another Python program in this interpreter with the method `sab` registered, so that packed checkpoints load there.
+
+    python -m sab_hf.run lm_eval --model hf --model_args pretrained=me/qwen-sab --tasks arc_easy
+    python -m sab_hf.run transformers serve me/qwen-sab
+    python -m sab_hf.run my_script.py --flag
+    python -m sab_hf.run -m package.module --flag
+
+The program is a `.py` file, the command of an installed package, or a module; it sees its own `sys.argv`, and its exit
+code is this process's. If PEFT is installed, adapters on packed models load too.
+
+Child processes: those that are forked (worker processes of a `DataLoader` on Linux) have the method as well. A fresh Python
+that the program starts (`torchrun`, `accelerate launch`, `multiprocessing` with the method "spawn") does not: start the
+launcher as usual and this module under it, `torchrun --module sab_hf.run my_script.py`, or `import sab_hf` in the script.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+USAGE = "usage: python -m sab_hf.run PROGRAM [ARGS ...]\nPROGRAM: a .py file, a command of a package, or a module"
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Run a program as `python -m sab_hf.run` does, in this process.
+
+    Args:
+        argv: the program and its arguments; None: those of this process.
+    Returns:
+        What the program's main function returned, for `sys.exit`; None for files and modules.
+    Raises:
+        SystemExit: as the program raises it; with code 2 if there is no such program.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        (sys.stdout if argv else sys.stderr).write(f"{USAGE}\n")
+        raise SystemExit(0 if argv else 2)
+    as_module = argv[0] == "-m"
+    name, arguments = (argv[1] if len(argv) > 1 else "", argv[2:]) if as_module else (argv[0], argv[1:])
+    program = _find_module(name) if as_module else _find_file(name) or _find_command(name) or _find_module(name)
+    if program is None:
+        sys.stderr.write(f"{name!r} is no file, no command of an installed package, and no module\n{USAGE}\n")
+        raise SystemExit(2)
+    _register()
+    before = sys.argv, sys.path[:]
+    sys.argv = [name, *arguments]
+    try:
+        return program()
+    finally:
+        sys.argv, sys.path[:] = before
+
+
+def _register() -> None:
+    """Register the quantization method with transformers, and adapters on packed models with PEFT if it is there."""
+    from . import quantizer  # noqa: F401
+
+    if importlib.util.find_spec("peft"):
+        from . import peft  # noqa: F401
+
+
+def _find_file(name: str) -> Callable[[], Any] | None:
+    if not (name.endswith(".py") or os.sep in name) or not Path(name).is_file():
+        return None
+
+    def run() -> None:
+        sys.path.insert(0, str(Path(name).resolve().parent))  # as Python does for a script
+        runpy.run_path(name, run_name="__main__")
+
+    return run
+
+
+def _find_command(name: str) -> Callable[[], Any] | None:
+    commands = entry_points(group="console_scripts", name=name)
+    return (lambda: next(iter(commands)).load()()) if commands else None
+
+
+def _find_module(name: str) -> Callable[[], Any] | None:
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # a dotted name whose parent does not exist, or an empty name
+        return None
+    return (lambda: runpy.run_module(name, run_name="__main__", alter_sys=True) and None) if found else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
