@@ -11,6 +11,7 @@ __all__ = [
     "SABHfQuantizer",
     "SABLinear",
     "SABQuantizationConfig",
+    "estimate",
     "load",
     "quantize",
     "report",
@@ -21,6 +22,10 @@ __all__ = [
 
 def __getattr__(name: str):
     """Import on first use what loading a packed checkpoint does not need."""
+    if name == "estimate":
+        from .binarize import estimate
+
+        return estimate
     if name == "quantize":
         from .binarize import quantize
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,21 +15,27 @@ from transformers import AutoProcessor
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.logging import tqdm
 
+from . import distributed
 from .budget import allocate, average_bits
 from .calibration import MODALITY_NAMES, CalibrationSet, holds_batches, prepare_calibration
 from .capture import BlockInputs
 from .config import SABQuantizationConfig
 from .embedding import SABTiedHead
+from .fingerprint import digest, fingerprint
 from .fit import fit_planes, fit_planes_elementwise
 from .hessian import SecondMoments, damp, mix
 from .linear import SABLinear, SABModule, replace_module
+from .placement import check_readable, offloaded, read_parameter
 from .planes import SignPlanes
+from .preflight import Estimate, estimate_run, log_estimate
 from .refine import RefineResult, RefineSettings, refine_block
 from .rest import binarize_rest, plan_rest
+from .resume import FinishedBlocks, open_checkpoint
 from .roles import Roles, find_roles
-from .sensitivity import LinearSensitivity, Sensitivity, measure_sensitivity
+from .sensitivity import LinearSensitivity, Sensitivity, UnmeasurableError, measure_sensitivity
 from .significance import significance_map, significant_columns
 from .stages import StageClock
+from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +126,23 @@ def quantize(
     return run_plan(model, plan, config)
 
 
+def estimate(
+    model: nn.Module, processor: Any = None, samples: Any = None, config: SABQuantizationConfig | None = None
+) -> Estimate:
+    """Predict the peak memory and the operations of `quantize` with the same arguments. Nothing is changed.
+
+    Raises:
+        ValueError: as `quantize` does.
+    """
+    config = config or SABQuantizationConfig()
+    return _estimate(model, make_plan(model, config, processor, samples), config, Workspace.of(model, config))
+
+
+def _estimate(model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace) -> Estimate:
+    steps = _refine_settings(config, workspace.device).steps
+    return estimate_run(model, plan.roles.blocks, plan.modules, plan.calibration, config, workspace, steps)
+
+
 def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = None, samples: Any = None) -> Plan:
     """Check everything that can be checked without weights, and prepare the calibration set.
 
@@ -164,14 +189,12 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
         config: the method's numbers.
     """
     start = time.perf_counter()
-    _check_weights(model, plan.modules)
+    _check_weights(model, plan)
     record = QuantizationRecord(plan.calibration.summary())
     training = model.training
     model.eval()
     try:
-        with record.stages.measure("towers, embedding, head"):
-            rest = binarize_rest(model, plan.roles, plan.rest, plan.calibration.batches, config) if plan.rest else {}
-        modules = _run_blocks(model, plan, config, record) | rest
+        modules = _run_blocks(model, plan, config, record)
     finally:
         model.train(training)
     _attach(
@@ -189,58 +212,98 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
 def _run_blocks(
     model: nn.Module, plan: Plan, config: SABQuantizationConfig, record: QuantizationRecord
 ) -> dict[str, list[int]]:
-    """Binarize the language blocks; returns the sizes of their modules."""
+    """Binarize the model; returns the sizes of its packed modules."""
     measure = record.stages.measure
-    with measure("capture"):
-        inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches)
-    with measure("sensitivity"):
-        sensitivity = _sensitivity(model, inputs, plan, config)
-    modules = _spend(model, plan, sensitivity, config)
-    settings = _refine_settings(config, model.device)
-    progress = tqdm(plan.roles.blocks, desc="binarizing blocks")
-    for index, block_name in enumerate(progress):
-        block = model.get_submodule(block_name)
-        linears = {name: model.get_submodule(name) for name in modules if name.startswith(f"{block_name}.")}
-        if settings.steps:
-            with measure("targets"):
-                inputs.advance_targets(block, index)
-        with measure("second moments"):
-            moments = inputs.second_moments(block, index, linears)
-        planes = {}
-        with measure("fit"):
-            for name, linear in linears.items():
-                at_linear = sensitivity.linears.get(name)
-                planes[name], fit = fit_linear(name, linear, moments.get(name), at_linear, modules[name], config)
-                record.fits.append(fit)
-        with measure("refinement"):
-            if settings.steps and planes:
-                gradient = sensitivity.outputs[index] if config.refine_loss == "gradient" else None
-                result = refine_block(model, block, index, planes, inputs.states, settings, gradient)
-                record.refinements.append(result)
-                progress.set_postfix(error=f"{result.before:.4f} → {result.after:.4f}")
-            else:
-                for name in planes:
-                    replace_module(model, name, SABLinear.from_planes(planes[name], linears[name].bias))
-        if index + 1 < len(plan.roles.blocks):
-            with measure("binarized outputs"):
-                inputs.advance(block, index)
-    return modules
+    workspace = Workspace.of(model, config)
+    settings = _refine_settings(config, workspace.device)
+    log_estimate(_estimate(model, plan, config, workspace))
+    with _finished_blocks(model, plan, config, workspace, settings) as finished:
+        rest = {}
+        if plan.rest:
+            with measure("towers, embedding, head"):
+                rest = binarize_rest(model, plan.roles, plan.rest, plan.calibration.batches, config)
+        with measure("capture"):
+            inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches, workspace)
+        with measure("sensitivity"):
+            sensitivity = _sensitivity(model, inputs, plan, config, finished)
+        modules = finished.modules = distributed.broadcast(_spend(model, plan, sensitivity, config), source=0)
+        progress = tqdm(plan.roles.blocks, desc="binarizing blocks", disable=distributed.rank() > 0)
+        for index, block_name in enumerate(progress):
+            with workspace.placement.visit(block_name, lasting=True) as block:
+                stage = finished.find(block_name)
+                if settings.steps:
+                    with measure("targets"):
+                        inputs.advance_targets(block, index)
+                if stage is not None:
+                    block_record = finished.restore(block_name, stage)
+                else:
+                    own = {name: size for name, size in modules.items() if name.startswith(f"{block_name}.")}
+                    block_record = _binarize_block(
+                        model, block_name, index, inputs, own, sensitivity, config, settings, record.stages
+                    )
+                    finished.commit(block_name, block_record)
+                _note(record, block_record)
+                if block_record["refinement"]:
+                    progress.set_postfix(error="{before:.4f} → {after:.4f}".format(**block_record["refinement"]))
+                if index + 1 < len(plan.roles.blocks):
+                    with measure("binarized outputs"):
+                        inputs.advance(block, index)
+    return modules | rest
 
 
-def _sensitivity(model: nn.Module, inputs: BlockInputs, plan: Plan, config: SABQuantizationConfig) -> Sensitivity:
-    """Measure the sensitivity of all Linears, if anything asks for it."""
+@contextmanager
+def _finished_blocks(
+    model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace, settings: RefineSettings
+) -> Iterator[FinishedBlocks]:
+    """Join the other processes and open the checkpoint of the run."""
+    distributed.start(workspace.device, config.process_timeout)
+    batches = plan.calibration.batches
+    if distributed.size() > 1:
+        data = digest(value for batch in batches for value in (batch.inputs["input_ids"], batch.modality))
+        distributed.check_same({"config": config.to_dict(), "modules": plan.modules, "calibration data": data})
+
+    def identify():
+        run = {"device": workspace.device, "processes": distributed.size(), "refine_steps": settings.steps}
+        return fingerprint(model, batches, config, **run)
+
+    checkpoint = open_checkpoint(config.checkpoint_dir, identify)
+    try:
+        yield FinishedBlocks(model, plan.modules, workspace, checkpoint)
+    finally:
+        workspace.store.close()
+        if checkpoint is not None:
+            checkpoint.close()
+
+
+def _sensitivity(
+    model: nn.Module, inputs: BlockInputs, plan: Plan, config: SABQuantizationConfig, finished: FinishedBlocks
+) -> Sensitivity:
+    """Measure the sensitivity of all Linears, if anything asks for it, or read what this run measured before."""
     if (config.significance, config.budget, config.refine_loss) == ("paper", "uniform", "balanced"):
         return Sensitivity()
-    return measure_sensitivity(
-        model,
-        inputs,
-        plan.calibration.batches,
-        plan.roles.blocks,
-        {name: model.get_submodule(name) for name in plan.modules},
-        damping=config.damping,
-        num_samples=config.sensitivity_samples,
-        seed=config.seed,
-    )
+
+    def measure() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        linears = {name: model.get_submodule(name) for name in plan.modules}
+        return measure_sensitivity(
+            model,
+            inputs,
+            plan.calibration.batches,
+            plan.roles.blocks,
+            linears,
+            damping=config.damping,
+            num_samples=config.sensitivity_samples,
+            seed=config.seed,
+        ).pack()
+
+    try:
+        return Sensitivity.unpack(*finished.remember("sensitivity", measure))
+    except UnmeasurableError as reason:
+        logger.warning(
+            "the sensitivity of the loss could not be measured (%s): bits are spread evenly, and the significance map is "
+            "the published one",
+            reason,
+        )
+        return Sensitivity()
 
 
 def _spend(
@@ -249,16 +312,13 @@ def _spend(
     """Return the sizes of all modules: the plan's, or those that the measured sensitivity asks for."""
     if config.budget == "uniform":
         return plan.modules
-    linears = {name: model.get_submodule(name) for name in plan.modules}
+    shapes = _shapes({name: model.get_submodule(name) for name in plan.modules})
     scores = {
-        name: sum(by_modality.values(), torch.zeros_like(linears[name].weight[0], dtype=torch.float32))
-        for name, by_modality in (
-            (name, at.column_scores(linears[name].weight)) for name, at in sensitivity.linears.items()
-        )
-    }
-    untouched = [name for name in linears if name not in scores]  # no token reached them: nothing is at stake
-    scores |= {name: torch.zeros(linears[name].in_features) for name in untouched}
-    shapes = _shapes(linears)
+        name: torch.zeros(width) for name, (_, width) in shapes.items()
+    }  # nothing is at stake where no token came
+    for name, at in sensitivity.linears.items():
+        for by_modality in at.column_scores(read_parameter(model, f"{name}.weight")).values():
+            scores[name] += by_modality.cpu()
     modules = allocate(shapes, config.bits, scores)
     logger.info("budget: %.4f bits/weight over %d Linears", average_bits(shapes, modules), len(modules))
     return modules
@@ -266,6 +326,66 @@ def _spend(
 
 def _shapes(linears: dict[str, nn.Linear]) -> dict[str, tuple[int, int]]:
     return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+
+
+def _binarize_block(
+    model: nn.Module,
+    block_name: str,
+    index: int,
+    inputs: BlockInputs,
+    modules: dict[str, list[int]],
+    sensitivity: Sensitivity,
+    config: SABQuantizationConfig,
+    settings: RefineSettings,
+    clock: StageClock,
+) -> dict[str, Any]:
+    """Fit, refine and pack one block, whose Linears get the sizes `modules`; returns its record as plain data."""
+    block = model.get_submodule(block_name)
+    planes, fits = _fit_block(model, block, index, inputs, modules, sensitivity, config, clock)
+    result = None
+    with clock.measure("refinement"):
+        if settings.steps and planes:
+            gradient = sensitivity.outputs[index] if sensitivity.outputs and config.refine_loss == "gradient" else None
+            result = refine_block(model, block, index, planes, inputs, settings, gradient)
+        else:
+            for name in planes:
+                replace_module(model, name, SABLinear.from_planes(planes[name], model.get_submodule(name).bias))
+    return {"fits": [asdict(fit) for fit in fits], "refinement": result and result._asdict()}
+
+
+def _note(record: QuantizationRecord, block_record: dict[str, Any]) -> None:
+    record.fits += [FitRecord(**fit) for fit in block_record["fits"]]
+    if block_record["refinement"]:
+        record.refinements.append(RefineResult(**block_record["refinement"]))
+
+
+def _fit_block(
+    model: nn.Module,
+    block: nn.Module,
+    index: int,
+    inputs: BlockInputs,
+    modules: dict[str, list[int]],
+    sensitivity: Sensitivity,
+    config: SABQuantizationConfig,
+    clock: StageClock,
+) -> tuple[dict[str, SignPlanes], list[FitRecord]]:
+    """Fit the Linears of a block to the second moments of its inputs; returns their planes by module name, and records."""
+    linears = {name: model.get_submodule(name) for name in modules}
+    for name, linear in linears.items():
+        _check_finite(name, linear.weight)  # weights that were offloaded are seen here for the first time
+    with clock.measure("second moments"):
+        moments = inputs.second_moments(block, index, linears)
+    costs = {
+        name: float(linear.in_features * (linear.in_features + linear.out_features)) for name, linear in linears.items()
+    }
+
+    def fit(name: str) -> tuple[SignPlanes, FitRecord]:
+        at_linear = sensitivity.linears.get(name)
+        return fit_linear(name, linears[name], moments.get(name), at_linear, modules[name], config)
+
+    with clock.measure("fit"):
+        results = distributed.divide(costs, fit, inputs.workspace.device)
+    return {name: planes for name, (planes, _) in results.items()}, [record for _, record in results.values()]
 
 
 def fit_linear(
@@ -289,7 +409,9 @@ def fit_linear(
     start = time.perf_counter()
     W = linear.weight.detach().float()
     matrices = moments.matrices() if moments else {}
-    gradient = sensitivity.gradient if sensitivity and config.significance == "gradient" else None
+    gradient = None
+    if sensitivity and config.significance == "gradient":
+        gradient = {m: g.to(W.device) for m, g in sensitivity.gradient.items()}
     significance = significance_map(
         W,
         matrices,
@@ -382,22 +504,32 @@ def _is_skipped(name: str, entries: list[str]) -> bool:
 
 
 def _refine_settings(config: SABQuantizationConfig, device: torch.device) -> RefineSettings:
+    """Return the numbers of block refinement on a compute device."""
     steps = config.refine_steps
     if steps is None:
         steps = DEFAULT_REFINE_STEPS_CPU if device.type == "cpu" else DEFAULT_REFINE_STEPS
     return RefineSettings(steps, config.refine_batch, config.refine_scale_rate, config.refine_latent_rate, config.seed)
 
 
-def _check_weights(model: nn.Module, modules: dict[str, list[int]]) -> None:
-    offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if offloaded:
+def _check_weights(model: nn.Module, plan: Plan) -> None:
+    """Check what can be checked before work starts: weights in memory are finite, offloaded ones can be loaded."""
+    absent = offloaded(model)
+    if absent and plan.rest:
         raise ValueError(
-            f"`{offloaded}` is offloaded; quantizing needs all weights in memory: load with device_map='cpu' or on GPUs that "
-            "hold the model"
+            f"`{next(iter(absent))}` is offloaded, and what is outside the language blocks can only be binarized in memory; "
+            "leave `rest_bits` and the bits of single roles at 16, or load with device_map='cpu'"
         )
-    for name in modules:
-        if not model.get_submodule(name).weight.isfinite().all():
-            raise ValueError(f"the weight of `{name}` holds NaN or infinite values; the checkpoint is damaged")
+    for name in absent:
+        check_readable(model, name)
+    for name in plan.modules:
+        weight = model.get_submodule(name).weight
+        if f"{name}.weight" not in absent:
+            _check_finite(name, weight)
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise ValueError(f"the weight of `{name}` holds NaN or infinite values; the checkpoint is damaged")
 
 
 def _load_processor(model: nn.Module, processor: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,15 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .calibration import CalibrationBatch
 from .hessian import SecondMoments
+from .rows import take_rows
+from .store import map_nested
+from .workspace import Workspace
 
 
 @dataclass
 class BatchState:
-    """One calibration batch on its way through the blocks.
+    """One calibration batch on its way through the blocks. Its tensors live where the workspace has room for them.
 
     Attributes:
+        number: of the batch in the calibration set, counted over all processes.
+        workspace: where it is computed and kept.
         modality: [batch, length] int8, see `calibration.py`.
         hidden: [batch, length, hidden_size], the input of the next block, from the binarized blocks before it.
         target: [batch, length, hidden_size], the same from the full-precision blocks; None where it is not needed.
@@ -28,12 +35,31 @@ class BatchState:
         others: what blocks return beside the hidden states; None if they return a bare tensor.
     """
 
+    number: int
+    workspace: Workspace
     modality: Tensor
     hidden: Tensor = field(init=False)
     target: Tensor | None = None
     calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
     injections: list[Tensor | None] = field(default_factory=list)
     others: tuple | None = None
+
+    @property
+    def rows(self) -> int:
+        """Samples of the batch."""
+        return self.modality.shape[0]
+
+    def pieces(self, index: int) -> Iterator[BatchState]:
+        """Yield the batch on the compute device, ready for block number `index`, in parts that fit into its memory."""
+        device = self.workspace.device
+        batch, length = self.modality.shape
+        for rows in self.workspace.limit.slices(batch):
+            piece = BatchState(self.number, self.workspace, self.modality[rows].to(device))
+            piece.hidden = self.hidden[rows].to(device)
+            piece.target = None if self.target is None else self.target[rows].to(device)
+            call = take_rows(self.calls[index], rows, batch, length)
+            piece.calls = [None] * index + [_to_device(call, device)]
+            yield piece
 
 
 class BlockInputs:
@@ -43,23 +69,41 @@ class BlockInputs:
     positions do not depend on the hidden states, so one cheap pass gives the arguments of all blocks. What a model does
     to hidden states between blocks must be an addition (it is, in the families known), and is replayed as such.
 
+    Where several processes work together, each holds its share of the batches.
+
     Args:
         model: a transformers model in evaluation mode.
         block_names: its blocks, in order.
         batches: the calibration set.
+        workspace: where to compute and where to keep hidden states; None: where the model is.
     Raises:
         RuntimeError: the model does not run its blocks one after the other on one row per token.
     """
 
-    def __init__(self, model: nn.Module, block_names: tuple[str, ...], batches: list[CalibrationBatch]):
+    def __init__(
+        self,
+        model: nn.Module,
+        block_names: tuple[str, ...],
+        batches: list[CalibrationBatch],
+        workspace: Workspace | None = None,
+    ):
         blocks = [model.get_submodule(name) for name in block_names]
-        self.states = [self._record(model, blocks, batch) for batch in batches]
+        self.workspace = workspace or Workspace.of(model)
+        self.keeps = False
+        placement = self.workspace.placement
+        self.states = []
+        with placement.visit_rest(block_names), placement.visit(block_names[0]):
+            for number, batch in distributed.share(batches):
+                self.states.append(self._record(model, blocks, number, batch))
 
     @torch.no_grad()
-    def _record(self, model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch) -> BatchState:
-        state = BatchState(batch.modality)
+    def _record(self, model: nn.Module, blocks: list[nn.Module], number: int, batch: CalibrationBatch) -> BatchState:
+        state = BatchState(number, self.workspace, batch.modality)
+        inputs = model_inputs(model, batch.inputs, self.workspace.placement.input_device)
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            inputs["logits_to_keep"] = 1  # nobody reads the logits, which may be larger than all hidden states
         with _recording(blocks, state):
-            model(**model_inputs(model, batch.inputs), use_cache=False)
+            model(**inputs, use_cache=False)
         if len(state.calls) != len(blocks):
             raise RuntimeError(
                 f"{type(model).__name__} ran {len(state.calls)} of its {len(blocks)} language blocks for a calibration "
@@ -70,35 +114,61 @@ class BlockInputs:
                 f"{type(model).__name__} turned {list(state.modality.shape)} input positions into hidden states of shape "
                 f"{list(state.hidden.shape)}; every position needs its modality"
             )
-        state.modality = state.modality.to(state.hidden.device)
+        store, seen = self.workspace.store, {}
+        state.hidden = store.put_all(state.hidden, seen)
+        state.calls = store.put_all(state.calls, seen)
+        state.injections = store.put_all(state.injections, seen)
+        state.modality = state.modality.cpu()
         return state
 
     def first(self, num_samples: int) -> BlockInputs:
-        """Return the inputs of the first batches, as many as hold `num_samples` samples; they advance by themselves."""
+        """Return the inputs of the first batches, as many as hold `num_samples` samples; they advance by themselves.
+
+        Of several processes, each has its share of these batches. What they advanced from stays as it was, so each `advance`
+        takes room in the store until it is given to `StateStore.forget`.
+        """
         part = copy.copy(self)
-        part.states, count = [], 0
-        for state in self.states:
-            if count >= num_samples:
-                break
-            part.states.append(copy.copy(state))
-            count += state.modality.shape[0]
+        part.keeps = True
+        sizes, chosen, count = distributed.merge({state.number: state.rows for state in self.states}), set(), 0
+        for number in sorted(sizes):
+            if count < num_samples:
+                chosen.add(number)
+                count += sizes[number]
+        part.states = [copy.copy(state) for state in self.states if state.number in chosen]
         return part
 
     @torch.no_grad()
     def advance_targets(self, block: nn.Module, index: int) -> None:
         """Compute what the full-precision `block`, number `index`, makes of its full-precision input."""
+        store = self.workspace.store
         for state in self.states:
-            state.target = block_output(block, index, state, state.hidden if state.target is None else state.target)
+            output = self._output(block, index, state, of_target=state.target is not None)
+            state.target = store.put(output) if state.target is None else store.replace(state.target, output)
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the cached hidden states by the output of `block`, which is number `index`."""
+        store = self.workspace.store
         for state in self.states:
-            state.hidden = block_output(block, index, state, state.hidden)
+            output = self._output(block, index, state)
             injection = state.injections[index + 1] if index + 1 < len(state.injections) else None
             if injection is not None:
-                state.hidden = state.hidden + injection.to(state.hidden.device)
-                state.target = None if state.target is None else state.target + injection.to(state.target.device)
+                output = output + injection.to(output.device)
+                if state.target is not None:
+                    state.target = store.replace(state.target, state.target + injection.to(state.target.device))
+            state.hidden = store.put(output) if self.keeps else store.replace(state.hidden, output)
+
+    def _output(self, block: nn.Module, index: int, state: BatchState, of_target: bool = False) -> Tensor:
+        """Run the block on a whole batch, in parts where memory asks for it."""
+
+        def run() -> Tensor:
+            parts = [
+                block_output(block, index, piece, piece.target if of_target else piece.hidden)
+                for piece in state.pieces(index)
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        return self.workspace.limit.retry(f"running block {index}", state.rows, run)
 
     @torch.no_grad()
     def second_moments(self, block: nn.Module, index: int, linears: dict[str, nn.Linear]) -> dict[str, SecondMoments]:
@@ -107,9 +177,29 @@ class BlockInputs:
         Linears that get the very same tensor (query, key and value; gate and up) share one accumulator. A Linear that was
         never called is missing from the result.
 
+        The moments are those of the samples of all processes.
+
         Raises:
             ValueError: inputs are not finite, or are not one row for each token.
         """
+        largest = max((state.rows for state in self.states), default=1)
+        owner, moments = self.workspace.limit.retry(
+            f"collecting second moments of block {index}", largest, lambda: self._own_moments(block, index, linears)
+        )
+        owner = distributed.merge(owner)
+        distributed.sum_moments(moments, sorted(set(owner.values())), self.workspace.device)
+        for name, moment in moments.items():
+            if not moment.is_finite():
+                raise ValueError(
+                    f"the inputs of `{name}` are not finite on the calibration set; load the model with "
+                    "dtype=torch.bfloat16 or torch.float32 (float16 overflows in many models)"
+                )
+        return {name: moments[first] for name, first in owner.items()}
+
+    def _own_moments(
+        self, block: nn.Module, index: int, linears: dict[str, nn.Linear]
+    ) -> tuple[dict[str, str], dict[str, SecondMoments]]:
+        """Return the Linear that accumulates for each Linear, and the moments of this process's samples by the former."""
         owner: dict[str, str] = {}
         moments: dict[str, SecondMoments] = {}
         modality = last_input = last_owner = None
@@ -134,18 +224,13 @@ class BlockInputs:
         ]
         try:
             for state in self.states:
-                modality = state.modality.flatten()
-                block_output(block, index, state, state.hidden)
+                for piece in state.pieces(index):
+                    modality = piece.modality.flatten()
+                    block_output(block, index, piece, piece.hidden)
         finally:
             for hook in hooks:
                 hook.remove()
-        for name, moment in moments.items():
-            if not moment.is_finite():
-                raise ValueError(
-                    f"the inputs of `{name}` are not finite on the calibration set; load the model with "
-                    "dtype=torch.bfloat16 or torch.float32 (float16 overflows in many models)"
-                )
-        return {name: moments[first] for name, first in owner.items()}
+        return owner, moments
 
 
 def block_output(block: nn.Module, index: int, state: BatchState, hidden: Tensor) -> Tensor:
@@ -161,11 +246,13 @@ def block_output(block: nn.Module, index: int, state: BatchState, hidden: Tensor
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cast(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return value
+    return map_nested(value, lambda item: _cast(item, dtype))
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return map_nested(value, lambda item: _to_device(item, device))
 
 
 def output_of_last_block(
@@ -180,7 +267,7 @@ def output_of_last_block(
         The model's output, with `logits` [batch, length, vocabulary].
     """
     with _replaced(blocks, lambda _: lambda *args, **kwargs: _returned(hidden, state.others)):
-        return model(**model_inputs(model, batch.inputs), use_cache=False)
+        return model(**model_inputs(model, batch.inputs, state.workspace.placement.input_device), use_cache=False)
 
 
 @contextmanager
@@ -227,12 +314,13 @@ def _replaced(blocks: list[nn.Module], replacement: Callable[[Callable], Callabl
                 block.forward = forward
 
 
-def model_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Move tensors to the model's device, and floating-point ones (pixels) to its dtype."""
+def model_inputs(model: nn.Module, inputs: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """Move tensors to `device` (None: the model's), and floating-point ones (pixels) to the model's dtype."""
+    device = model.device if device is None else device
 
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(model.device, model.dtype if value.is_floating_point() else None)
+        return value.to(device, model.dtype if value.is_floating_point() else None)
 
     return {name: move(value) for name, value in inputs.items()}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -28,6 +30,16 @@ _CHOICES = {
     "budget": ("sensitivity", "uniform"),
     "refine_loss": ("balanced", "gradient"),
 }
+
+_OF_THE_MACHINE = (
+    "compute_device",
+    "checkpoint_dir",
+    "offload_dir",
+    "cache_device_gib",
+    "cache_ram_gib",
+    "process_timeout",
+)
+"""Fields about where a run happens, which no checkpoint records."""
 
 
 @register_quantization_config("sab")
@@ -87,6 +99,17 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         diff_quantile: quantile of |S_text − S_visual| from which a significant weight is unimodal (paper's value).
         sparsity_threshold: least Hoyer sparsity ρ of a unimodal weight (paper's value).
 
+    Big models (docs/big_models.md); none of these changes the result, and none is saved:
+
+    Attributes:
+        compute_device: where blocks are quantized, one at a time, such as `"cuda:0"`; None: where the model is if that is an
+            accelerator, else the accelerator if there is one, else the CPU.
+        checkpoint_dir: folder into which each finished block is committed, so that a killed run continues after it.
+        offload_dir: folder for hidden states that do not fit into memory; None: the system's folder for temporary files.
+        cache_device_gib, cache_ram_gib: hidden states kept on the compute device, and then in RAM, in GiB; what is beyond
+            goes to `offload_dir`. None: a quarter of what is free there.
+        process_timeout: seconds that one process of several waits for the others.
+
     Written by the package:
 
     Attributes:
@@ -130,6 +153,12 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     refine_loss: str = "balanced"
     refine_scale_rate: float = 5e-3
     refine_latent_rate: float = 2e-2
+    compute_device: str | None = None
+    checkpoint_dir: str | None = None
+    offload_dir: str | None = None
+    cache_device_gib: float | None = None
+    cache_ram_gib: float | None = None
+    process_timeout: float = 1800.0
     modules: dict[str, list[int]] = field(default_factory=dict)
     tied_head: bool = False
     format_version: int = FORMAT_VERSION
@@ -166,7 +195,20 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}")
+        self._check_machine()
         self._check_modules()
+
+    def _check_machine(self) -> None:
+        for name in ("compute_device", "checkpoint_dir", "offload_dir"):
+            value = getattr(self, name)
+            if isinstance(value, (os.PathLike, torch.device)):
+                setattr(self, name, str(value))
+            elif value is not None and not (isinstance(value, str) and value):
+                raise ValueError(f"`{name}` must be a name or a path, got {value!r}")
+        for name in ("cache_device_gib", "cache_ram_gib"):
+            if getattr(self, name) is not None:
+                _check_number(self, name, 0, 1e6)
+        _check_number(self, "process_timeout", 0, 1e7, open_low=True)
 
     def _check_modules(self) -> None:
         skipped = self.modules_to_not_convert
@@ -210,11 +252,11 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain JSON data; a processor and calibration samples are left out."""
+        """Return the config as plain JSON data; processor, calibration samples and the machine's fields are left out."""
         plain = {
             f.name: copy.deepcopy(getattr(self, f.name))
             for f in dataclasses.fields(self)
-            if f.name not in _NOT_SERIALIZED
+            if f.name not in _NOT_SERIALIZED + _OF_THE_MACHINE
         }
         return plain | {"calibration": self.calibration if isinstance(self.calibration, str) else "custom"}
 

@@ -34,10 +34,14 @@ class SecondMoments:
             if m < 0:
                 continue
             rows = x[modality == m].float()
-            if m not in self._sums:
-                self._sums[m] = torch.zeros(self.in_features, self.in_features, device=self.device)
-            self._sums[m].addmm_(rows.T, rows)
+            self.total(m).addmm_(rows.T, rows)
             self.counts[m] = self.counts.get(m, 0) + rows.shape[0]
+
+    def total(self, modality: int) -> Tensor:
+        """Return the accumulator `Σ x xᵀ` [in_features, in_features] of one modality, zero where it saw nothing."""
+        if modality not in self._sums:
+            self._sums[modality] = torch.zeros(self.in_features, self.in_features, device=self.device)
+        return self._sums[modality]
 
     def is_finite(self) -> bool:
         """Whether every input so far was finite (the diagonal tells: it sums squares)."""

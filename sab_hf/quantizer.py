@@ -41,15 +41,6 @@ class SABHfQuantizer(HfQuantizer):
             return model
         from .binarize import make_plan
 
-        device_map = kwargs.get("device_map")
-        on_disk = (
-            [name for name, device in device_map.items() if device == "disk"] if isinstance(device_map, dict) else []
-        )
-        if on_disk:
-            raise ValueError(
-                f"`{on_disk[0]}` is offloaded to disk by `device_map`, and quantizing needs all weights in memory; load with "
-                "device_map='cpu' or on GPUs that hold the model (a packed checkpoint can then be loaded with any device_map)"
-            )
         with torch.device("cpu"):  # transformers builds the skeleton under the meta device
             self._plan = make_plan(model, self.quantization_config)
         return model

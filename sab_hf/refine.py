@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .calibration import PADDING
-from .capture import BatchState, block_output
+from .capture import BatchState, BlockInputs, block_output
 from .fit import PlaneState, from_sign_planes, nearest_signs, to_sign_planes
 from .linear import SABLinear, replace_module
 from .planes import SignPlanes
@@ -108,6 +109,10 @@ class TrainablePlanes(nn.Module):
         finally:
             self._built = self._leaf = None
 
+    def forget_gradient(self) -> None:
+        """Drop what the passes of this step have added so far."""
+        self._leaf.grad = None
+
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self._leaf, self.bias)
 
@@ -130,7 +135,7 @@ def refine_block(
     block: nn.Module,
     index: int,
     planes: dict[str, SignPlanes],
-    states: list[BatchState],
+    inputs: BlockInputs,
     settings: RefineSettings,
     gradient: dict[int, Tensor] | None = None,
 ) -> RefineResult:
@@ -143,7 +148,8 @@ def refine_block(
         block: the block that they are in.
         index: its place among the blocks.
         planes: fitted planes of the block's Linears, by module name.
-        states: calibration batches, with the block's inputs `hidden` and the wanted outputs `target`.
+        inputs: calibration batches, with the block's inputs `hidden` and the wanted outputs `target`. Each process of several
+            has its own; gradients and errors are summed over all.
         settings: steps and rates.
         gradient: modality → [hidden_size], weights of the error at each output feature; None: modalities in equal parts.
     Returns:
@@ -167,7 +173,7 @@ def refine_block(
         p.data = p.data.float()
         p.requires_grad_(True)
     try:
-        result = _train(block, index, trainable, list(others.values()), states, settings, gradient)
+        result = _train(block, index, trainable, list(others.values()), inputs, settings, gradient)
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             f"out of memory while refining block {index}; lower `batch_size` (activations) or `max_length`, or set "
@@ -196,25 +202,48 @@ def _train(
     index: int,
     modules: dict[str, TrainablePlanes],
     others: list[nn.Parameter],
-    states: list[BatchState],
+    inputs: BlockInputs,
     settings: RefineSettings,
     gradient: dict[int, Tensor] | None,
 ) -> RefineResult:
-    weights = _ErrorWeights(states, gradient)
-    before = _mean_error(block, index, modules, states, weights)
+    weights = _ErrorWeights(inputs, gradient)
+    before = _mean_error(block, index, modules, inputs, weights)
     optimizer = _optimizer(modules, others, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     )
-    draws = _draw_batches(states, settings)
+    own = {state.number: state for state in inputs.states}
+    draws = _draw_batches(distributed.merge({number: state.rows for number, state in own.items()}), settings)
     for _ in range(settings.steps):
         optimizer.zero_grad(set_to_none=True)
+        drawn = [own[number] for number in next(draws) if number in own]
         with _building(modules):
-            for state in next(draws):
-                _error(block, index, state, weights).backward()
+            _accumulate_gradients(block, index, modules, drawn, inputs, weights)
+        distributed.sum_gradients(p for group in optimizer.param_groups for p in group["params"])
         optimizer.step()
         schedule.step()
-    return RefineResult(before, _mean_error(block, index, modules, states, weights))
+    return RefineResult(before, _mean_error(block, index, modules, inputs, weights))
+
+
+def _accumulate_gradients(
+    block: nn.Module,
+    index: int,
+    modules: dict[str, TrainablePlanes],
+    drawn: list[BatchState],
+    inputs: BlockInputs,
+    weights: _ErrorWeights,
+) -> None:
+    """Add up the gradients of the drawn batches, in parts where memory asks for it."""
+
+    def run() -> None:
+        block.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
+        for module in modules.values():
+            module.forget_gradient()
+        for state in drawn:
+            for piece in state.pieces(index):
+                _error(block, index, piece, weights).backward()
+
+    inputs.workspace.limit.retry(f"refining block {index}", max((state.rows for state in drawn), default=1), run)
 
 
 def _prefixes(block: nn.Module, modules: dict[str, TrainablePlanes]) -> tuple[str, ...]:
@@ -227,22 +256,25 @@ class _ErrorWeights:
     """Weights that make the summed squared errors of a whole set a relative error, `Σ w (y − t)² / Σ w t²`.
 
     Args:
-        states: the set.
+        inputs: the set, with targets; of several processes, each has its part.
         gradient: modality → [hidden_size], the weight w of each feature; None: w is 1 and modalities have equal parts.
     """
 
-    def __init__(self, states: list[BatchState], gradient: dict[int, Tensor] | None):
+    def __init__(self, inputs: BlockInputs, gradient: dict[int, Tensor] | None):
         power: dict[int, Tensor] = {}
-        for state in states:
-            for m in state.modality.unique().tolist():
+        for state in inputs.states:
+            squares = state.target.to(inputs.workspace.device).float().square()
+            modality = state.modality.to(squares.device)
+            for m in modality.unique().tolist():
                 if m != PADDING:
-                    squares = state.target[state.modality == m].float().square().sum(0)
-                    power[m] = power.get(m, 0) + squares
+                    power[m] = power.get(m, 0) + squares[modality == m].sum(0)
+        power = distributed.sum_tensors(power, inputs.workspace.device)
         if gradient is None:
             self.by_modality = {
                 m: torch.ones_like(p) / (len(power) * p.sum().clamp_min(1e-30)) for m, p in power.items()
             }
         else:
+            gradient = {m: g.to(inputs.workspace.device) for m, g in gradient.items()}
             total = sum((gradient[m] * power[m]).sum() for m in power if m in gradient)
             self.by_modality = {m: gradient[m] / total.clamp_min(1e-30) for m in power if m in gradient}
 
@@ -261,10 +293,15 @@ def _error(block: nn.Module, index: int, state: BatchState, weights: _ErrorWeigh
 
 @torch.no_grad()
 def _mean_error(
-    block: nn.Module, index: int, modules: dict[str, TrainablePlanes], states: list[BatchState], weights: _ErrorWeights
+    block: nn.Module, index: int, modules: dict[str, TrainablePlanes], inputs: BlockInputs, weights: _ErrorWeights
 ) -> float:
+    def run(state: BatchState) -> float:
+        return sum(float(_error(block, index, piece, weights)) for piece in state.pieces(index))
+
+    limit, what = inputs.workspace.limit, f"measuring block {index}"
     with _building(modules):
-        return sum(float(_error(block, index, state, weights)) for state in states)
+        own = sum(limit.retry(what, state.rows, lambda state=state: run(state)) for state in inputs.states)
+    return distributed.sum_numbers({"error": own})["error"]
 
 
 @contextmanager
@@ -285,14 +322,18 @@ def _optimizer(
     return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=latents[0].is_cuda)
 
 
-def _draw_batches(states: list[BatchState], settings: RefineSettings) -> Iterator[list[BatchState]]:
-    """Yield batches of at least `samples_per_step` samples (all, if there are fewer), epoch after epoch, shuffled."""
+def _draw_batches(sizes: dict[int, int], settings: RefineSettings) -> Iterator[list[int]]:
+    """Yield batches of at least `samples_per_step` samples (all, if there are fewer), epoch after epoch, shuffled.
+
+    Args:
+        sizes: batch number → samples, of all processes.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
-    total = sum(state.modality.shape[0] for state in states)
-    drawn: list[BatchState] = []
+    numbers, total = list(sizes), sum(sizes.values())
+    drawn: list[int] = []
     while True:
-        for i in torch.randperm(len(states), generator=generator).tolist():
-            drawn.append(states[i])
-            if sum(state.modality.shape[0] for state in drawn) >= min(settings.samples_per_step, total):
+        for i in torch.randperm(len(numbers), generator=generator).tolist():
+            drawn.append(numbers[i])
+            if sum(sizes[number] for number in drawn) >= min(settings.samples_per_step, total):
                 yield drawn
                 drawn = []

@@ -4,8 +4,10 @@ import copy
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -45,6 +47,12 @@ INVALID = {
     "tied_head": [0, 1, "yes", None],
     "refine_scale_rate": [0, -0.1, 1.1, math.nan, None, True],
     "refine_latent_rate": [0, -0.1, 1.1, math.nan, None, True],
+    "compute_device": ["", 0, True],
+    "checkpoint_dir": ["", 1],
+    "offload_dir": ["", 1],
+    "cache_device_gib": [-1, math.nan, "1", True],
+    "cache_ram_gib": [-1, math.nan, "1", True],
+    "process_timeout": [0, -1, math.nan, None, True],
     "checksums": [
         1,
         {},
@@ -80,6 +88,9 @@ VALID = {
     "rest_bits": [1, 8, 16],
     "head_bits": [None, 1, 8, 16],
     "refine_steps": [None, 0],
+    "cache_device_gib": [None, 0],
+    "cache_ram_gib": [None, 0],
+    "compute_device": [None, "cuda:1"],
     "refine_scale_rate": [1],
     "modules": [{}, {"a": [1, 0], "b.c": [MAX_PLANES, 5]}],
     "checksums": [None, {"tensors": {"a": "12"}, "aliases": {"b": "a"}, "config": "34"}],
@@ -102,6 +113,15 @@ def test_every_field_has_its_invalid_values():
     free = {"calibration", "processor", "quant_method"}
     assert {field.name for field in dataclasses.fields(SABQuantizationConfig)} - free == INVALID.keys()
 
+
+MACHINE = {
+    "compute_device": "cuda:1",
+    "checkpoint_dir": "/a",
+    "offload_dir": "/b",
+    "cache_device_gib": 1.5,
+    "cache_ram_gib": 2,
+    "process_timeout": 9.0,
+}
 
 names = st.text("ab.é_0", max_size=5)
 
@@ -132,8 +152,21 @@ def test_config_survives_json(config):
 
 def test_config_records_every_number():
     plain = SABQuantizationConfig().to_dict()
-    assert plain.keys() == {field.name for field in dataclasses.fields(SABQuantizationConfig)} - {"processor"}
+    unrecorded = {"processor", *MACHINE}
+    assert plain.keys() == {field.name for field in dataclasses.fields(SABQuantizationConfig)} - unrecorded
     assert (plain["quant_method"], plain["format_version"]) == ("sab", FORMAT_VERSION)
+
+
+def test_config_does_not_record_the_machine():
+    """Where a run happened has no place in a checkpoint that others download."""
+    config = SABQuantizationConfig(**MACHINE)
+    assert MACHINE.keys() & config.to_dict().keys() == set()
+    assert {name: getattr(copy.deepcopy(config), name) for name in MACHINE} == MACHINE
+
+
+def test_paths_and_devices_become_names():
+    config = SABQuantizationConfig(checkpoint_dir=Path("a/b"), compute_device=torch.device("cuda:1"))
+    assert (config.checkpoint_dir, config.compute_device) == ("a/b", "cuda:1")
 
 
 def test_from_dict_rejects_unknown_fields():

@@ -328,15 +328,6 @@ def test_config_for_a_packed_checkpoint_is_ignored_with_a_warning(packed_dir, ma
 # ---- offloading and saving
 
 
-@pytest.mark.parametrize("offloaded", ["model.language_model.layers", "model.vision_tower"])
-def test_quantizing_with_disk_offload_is_refused(vlm_dir, make_config, tmp_path, offloaded):
-    parts = ["vision_tower", "multi_modal_projector", *(f"language_model.{part}" for part in ("embed_tokens", "norm"))]
-    device_map = {f"model.{part}": "cpu" for part in [*parts, "language_model.layers", "language_model.rotary_emb"]}
-    device_map |= {"lm_head": "cpu", offloaded: "disk"}
-    with pytest.raises(ValueError, match=rf"{re.escape(offloaded)}.*offloaded.*device_map='cpu'"):
-        load(vlm_dir, quantization_config=make_config(), device_map=device_map, offload_folder=tmp_path)
-
-
 @pytest.mark.skipif(V5, reason="version 5 writes nothing but safetensors")
 def test_pickled_files_are_refused(packed_dir, tmp_path):
     model = load(packed_dir)

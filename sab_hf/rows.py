@@ -1,0 +1,82 @@
+"""How many samples go through a block at once: as many as a batch has, fewer once memory has run out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .store import map_nested
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class RowLimit:
+    """The most samples of one forward pass; None while whole batches fit."""
+
+    def __init__(self) -> None:
+        self.rows: int | None = None
+
+    def retry(self, what: str, largest: int, work: Callable[[], Result]) -> Result:
+        """Run `work`, again with half as many samples at once each time it runs out of memory.
+
+        Args:
+            what: is done, for the log.
+            largest: samples of the largest batch that `work` runs.
+            work: can be run again from its start.
+        Raises:
+            RuntimeError: one sample at a time is still too much; the message says what to lower.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                self._halve(what, largest, error)
+            if torch.cuda.is_available():  # outside of the handler, which keeps the failed pass alive
+                torch.cuda.empty_cache()
+
+    def _halve(self, what: str, largest: int, error: torch.OutOfMemoryError) -> None:
+        now = min(largest, self.rows or largest)
+        if now <= 1:
+            raise RuntimeError(
+                f"out of memory while {what}, with one sample at a time; lower `max_length`, set `refine_steps=0`, or free "
+                "memory on the device. Blocks that are committed in `checkpoint_dir` are kept"
+            ) from error
+        self.rows = now // 2
+        logger.warning("out of memory while %s: from now on %d samples at once instead of %d", what, self.rows, now)
+
+    def slices(self, batch: int) -> list[slice]:
+        """Return the parts that a batch of `batch` samples runs in."""
+        step = self.rows or batch
+        return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+
+def take_rows(value: Any, rows: slice, batch: int, length: int) -> Any:
+    """Return the arguments of a block for some samples of a batch.
+
+    Masks, positions and rotary factors have the batch beside the length (`[B, L, …]`, `[3, B, L, …]`), in front of a
+    square (`[B, 1, L, L]`), or alone (`[B]`). What has no batch axis is shared by all samples.
+
+    Args:
+        value: nested tuples, lists and dicts of tensors and anything else.
+        rows: which samples.
+        batch, length: of the hidden states [batch, length, hidden_size].
+    """
+    if isinstance(value, Tensor):
+        axis = _batch_axis(value, batch, length)
+        return value if axis is None else value.narrow(axis, rows.start, rows.stop - rows.start)
+    return map_nested(value, lambda item: take_rows(item, rows, batch, length))
+
+
+def _batch_axis(tensor: Tensor, batch: int, length: int) -> int | None:
+    shape = tuple(tensor.shape)
+    beside = [axis for axis in range(len(shape) - 1) if shape[axis : axis + 2] == (batch, length)]
+    if beside:
+        return beside[0]
+    if not shape or shape[0] != batch or shape == (length,):  # [L] are positions that all samples share
+        return None
+    return 0

@@ -1,0 +1,45 @@
+"""A run on a tiny random LLaVA, for the tests of resuming and of several processes; as a script, one process of several.
+
+torchrun --nproc-per-node 2 scale_worker.py OUTPUT_RANK.safetensors CONFIG.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import build_llava, build_processor, build_samples
+from safetensors.torch import save_file
+
+from sab_hf import SABQuantizationConfig, quantize
+
+NUM_BLOCKS = 4
+
+
+def build_config(**changes) -> SABQuantizationConfig:
+    values = {"num_samples": 5, "batch_size": 2, "alternations": 2, "refine_steps": 2, "refine_batch": 3}
+    return SABQuantizationConfig(calibration=build_samples(), **values | changes)
+
+
+def run(**changes) -> torch.nn.Module:
+    model = build_llava(attention_bias=True, num_hidden_layers=NUM_BLOCKS)
+    model.sab_record = quantize(model, build_processor(), None, build_config(**changes))
+    return model
+
+
+def write(state: dict[str, torch.Tensor], output: Path) -> None:
+    temporary = output.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+    temporary.replace(output)
+
+
+def main(output: str, changes: str) -> None:
+    state = run(**json.loads(changes)).state_dict()
+    write(state, Path(output.replace("RANK", str(dist.get_rank()))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
