@@ -25,7 +25,7 @@ from .fingerprint import digest, fingerprint
 from .fit import fit_planes, fit_planes_elementwise
 from .hessian import SecondMoments, damp, mix
 from .linear import SABLinear, SABModule, replace_module
-from .placement import check_readable, offloaded, read_parameter
+from .placement import check_finite, check_readable, offloaded, read_parameter
 from .planes import SignPlanes
 from .preflight import Estimate, estimate_run, log_estimate
 from .refine import RefineResult, RefineSettings, refine_block
@@ -372,7 +372,7 @@ def _fit_block(
     """Fit the Linears of a block to the second moments of its inputs; returns their planes by module name, and records."""
     linears = {name: model.get_submodule(name) for name in modules}
     for name, linear in linears.items():
-        _check_finite(name, linear.weight)  # weights that were offloaded are seen here for the first time
+        check_finite(name, linear.weight)  # weights that were offloaded are seen here for the first time
     with clock.measure("second moments"):
         moments = inputs.second_moments(block, index, linears)
     costs = {
@@ -524,12 +524,7 @@ def _check_weights(model: nn.Module, plan: Plan) -> None:
     for name in plan.modules:
         weight = model.get_submodule(name).weight
         if f"{name}.weight" not in absent:
-            _check_finite(name, weight)
-
-
-def _check_finite(name: str, weight: Tensor) -> None:
-    if not weight.isfinite().all():
-        raise ValueError(f"the weight of `{name}` holds NaN or infinite values; the checkpoint is damaged")
+            check_finite(name, weight)
 
 
 def _load_processor(model: nn.Module, processor: Any) -> Any:

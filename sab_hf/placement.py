@@ -114,6 +114,12 @@ def check_readable(model: nn.Module, name: str) -> Mapping[str, Tensor]:
     raise ValueError(_missing(name))
 
 
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise a ValueError if a weight holds NaN or infinite values."""
+    if not weight.isfinite().all():
+        raise ValueError(f"the weight of `{name}` holds NaN or infinite values; the checkpoint is damaged")
+
+
 def _compute_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
     own = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     if device is None:

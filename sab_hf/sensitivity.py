@@ -19,6 +19,7 @@ from . import distributed
 from .calibration import PADDING, CalibrationBatch
 from .capture import BatchState, BlockInputs, block_output, output_of_last_block
 from .hessian import damp, inverse
+from .placement import check_finite
 
 
 Variance = tuple[dict[int, Tensor], dict[int, int]]
@@ -169,6 +170,8 @@ def _forward(
     variances: dict[str, Variance] = {}
     for index, (name, linears) in enumerate(own.items()):
         with prefix.workspace.placement.visit(name) as block:
+            for linear, module in linears.items():
+                check_finite(linear, module.weight)  # offloaded weights are seen here for the first time
             for linear, moment in prefix.second_moments(block, index, linears).items():
                 variance = {m: (1 / inverse(damp(H, damping)).diagonal()).cpu() for m, H in moment.matrices().items()}
                 variances[linear] = variance, dict(moment.counts)

@@ -17,10 +17,13 @@ from safetensors.torch import save_file
 from sab_hf import SABQuantizationConfig, quantize
 
 NUM_BLOCKS = 4
+UNMEASURED = {"significance": "paper", "budget": "uniform"}
+"""A config without the pass that measures sensitivity, so that the blocks are the only stages."""
+MEASURED = {"significance": "gradient", "budget": "sensitivity", "refine_loss": "gradient"}
 
 
 def build_config(**changes) -> SABQuantizationConfig:
-    values = {"num_samples": 5, "batch_size": 2, "alternations": 2, "refine_steps": 2, "refine_batch": 3}
+    values = {"num_samples": 5, "batch_size": 2, "alternations": 2, "refine_steps": 2, "refine_batch": 3} | UNMEASURED
     return SABQuantizationConfig(calibration=build_samples(), **values | changes)
 
 

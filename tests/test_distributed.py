@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from scale_worker import NUM_BLOCKS, main, run
+from scale_worker import MEASURED, NUM_BLOCKS, main, run
 
 import sab_hf.binarize
 from sab_hf import distributed
@@ -97,6 +97,13 @@ def test_more_processes_than_batches_give_the_model_of_one(tmp_path):
     assert codes == [0] * 5, [file.read_text() for file in tmp_path.glob("error *")]
     check_models(tmp_path, 5, run().state_dict())
     assert len(list((tmp_path / "run").glob("*.safetensors"))) == NUM_BLOCKS
+
+
+def test_processes_measure_one_sensitivity(tmp_path):
+    """One process has no batch to measure on; sizes and weights are those of a single process."""
+    changes = MEASURED | {"refine_steps": 0, "sensitivity_samples": 4}
+    assert launch(3, tmp_path / "RANK.safetensors", tmp_path, **changes) == [0] * 3
+    check_models(tmp_path, 3, run(**changes).state_dict())
 
 
 def test_process_that_is_killed_ends_the_others_with_a_reason(tmp_path):

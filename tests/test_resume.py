@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import build_llava
 from safetensors.torch import load_file
-from scale_worker import NUM_BLOCKS, build_config, run, write
+from scale_worker import MEASURED, NUM_BLOCKS, build_config, run, write
 
 import sab_hf
 from sab_hf.checkpoint import RunCheckpoint
@@ -206,6 +206,17 @@ def test_full_disk_loses_nothing(tmp_path, uninterrupted, monkeypatch):
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     assert list(tmp_path.glob("*.tmp")) == []
     assert same(run(checkpoint_dir=str(tmp_path)).state_dict(), uninterrupted)
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_sensitivity_is_measured_once(tmp_path, monkeypatch, kept):
+    """A run that resumes reads what was measured, and gives the same sizes and bytes."""
+    expected = run(**MEASURED, checkpoint_dir=str(tmp_path)).state_dict()
+    assert (tmp_path / "sensitivity.safetensors").exists()
+    for file in sorted(tmp_path.glob("model*.safetensors"))[kept:]:
+        file.unlink()
+    monkeypatch.setattr("sab_hf.binarize.measure_sensitivity", None)
+    assert same(run(**MEASURED, checkpoint_dir=str(tmp_path)).state_dict(), expected)
 
 
 def test_stages_without_a_fingerprint_are_refused(tmp_path):
