@@ -72,7 +72,7 @@ def check_models(folder: Path, count: int, alone: dict[str, torch.Tensor]) -> No
         got, first = states[0][name], ".layers.0." in name
         if name.endswith("signs"):  # rounding turns a few signs whose two values are as good, and later blocks see that
             flipped = ((got ^ tensor)[..., None] >> torch.arange(8) & 1).float().mean()
-            assert flipped < (0.002 if first else 0.15), name
+            assert flipped < (0.002 if first else 0.25), name
         elif not name.endswith("k_proj.bias"):  # has no effect, so its gradient is nothing but rounding
             if name.endswith("scale"):
                 got, tensor = got.view(torch.float16).float(), tensor.view(torch.float16).float()
