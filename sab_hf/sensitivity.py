@@ -21,7 +21,6 @@ from .capture import BatchState, BlockInputs, block_output, output_of_last_block
 from .hessian import damp, inverse
 from .placement import check_finite
 
-
 Variance = tuple[dict[int, Tensor], dict[int, int]]
 """modality → variance of each input feature, and modality → tokens."""
 
