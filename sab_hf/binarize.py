@@ -17,12 +17,15 @@ from .budget import allocate
 from .calibration import MODALITY_NAMES, CalibrationSet, holds_batches, prepare_calibration
 from .capture import BlockInputs
 from .config import SABQuantizationConfig
+from .experts import split_experts
 from .fit import FitResult, fit_planes, fit_planes_elementwise
 from .hessian import SecondMoments, balanced, damp
 from .linear import SABLinear, replace_module
 from .planes import SignPlanes
 from .refine import RefineResult, RefineSettings, refine_block
 from .roles import Roles, find_roles
+from .routing import with_fallback
+from .selection import Coverage, coverage, language_linears
 from .significance import SignificanceMap, significance_map, significant_columns
 
 logger = logging.getLogger(__name__)
@@ -39,11 +42,13 @@ class Plan:
         roles: the parts of the model.
         modules: name → [full planes, significant columns] of each Linear to binarize.
         calibration: the processed calibration set.
+        coverage: the share of the language weights that `modules` is.
     """
 
     roles: Roles
     modules: dict[str, list[int]]
     calibration: CalibrationSet
+    coverage: Coverage
 
 
 @dataclass
@@ -56,6 +61,7 @@ class FitRecord:
         tokens: calibration tokens by modality name.
         unimodal_share: r of the significance map.
         seconds: fitting time.
+        fallback: whether this is an expert that saw too few tokens, fitted to those of all experts of its layer.
     """
 
     name: str
@@ -63,6 +69,7 @@ class FitRecord:
     tokens: dict[str, int]
     unimodal_share: float
     seconds: float
+    fallback: bool = False
 
 
 @dataclass
@@ -73,6 +80,11 @@ class QuantizationRecord:
     fits: list[FitRecord] = field(default_factory=list)
     refinements: list[RefineResult] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Names of the experts that saw too few calibration tokens for a fit of their own."""
+        return [fit.name for fit in self.fits if fit.fallback]
 
 
 def quantize(
@@ -114,8 +126,12 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
             f"{type(model).__name__} is quantized already ({packed or str(model.quantization_method)}); start from the dense "
             "checkpoint, or call `model.dequantize()` first"
         )
-    roles = find_roles(model)
-    linears = language_linears(model, roles, config.modules_to_not_convert or [])
+    roles = find_roles(model, config.language_blocks)
+    skipped = config.modules_to_not_convert or []
+    linears = language_linears(model, roles, skipped)
+    covered = coverage(model, roles, linears, skipped)
+    covered.check(config.allow_low_coverage)
+    logger.info(covered.summary())
     num_planes, num_significant = allocate(
         {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, config.bits
     )
@@ -133,7 +149,7 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
         batch_size=config.batch_size,
         allow_text_only=config.allow_text_only,
     )
-    return Plan(roles, {name: [num_planes, num_significant[name]] for name in linears}, calibration)
+    return Plan(roles, {name: [num_planes, num_significant[name]] for name in linears}, calibration, covered)
 
 
 def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> QuantizationRecord:
@@ -156,27 +172,49 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
     _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | {"modules": plan.modules}))
     record.seconds = time.perf_counter() - start
     logger.info("binarized %d Linears in %.0f s", len(record.fits), record.seconds)
+    if record.fallbacks:
+        logger.warning(
+            "%d of %d Linears are experts that saw too few calibration tokens (first `%s`) and were fitted to the tokens of all "
+            "experts of their layer; raise `num_samples`",
+            len(record.fallbacks),
+            len(record.fits),
+            record.fallbacks[0],
+        )
     return record
 
 
 def _run_blocks(model: nn.Module, plan: Plan, config: SABQuantizationConfig, record: QuantizationRecord) -> None:
-    inputs = BlockInputs(model, plan.roles.blocks, plan.calibration.batches)
+    with tqdm(total=len(plan.roles.blocks), desc="binarizing blocks") as progress:
+        for stage in plan.roles.stages:  # a later one reads what the binarized blocks of an earlier one give
+            _run_stage(model, stage, plan, config, record, progress)
+
+
+def _run_stage(
+    model: nn.Module,
+    stage: tuple[str, ...],
+    plan: Plan,
+    config: SABQuantizationConfig,
+    record: QuantizationRecord,
+    progress,
+) -> None:
+    inputs = BlockInputs(model, stage, plan.calibration.batches)
     settings = _refine_settings(config, model.device)
-    progress = tqdm(plan.roles.blocks, desc="binarizing blocks")
-    for index, block_name in enumerate(progress):
+    for index, block_name in enumerate(stage):
+        split_experts(model, [name for name in plan.modules if name.startswith(f"{block_name}.")])
         block = model.get_submodule(block_name)
         if settings.steps:
             inputs.advance_targets(block, index)
         planes = _fit_block(model, block_name, index, inputs, plan, config, record)
         if settings.steps and planes:
-            result = refine_block(model, block, index, planes, inputs.states, settings)
+            result = refine_block(model, block, index, planes, inputs.running(index), settings)
             record.refinements.append(result)
             progress.set_postfix(error=f"{result.before:.4f} → {result.after:.4f}")
         else:
             for name in planes:
                 replace_module(model, name, SABLinear.from_planes(planes[name], model.get_submodule(name).bias))
-        if index + 1 < len(plan.roles.blocks):
+        if index + 1 < len(stage):
             inputs.advance(block, index)
+        progress.update()
 
 
 def _fit_block(
@@ -191,9 +229,11 @@ def _fit_block(
     """Fit the Linears of a block to the second moments of its inputs; returns their planes by module name."""
     linears = {name: model.get_submodule(name) for name in plan.modules if name.startswith(f"{block_name}.")}
     moments = inputs.second_moments(model.get_submodule(block_name), index, linears)
+    moments, fallbacks = with_fallback(moments, linears)
     planes = {}
     for name, linear in linears.items():
         planes[name], fit_record = fit_linear(name, linear, moments.get(name), plan.modules[name], config)
+        fit_record.fallback = name in fallbacks
         record.fits.append(fit_record)
     return planes
 
@@ -221,42 +261,6 @@ def fit_linear(
     return fit.planes, FitRecord(name, fit.error, tokens, significance.unimodal_share, time.perf_counter() - start)
 
 
-def language_linears(model: nn.Module, roles: Roles, skipped: list[str]) -> dict[str, nn.Linear]:
-    """Return the Linears of the language blocks by name, without those that `skipped` names.
-
-    Raises:
-        ValueError: an entry of `skipped` matches nothing, or nothing is left.
-    """
-    linears = {
-        f"{block}.{name}": module
-        for block in roles.blocks
-        for name, module in model.get_submodule(block).named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    for block in roles.blocks:
-        for name, parameter in model.get_submodule(block).named_parameters():
-            if parameter.ndim > 2:
-                raise ValueError(
-                    f"`{block}.{name}` has {parameter.ndim} dimensions: fused mixture-of-experts weights, which are no Linears, "
-                    "are not supported yet and would stay dense"
-                )
-    for entry in skipped:
-        if not any(_matches(name, entry) for name in linears):
-            raise ValueError(
-                f"`modules_to_not_convert` entry {entry!r} matches no Linear of the language blocks, which are such as "
-                f"`{next(iter(linears), 'none')}`; other parts of the model stay dense anyway"
-            )
-    kept = {name: linear for name, linear in linears.items() if not any(_matches(name, entry) for entry in skipped)}
-    if not kept:
-        raise ValueError(f"{type(model).__name__} has no Linear left to binarize; shorten `modules_to_not_convert`")
-    return kept
-
-
-def _matches(name: str, entry: str) -> bool:
-    """Whether `entry` is a run of whole dotted parts of `name`."""
-    return f".{entry}." in f".{name}."
-
-
 def _fit(
     W: Tensor, H: Tensor, significance: SignificanceMap, num_planes: int, columns: Tensor, config: SABQuantizationConfig
 ) -> FitResult:
@@ -281,8 +285,16 @@ def _check_weights(model: nn.Module, modules: dict[str, list[int]]) -> None:
             "hold the model"
         )
     for name in modules:
-        if not model.get_submodule(name).weight.isfinite().all():
+        if not _weight(model, name).isfinite().all():
             raise ValueError(f"the weight of `{name}` holds NaN or infinite values; the checkpoint is damaged")
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    """Return the weight of a Linear, or of an expert of fused experts: its slice of the fused parameter."""
+    parent, _, expert = name.rpartition(".")
+    owner, _, attribute = parent.rpartition(".")
+    fused = getattr(model.get_submodule(owner), attribute)
+    return fused[int(expert)] if isinstance(fused, Tensor) else model.get_submodule(name).weight
 
 
 def _load_processor(model: nn.Module, processor: Any) -> Any:

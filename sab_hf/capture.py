@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import CalibrationBatch
+from .calibration import PADDING, TEXT, CalibrationBatch, media_modality
 from .hessian import SecondMoments
+from .routing import RowLabels
 
 
 @dataclass
@@ -19,17 +20,23 @@ class BatchState:
     """One calibration batch on its way through the blocks.
 
     Attributes:
-        modality: [batch, length] int8, see `calibration.py`.
-        hidden: [batch, length, hidden_size], the input of the next block, from the binarized blocks before it.
-        target: [batch, length, hidden_size], the same from the full-precision blocks; None where it is not needed.
-        calls: for each block, the other arguments that the model gives it (masks, rotary positions, …).
+        modality: [batch, length] int8 of the positions of `hidden`, see `calibration.py`.
+        given: [batch, length] int8 of the batch's own tokens: the same, but for a decoder that reads an encoder's output.
+        foreign: the modality of what blocks read beside them (image features through cross-attention).
+        hidden: [..., batch, length, hidden_size], the input of the next block, from the binarized blocks before it. Some
+            models have several streams of hidden states, on a first axis.
+        target: as `hidden`, the same from the full-precision blocks; None where it is not needed.
+        calls: for each block, the other arguments that the model gives it (masks, rotary positions, …); None for a block that
+            the model leaves out for this batch (cross-attention without an image).
         injections: for each block, what the model adds to the hidden states before it (as deep visual features), or None.
     """
 
     modality: Tensor
-    hidden: Tensor = field(init=False)
+    given: Tensor
+    foreign: int
+    hidden: Tensor | None = None
     target: Tensor | None = None
-    calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
+    calls: list[tuple[tuple, dict[str, Any]] | None] = field(default_factory=list)
     injections: list[Tensor | None] = field(default_factory=list)
 
 
@@ -42,29 +49,40 @@ class BlockInputs:
 
     Args:
         model: a transformers model in evaluation mode.
-        block_names: its blocks, in order.
+        block_names: blocks that run one after the other, in order; blocks that run before them compute as they are.
         batches: the calibration set.
     Raises:
-        RuntimeError: the model does not run its blocks one after the other on one row per token.
+        RuntimeError: the model does not run its blocks one after the other, each once, on one row per token.
     """
 
     def __init__(self, model: nn.Module, block_names: tuple[str, ...], batches: list[CalibrationBatch]):
         blocks = [model.get_submodule(name) for name in block_names]
         self.states = [self._record(model, blocks, batch) for batch in batches]
+        ran = sum(any(state.calls[i] is not None for state in self.states) for i in range(len(blocks)))
+        if ran != len(blocks):
+            raise RuntimeError(
+                f"{type(model).__name__} ran {ran} of its {len(blocks)} language blocks for the calibration samples; if some run "
+                "for images only, calibrate with images, else this architecture is not supported yet"
+            )
+
+    def running(self, index: int) -> list[BatchState]:
+        """Return the batches for which the model runs block number `index`."""
+        return [state for state in self.states if state.calls[index] is not None]
 
     @torch.no_grad()
     def _record(self, model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch) -> BatchState:
-        state = BatchState(batch.modality)
+        state = BatchState(batch.modality, batch.modality, media_modality(batch.inputs))
+        state.calls, state.injections = [None] * len(blocks), [None] * len(blocks)
         with _recording(blocks, state):
             model(**_model_inputs(model, batch.inputs), use_cache=False)
-        if len(state.calls) != len(blocks):
+        if state.hidden is None:
+            return state
+        shape = state.hidden.shape[:-1]
+        if shape[-2:] != state.modality.shape:
+            state.modality = _decoder_modality(batch.inputs, shape)
+        if state.modality is None:
             raise RuntimeError(
-                f"{type(model).__name__} ran {len(state.calls)} of its {len(blocks)} language blocks for a calibration "
-                "sample; this architecture is not supported yet"
-            )
-        if state.hidden.shape[:2] != state.modality.shape:
-            raise RuntimeError(
-                f"{type(model).__name__} turned {list(state.modality.shape)} input positions into hidden states of shape "
+                f"{type(model).__name__} turned {list(batch.modality.shape)} input positions into hidden states of shape "
                 f"{list(state.hidden.shape)}; every position needs its modality"
             )
         state.modality = state.modality.to(state.hidden.device)
@@ -73,14 +91,15 @@ class BlockInputs:
     @torch.no_grad()
     def advance_targets(self, block: nn.Module, index: int) -> None:
         """Compute what the full-precision `block`, number `index`, makes of its full-precision input."""
-        for state in self.states:
+        for state in self.running(index):
             state.target = block_output(block, index, state, state.hidden if state.target is None else state.target)
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the cached hidden states by the output of `block`, which is number `index`."""
         for state in self.states:
-            state.hidden = block_output(block, index, state, state.hidden)
+            if state.calls[index] is not None:
+                state.hidden = block_output(block, index, state, state.hidden)
             injection = state.injections[index + 1] if index + 1 < len(state.injections) else None
             if injection is not None:
                 state.hidden = state.hidden + injection.to(state.hidden.device)
@@ -94,34 +113,38 @@ class BlockInputs:
         never called is missing from the result.
 
         Raises:
-            ValueError: inputs are not finite, or are not one row for each token.
+            ValueError: inputs are not finite, or are not rows whose modality is known.
         """
         owner: dict[str, str] = {}
         moments: dict[str, SecondMoments] = {}
-        modality = last_input = last_owner = None
+        last_input = last_owner = None
+        inside = {module: name for name, module in block.named_modules()}
+        labels = RowLabels(block)
 
-        def observe(name: str, x: Tensor) -> None:
+        def observe(name: str, module: nn.Module, x: Tensor) -> None:
             nonlocal last_input, last_owner
             if name not in owner:
                 owner[name] = last_owner if x is last_input else name
             last_input, last_owner = x, owner[name]
             if owner[name] != name:
                 return
-            if x.shape[:-1].numel() != modality.numel():
+            modality = labels.of(inside[module], x)
+            if modality is None:
                 raise ValueError(
-                    f"`{name}` gets inputs of shape {list(x.shape)} for {modality.numel()} tokens; add it to "
+                    f"`{name}` gets inputs of shape {list(x.shape)}, whose rows are not the tokens; add it to "
                     "`modules_to_not_convert`"
                 )
-            moments.setdefault(name, SecondMoments(x.shape[-1], x.device)).add(x.flatten(0, -2), modality.to(x.device))
+            moments.setdefault(name, SecondMoments(x.shape[-1], x.device)).add(x.flatten(0, -2), modality)
 
         hooks = [
-            module.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
+            module.register_forward_pre_hook(lambda module, args, name=name: observe(name, module, args[0]))
             for name, module in linears.items()
         ]
         try:
-            for state in self.states:
-                modality = state.modality.flatten()
-                block_output(block, index, state, state.hidden)
+            with labels.watching():
+                for state in self.running(index):
+                    labels.start(state.modality, state.given, state.foreign)
+                    block_output(block, index, state, state.hidden)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -141,6 +164,9 @@ def block_output(block: nn.Module, index: int, state: BatchState, hidden: Tensor
     """
     args, kwargs = _cast(state.calls[index], hidden.dtype)
     output = block(hidden, *args, **kwargs)
+    for name, value in state.calls[index][1].items():
+        if isinstance(value, dict):  # what blocks leave for later ones (keys and values that several layers share)
+            value.update(kwargs[name])
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -160,17 +186,19 @@ def _recording(blocks: list[nn.Module], state: BatchState) -> Iterator[None]:
     sent: Tensor | None = None  # a private copy of what the block before handed on
     others: tuple | None = None  # what blocks return beside the hidden states; None if they return a bare tensor
 
-    def recorder(original):
+    def recorder(index, original):
         def forward(*args, **kwargs):
             nonlocal sent, others
             hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
             args = args[1:]
-            if not state.calls:
+            if any(call is not None for call in state.calls[index:]):
+                raise RuntimeError(f"block {index} runs twice or out of order; this architecture is not supported yet")
+            if state.hidden is None:
                 state.hidden = hidden.clone()
                 output = original(hidden.clone(), *args, **kwargs)
                 others = output[1:] if isinstance(output, tuple) else None
-            state.injections.append(None if sent is None or torch.equal(sent, hidden) else hidden - sent)
-            state.calls.append((args, kwargs))
+            state.injections[index] = None if sent is None or torch.equal(sent, hidden) else hidden - sent
+            state.calls[index] = (args, kwargs)
             sent = hidden.clone()
             return hidden if others is None else (hidden, *others)
 
@@ -178,14 +206,26 @@ def _recording(blocks: list[nn.Module], state: BatchState) -> Iterator[None]:
 
     instance_forwards = [vars(block).get("forward") for block in blocks]
     try:
-        for block in blocks:
-            block.forward = recorder(block.forward)
+        for index, block in enumerate(blocks):
+            block.forward = recorder(index, block.forward)
         yield
     finally:
         for block, forward in zip(blocks, instance_forwards, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+def _decoder_modality(inputs: dict[str, Any], shape: torch.Size) -> Tensor | None:
+    """Return the modality of a decoder's positions, which are text, if hidden states of `shape` can be theirs."""
+    tokens = next((inputs[key] for key in ("decoder_input_ids", "labels") if inputs.get(key) is not None), None)
+    if tokens is None or tokens.shape != shape:
+        return None
+    modality = torch.full(shape, TEXT, dtype=torch.int8)
+    mask = inputs.get("decoder_attention_mask")
+    if mask is not None:
+        modality[mask == 0] = PADDING
+    return modality
 
 
 def _model_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

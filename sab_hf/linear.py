@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import packing
+from .experts import fuse_experts, split_experts
 from .ops import sab_linear
 from .planes import SignPlanes
 
@@ -114,12 +115,14 @@ def swap_in_empty(model: nn.Module, modules: dict[str, list[int]]) -> None:
             "the checkpoint's quantization_config says `sab` but lists no quantized modules; it is damaged or was written by "
             "hand. To quantize a dense checkpoint, remove quantization_config from its config.json"
         )
+    split_experts(model, modules)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     unknown = [name for name in modules if name not in linears]
     if unknown:
         raise ValueError(
             f"the checkpoint's quantization_config lists {len(unknown)} modules that are no Linear of "
-            f"{type(model).__name__}, first `{unknown[0]}`; load it with the class that saved it"
+            f"{type(model).__name__}, first `{unknown[0]}`; load it with the class that saved it (and, for mixtures of "
+            "experts, with a transformers version that names them so: versions 4 and 5 differ)"
         )
     for name, (num_planes, num_significant) in modules.items():
         replace_module(model, name, SABLinear.empty_like(linears[name], num_planes, num_significant))
@@ -137,3 +140,4 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
         if module.bias is not None:
             linear.bias = nn.Parameter(module.bias.to(dtype))
         replace_module(model, name, linear)
+    fuse_experts(model)

@@ -225,7 +225,7 @@ class _TokenWeights:
             squares = state.target.float().square().sum(-1)
             for m in state.modality.unique().tolist():
                 if m != PADDING:
-                    power[m] = power.get(m, 0.0) + float(squares[state.modality == m].sum())
+                    power[m] = power.get(m, 0.0) + float(squares[..., state.modality == m].sum())
         self.by_modality = {m: 1 / (len(power) * max(total, 1e-30)) for m, total in power.items()}
 
     def of(self, modality: Tensor) -> Tensor:

@@ -317,7 +317,7 @@ def test_padding_changes_no_second_moment(model, processor, make_config, batch_s
 
 def test_linear_that_never_runs_has_no_moments(model, processor, make_config):
     block = model.get_submodule("model.language_model.layers.0")
-    block.unused = nn.Linear(4, 4)
+    block.unused = nn.Linear(24, 24)
     inputs = BlockInputs(model, find_roles(model).blocks, image_batches(model, make_config, processor))
     moments = moments_of(model, inputs)
     assert not any("unused" in name for name in moments)

@@ -18,7 +18,21 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-RUN = {"__init__", "config", "linear", "ops", "packing", "planes", "quantizer", "report", "roles", "verify", "version"}
+RUN = {
+    "__init__",
+    "config",
+    "experts",
+    "linear",
+    "ops",
+    "packing",
+    "planes",
+    "quantizer",
+    "report",
+    "roles",
+    "selection",
+    "verify",
+    "version",
+}
 HEAVY = {"datasets", "PIL"}
 
 
@@ -65,7 +79,17 @@ MAKE = {name for name in reached("binarize") - RUN if not name.startswith("kerne
 
 def test_lists_of_this_test_are_up_to_date():
     assert MODULES.keys() >= RUN
-    assert {"binarize", "budget", "calibration", "capture", "fit", "hessian", "refine", "significance"} <= MAKE
+    assert {
+        "binarize",
+        "budget",
+        "calibration",
+        "capture",
+        "fit",
+        "hessian",
+        "refine",
+        "routing",
+        "significance",
+    } <= MAKE
 
 
 @pytest.mark.parametrize("entry", sorted(RUN))

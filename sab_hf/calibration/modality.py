@@ -45,6 +45,16 @@ def token_modality(inputs: Mapping[str, Any], model_config: Any) -> Tensor:
     return modality
 
 
+def media_modality(inputs: Mapping[str, Any]) -> int:
+    """Return the modality of what a batch holds beside its tokens: of pixels, of video frames or of sound; else TEXT."""
+    for key, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
+            if "video" in key:
+                return VIDEO
+            return AUDIO if "input_features" in key or "audio" in key or "input_values" in key else IMAGE
+    return TEXT
+
+
 def placeholder_id(model_config: Any, name: str) -> int | None:
     """Return the id of the token in whose place image, video or audio features are put, or None."""
     for key in (f"{name}_token_id", f"{name}_token_index"):
