@@ -170,6 +170,7 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
     finally:
         model.train(training)
     _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | {"modules": plan.modules}))
+    model.hf_quantizer.record = record
     record.seconds = time.perf_counter() - start
     logger.info("binarized %d Linears in %.0f s", len(record.fits), record.seconds)
     if record.fallbacks:

@@ -137,7 +137,7 @@ def fused_parameters(model: nn.Module, prefixes: tuple[str, ...] | None = None) 
         for name, module in top.named_modules()
         if not isinstance(module, nn.modules.conv._ConvNd)
         for attribute, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and min(parameter.shape[1:]) > 1
+        if parameter is not None and parameter.ndim == 3 and min(parameter.shape[1:]) > 1 and parameter.is_floating_point()
     ]
 
 

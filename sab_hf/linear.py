@@ -24,6 +24,8 @@ class SABLinear(nn.Module):
         bias: [out_features] floating point, or None.
     """
 
+    weight = None  # some models (T5) look at a Linear's weight to learn its dtype, and leave be what is no tensor
+
     def __init__(self, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None = None):
         super().__init__()
         out_features, num_planes, num_significant = _sizes(tensors)

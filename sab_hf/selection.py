@@ -17,7 +17,7 @@ LEAST_COVERAGE = 0.9
 """Share of the language weights that must be quantized, unless `allow_low_coverage` is set."""
 
 MOST_BITS = 4
-"""A Linear of which one plane takes more bits per weight than this (a gate of one row: 17) stays dense: it would hardly shrink."""
+"""A Linear of which one plane takes more bits per weight than this stays dense (a gate of one row would take 17)."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,9 @@ def coverage(model: nn.Module, roles: Roles, selected: dict[str, nn.Linear], ski
         if parameter.ndim < 2 or roles.of(name) != LANGUAGE or owner_name in selected:
             continue
         owner = model.get_submodule(owner_name)
-        if isinstance(owner, SABLinear):
-            continue
-        reason = _reason(roles, shown, owner, skipped)
-        dense.append(DenseWeight(shown, math.prod(parameter.shape), reason))
+        left = math.prod(parameter.shape) - _selected_experts(name, parameter, selected)
+        if left and not isinstance(owner, SABLinear):
+            dense.append(DenseWeight(shown, left, _reason(roles, shown, owner, skipped)))
     return Coverage(quantized, tuple(dense))
 
 
@@ -186,6 +185,13 @@ def _parents(name: str) -> list[str]:
     """Return the names of the parts that hold `name`, the smallest first."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def _selected_experts(name: str, parameter: nn.Parameter, selected: dict[str, nn.Linear]) -> int:
+    """Return how many entries of a fused parameter are in `selected`, under the names of its experts."""
+    if parameter.ndim != 3:
+        return 0
+    return sum(math.prod(parameter.shape[1:]) for expert in range(len(parameter)) if f"{name}.{expert}" in selected)
 
 
 def _reason(roles: Roles, name: str, owner: nn.Module, skipped: list[str]) -> str:

@@ -121,7 +121,7 @@ def _no_images(pixels: int, processor: Any, model_config: Any) -> str:
         token_id = placeholder_id(model_config, "image")
         found = (
             f"{pixels} batches have pixel values, but no position holds the image token of the config (id {token_id}); "
-            "pass processed batches with 'mm_token_type_ids' (1 at image positions)"
+            "pass processed batches with 'modality', 1 at image positions"
         )
     else:
         found = (

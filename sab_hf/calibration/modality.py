@@ -19,16 +19,24 @@ def token_modality(inputs: Mapping[str, Any], model_config: Any) -> Tensor:
 
     Args:
         inputs: "input_ids" [batch, length]; "mm_token_type_ids" and "attention_mask" of the same shape are used
-            if present.
+            if present. "modality", the same shape and values as the result, goes before everything else.
         model_config: names the placeholder tokens: `image_token_id` or `image_token_index`, video and audio alike.
 
     Returns:
         [batch, length] int8: PADDING where the attention mask is 0, else TEXT, IMAGE, VIDEO or AUDIO.
 
     Raises:
-        ValueError: the attention mask has another shape than the tokens.
+        ValueError: the attention mask, or the modality that was given, has another shape than the tokens.
     """
     input_ids, given, mask = inputs["input_ids"], inputs.get("mm_token_type_ids"), inputs.get("attention_mask")
+    stated = inputs.get("modality")
+    if stated is not None:
+        if stated.shape != input_ids.shape or not bool(((stated >= PADDING) & (stated <= AUDIO)).all()):
+            raise ValueError(
+                f"'modality' must have the shape of 'input_ids', {tuple(input_ids.shape)}, and values from {PADDING} to {AUDIO}, "
+                f"got {tuple(stated.shape)}"
+            )
+        return stated.to(torch.int8, copy=True)
     modality = torch.zeros_like(input_ids, dtype=torch.int8) if given is None else given.to(torch.int8, copy=True)
     # Also where ids are given: on transformers 4.57 they mark images only.
     for kind in (IMAGE, VIDEO, AUDIO):

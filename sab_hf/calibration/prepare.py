@@ -153,7 +153,8 @@ def _take_batches(
         if input_ids.shape[1] > max_length:
             dropped += len(input_ids)
             continue
-        batches.append(CalibrationBatch(dict(inputs), token_modality(inputs, model_config)))
+        modality = token_modality(inputs, model_config)
+        batches.append(CalibrationBatch({k: v for k, v in inputs.items() if k != "modality"}, modality))
         taken += len(input_ids)
     if not batches:
         raise ValueError(all_dropped("", [inputs["input_ids"].shape[1] for inputs in given], max_length))

@@ -1,0 +1,3 @@
+"""docs/families.md from the outcomes of `benchmarks/families.py`."""
+
+def write_table(o): pass
