@@ -17,7 +17,7 @@ from .budget import allocate
 from .calibration import MODALITY_NAMES, CalibrationSet, holds_batches, prepare_calibration
 from .capture import BlockInputs
 from .config import SABQuantizationConfig
-from .experts import split_experts
+from .experts import fused_name, split_experts
 from .fit import FitResult, fit_planes, fit_planes_elementwise
 from .hessian import SecondMoments, balanced, damp
 from .linear import SABLinear, replace_module
@@ -292,10 +292,10 @@ def _check_weights(model: nn.Module, modules: dict[str, list[int]]) -> None:
 
 def _weight(model: nn.Module, name: str) -> Tensor:
     """Return the weight of a Linear, or of an expert of fused experts: its slice of the fused parameter."""
-    parent, _, expert = name.rpartition(".")
-    owner, _, attribute = parent.rpartition(".")
-    fused = getattr(model.get_submodule(owner), attribute)
-    return fused[int(expert)] if isinstance(fused, Tensor) else model.get_submodule(name).weight
+    fused = fused_name(name)
+    if fused is None:
+        return model.get_submodule(name).weight
+    return model.get_parameter(fused)[int(name.rpartition(".")[2])]
 
 
 def _load_processor(model: nn.Module, processor: Any) -> Any:

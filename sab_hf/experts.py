@@ -1,8 +1,11 @@
 """Fused mixture-of-experts weights, one 3-D parameter for all experts, taken apart into one Linear an expert, and back.
 
-A model's own code goes on to run: `ExpertWeights` stands where the parameter was, under its name, and answers the operations
-that code applies to it (`linear(x, W[e])`, `x @ W[e]`, `bmm(x, W)`) by calling the expert's Linear. So an expert is a module
-like any other: hooks see the tokens that the router sends it, and it can be packed, refined and saved.
+A model's own code goes on to run: a `FusedView` stands where the parameter was, under its name, and answers the operations that
+code applies to it (`linear(x, W[e])`, `x @ W[e]`, `bmm(x, W)`) by calling the expert's Linear. So an expert is a module like
+any other: hooks see the tokens that the router sends it, and it can be packed, refined and saved.
+
+Expert 3 of the parameter `experts.gate_up_proj` is the module `experts.split.gate_up_proj.3`. The part `split` keeps the names
+apart from those for which transformers 5 has rules that fuse and unfuse weights in files.
 """
 
 from __future__ import annotations
@@ -16,8 +19,12 @@ import torch
 from torch import Tensor, nn
 
 
+SPLIT = "split"
+"""Name of the part that holds the experts of a module's fused parameters."""
+
+
 class ExpertWeights(nn.Module):
-    """Stands for a parameter `[experts, out_features, in_features]` (or transposed); its children "0", "1", … are Linears.
+    """The experts of a parameter `[experts, out_features, in_features]` (or transposed); its children "0", "1", … are Linears.
 
     Args:
         weight: the fused parameter; the Linears share its memory.
@@ -28,21 +35,11 @@ class ExpertWeights(nn.Module):
         super().__init__()
         self.transposed = transposed
         self.shape = weight.shape
-        self._is_hf_initialized = True  # there is nothing for transformers to initialize: experts come from the file
         for e, matrix in enumerate(weight.detach().unbind()):
             self.add_module(str(e), _linear(matrix.T if transposed else matrix))
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    def __getitem__(self, expert: int | Tensor) -> ExpertMatrix:
-        index = int(expert)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"expert {index} of {len(self)}")
-        return ExpertMatrix(self._modules[str(index % len(self))], self.transposed)
-
-    def __iter__(self) -> Iterator[ExpertMatrix]:
-        return (self[e] for e in range(len(self)))
 
     def is_dense(self) -> bool:
         return all(isinstance(module, nn.Linear) for module in self.children())
@@ -52,25 +49,42 @@ class ExpertWeights(nn.Module):
         matrices = [module.weight.detach() for module in self.children()]
         return nn.Parameter(torch.stack([W.T for W in matrices] if self.transposed else matrices))
 
+
+class FusedView:
+    """What the model's code sees in place of the fused parameter W; `W[e]`, `W.shape` and `bmm(x, W)` work."""
+
+    _is_hf_initialized = True  # there is nothing for transformers to initialize: experts come from the file
+
+    def __init__(self, weights: ExpertWeights):
+        self.weights = weights
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weights.shape
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, expert: int | Tensor) -> ExpertMatrix:
+        index = int(expert)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expert {index} of {len(self)}")
+        out_features = self.shape[2 if self.weights.transposed else 1]
+        return ExpertMatrix(self.weights._modules[str(index % len(self))], out_features, self.weights.transposed)
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is torch.bmm and not kwargs and isinstance(args[1], cls):
             x, weights = args
-            return torch.stack([x_e @ W_e for x_e, W_e in zip(x, weights, strict=True)])
+            return torch.stack([x_e @ weights[e] for e, x_e in enumerate(x.unbind())])
         raise NotImplementedError(_unknown(func))
 
 
 class ExpertMatrix:
     """One expert's matrix, as `W[e]` of the fused parameter; `linear(x, W[e])` or `x @ W[e]` run its module."""
 
-    def __init__(self, module: nn.Module, transposed: bool):
-        self.module, self.transposed = module, transposed
-
-    @property
-    def mT(self) -> ExpertMatrix:  # noqa: N802 (the tensor's own name for it)
-        return ExpertMatrix(self.module, not self.transposed)
-
-    T = mT
+    def __init__(self, module: nn.Module, out_features: int, transposed: bool):
+        self.module, self.out_features, self.transposed = module, out_features, transposed
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -85,22 +99,20 @@ class ExpertMatrix:
                 "a fused expert weight is used the other way round than its shape says: pass a model whose experts are "
                 "[experts, out, in] under `linear`, or [experts, in, out] under `@`"
             )
-        if not x.numel():  # no token was sent to this expert
-            return x.new_empty(*x.shape[:-1], W.module.out_features)
-        y = W.module(x)
+        y = W.module(x) if x.numel() else x.new_empty(*x.shape[:-1], W.out_features)  # empty: no token was sent here
         return y if bias is None else y + bias
 
 
 def split_experts(model: nn.Module, names: Iterable[str]) -> None:
-    """Replace every fused parameter of which an expert is among `names` by `ExpertWeights`, in place.
+    """Take every fused parameter of which an expert is among `names` apart, in place.
 
     Args:
         model: the model or its skeleton on the meta device.
-        names: module names as `…experts.gate_up_proj.3`; names of other modules are ignored.
+        names: module names as `…experts.split.gate_up_proj.3`; names of other modules are ignored.
     Raises:
         ValueError: the shape of a fused parameter does not tell which axis its inputs have.
     """
-    wanted = {name.rpartition(".")[0] for name in names}
+    wanted = {fused_name(name) for name in names}
     _split(model, [name for name in fused_parameters(model) if name in wanted])
 
 
@@ -108,7 +120,21 @@ def fuse_experts(model: nn.Module) -> None:
     """Undo `split_experts` wherever all experts are dense Linears."""
     found = [name for name, module in model.named_modules() if isinstance(module, ExpertWeights) and module.is_dense()]
     for name in reversed(found):
-        _put_back(model, name, _get(model, name).fused())
+        _put_back(model, fused_name(f"{name}.0"), model.get_submodule(name).fused())
+
+
+def expert_name(fused: str, expert: int) -> str:
+    """Return the name of an expert's module, given that of the fused parameter."""
+    owner, _, attribute = fused.rpartition(".")
+    return f"{owner}.{SPLIT}.{attribute}.{expert}".lstrip(".")
+
+
+def fused_name(expert: str) -> str | None:
+    """Return the name of the fused parameter that an expert's module was in; None if `expert` is no such name."""
+    parts = expert.split(".")
+    if len(parts) < 3 or parts[-3] != SPLIT or not parts[-1].isdigit():
+        return None
+    return ".".join([*parts[:-3], parts[-2]])
 
 
 @contextmanager
@@ -145,10 +171,12 @@ def _split(model: nn.Module, names: list[str]) -> None:
     transposed = {name: _is_transposed(model, name) for name in names}  # before any of them is gone
     for name in names:
         owner, attribute = _owner(model, name)
-        weights = ExpertWeights(owner._parameters[attribute], transposed[name])
-        weights.train(owner.training)
-        delattr(owner, attribute)
-        owner.add_module(attribute, weights)
+        weights = ExpertWeights(owner._parameters.pop(attribute), transposed[name])
+        if SPLIT not in owner._modules:
+            owner.add_module(SPLIT, nn.Module())
+        owner._modules[SPLIT].add_module(attribute, weights)
+        owner._modules[SPLIT].train(owner.training)
+        vars(owner)[attribute] = FusedView(weights)
         config = getattr(owner, "config", None)
         if getattr(config, "_experts_implementation", None) is not None and not hasattr(owner, "_config_of_fused"):
             # Kernels for fused weights need the one tensor; the class's own loop over the experts that are hit does not.
@@ -160,7 +188,10 @@ def _split(model: nn.Module, names: list[str]) -> None:
 def _put_back(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Make `name` a parameter again, the first of its module: put back in reverse order, all are in their old order."""
     owner, attribute = _owner(model, name)
-    delattr(owner, attribute)
+    del vars(owner)[attribute]
+    del owner._modules[SPLIT]._modules[attribute]
+    if not owner._modules[SPLIT]._modules:
+        del owner._modules[SPLIT]
     others = dict(owner._parameters)
     owner._parameters.clear()
     owner._parameters.update({attribute: parameter} | others)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,18 @@ from . import packing
 from .experts import fuse_experts, split_experts
 from .ops import sab_linear
 from .planes import SignPlanes
+
+
+class PackedWeight(NamedTuple):
+    """Shape, dtype of storage and device of a packed weight. It is no tensor, and models that ask (T5) leave it alone."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return True  # transformers 5 initializes what has no such flag
 
 
 class SABLinear(nn.Module):
@@ -23,8 +37,6 @@ class SABLinear(nn.Module):
         in_features: columns of the matrix.
         bias: [out_features] floating point, or None.
     """
-
-    weight = None  # some models (T5) look at a Linear's weight to learn its dtype, and leave be what is no tensor
 
     def __init__(self, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None = None):
         super().__init__()
@@ -56,6 +68,11 @@ class SABLinear(nn.Module):
         device = linear.weight.device
         tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (dtype, shape) in specs.items()}
         return cls(tensors, linear.in_features, linear.bias)
+
+    @property
+    def weight(self) -> PackedWeight:
+        """What models and adapters may ask of a Linear's weight; the values are in the packed tensors only."""
+        return PackedWeight((self.out_features, self.in_features), self.signs.dtype, self.signs.device)
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """Return the packed tensors by their names in the file, bias excluded."""

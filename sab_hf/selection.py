@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .experts import ExpertWeights, experts_apart, fused_parameters
+from .experts import ExpertWeights, expert_name, experts_apart, fused_parameters
 from .linear import SABLinear
 from .packing import stored_bytes
 from .roles import LANGUAGE, Roles
@@ -163,7 +163,8 @@ def _routers(block: nn.Module) -> set[str]:
     routers = set()
     for name, module in block.named_modules():
         if isinstance(module, ExpertWeights):
-            experts = name.rpartition(".")[0]
+            *experts, _, _ = name.split(".")
+            experts = ".".join(experts)
         elif isinstance(module, nn.ModuleList) and _holds_experts(module):
             experts = name
         else:
@@ -191,7 +192,7 @@ def _selected_experts(name: str, parameter: nn.Parameter, selected: dict[str, nn
     """Return how many entries of a fused parameter are in `selected`, under the names of its experts."""
     if parameter.ndim != 3:
         return 0
-    return sum(math.prod(parameter.shape[1:]) for expert in range(len(parameter)) if f"{name}.{expert}" in selected)
+    return sum(math.prod(parameter.shape[1:]) for expert in range(len(parameter)) if expert_name(name, expert) in selected)
 
 
 def _reason(roles: Roles, name: str, owner: nn.Module, skipped: list[str]) -> str:
