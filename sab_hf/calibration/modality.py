@@ -80,3 +80,8 @@ def placeholder_id(model_config: Any, name: str) -> int | None:
 def takes_images(model_config: Any) -> bool:
     """Return whether the config is of a model that takes images: it has a vision part or an image token."""
     return hasattr(model_config, "vision_config") or placeholder_id(model_config, "image") is not None
+
+
+def takes_audio(model_config: Any) -> bool:
+    """Return whether the config is of a model that takes sound: it has an audio part or an audio token."""
+    return hasattr(model_config, "audio_config") or placeholder_id(model_config, "audio") is not None
