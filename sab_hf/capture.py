@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +83,8 @@ class BlockInputs:
         if state.modality is None:
             raise RuntimeError(
                 f"{type(model).__name__} turned {list(batch.modality.shape)} input positions into hidden states of shape "
-                f"{list(state.hidden.shape)}; every position needs its modality"
+                f"{list(state.hidden.shape)}; every position needs its modality. For an encoder-decoder, pass processed batches "
+                "with 'labels' or 'decoder_input_ids'"
             )
         state.modality = state.modality.to(state.hidden.device)
         return state
@@ -163,10 +164,11 @@ def block_output(block: nn.Module, index: int, state: BatchState, hidden: Tensor
     Floating-point arguments (masks, rotary positions) take the dtype of `hidden`.
     """
     args, kwargs = _cast(state.calls[index], hidden.dtype)
+    shared = {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
     output = block(hidden, *args, **kwargs)
-    for name, value in state.calls[index][1].items():
-        if isinstance(value, dict):  # what blocks leave for later ones (keys and values that several layers share)
-            value.update(kwargs[name])
+    for name, before in shared.items():  # what blocks leave for later ones: keys and values that several of them use
+        left = {key: value for key, value in kwargs[name].items() if value is not before.get(key)}
+        state.calls[index][1][name].update(left)
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -175,8 +177,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, (tuple, list)):
         return type(value)(_cast(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, MutableMapping):
+        return type(value)({key: _cast(item, dtype) for key, item in value.items()})
     return value
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 SPLIT = "split"
 """Name of the part that holds the experts of a module's fused parameters."""
 
@@ -163,7 +162,10 @@ def fused_parameters(model: nn.Module, prefixes: tuple[str, ...] | None = None) 
         for name, module in top.named_modules()
         if not isinstance(module, nn.modules.conv._ConvNd)
         for attribute, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and min(parameter.shape[1:]) > 1 and parameter.is_floating_point()
+        if parameter is not None
+        and parameter.ndim == 3
+        and min(parameter.shape[1:]) > 1
+        and parameter.is_floating_point()
     ]
 
 

@@ -103,7 +103,9 @@ class Report:
         if self.modules:
             lines.append(self.coverage.summary())
         if self.fallback_experts:
-            lines.append(f"{self.fallback_experts} experts saw too few tokens and were fitted to those of their whole layer")
+            lines.append(
+                f"{self.fallback_experts} experts saw too few tokens and were fitted to those of their whole layer"
+            )
         return "\n".join([*lines, f"whole checkpoint: {_size(self.total_bytes)}"])
 
 

@@ -192,7 +192,9 @@ def _selected_experts(name: str, parameter: nn.Parameter, selected: dict[str, nn
     """Return how many entries of a fused parameter are in `selected`, under the names of its experts."""
     if parameter.ndim != 3:
         return 0
-    return sum(math.prod(parameter.shape[1:]) for expert in range(len(parameter)) if expert_name(name, expert) in selected)
+    return sum(
+        math.prod(parameter.shape[1:]) for expert in range(len(parameter)) if expert_name(name, expert) in selected
+    )
 
 
 def _reason(roles: Roles, name: str, owner: nn.Module, skipped: list[str]) -> str:

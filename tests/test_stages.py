@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+
 import pytest
 import torch
 from conftest import V5
@@ -22,9 +24,7 @@ NAMES += ["gemma4", "ernie4_5_vl_moe"] if V5 else []
 
 
 def calibration(family) -> list[CalibrationBatch]:
-    return [
-        CalibrationBatch(inputs, token_modality(inputs, family.model.config)) for inputs in family.batches
-    ]
+    return [CalibrationBatch(inputs, token_modality(inputs, family.model.config)) for inputs in family.batches]
 
 
 def one_plane(linear: nn.Linear) -> SABLinear:
@@ -90,10 +90,14 @@ def test_keys_and_values_of_image_features_are_of_the_image():
     roles = find_roles(family.model)
     inputs = BlockInputs(family.model, roles.blocks, calibration(family))
     block = family.model.get_submodule(roles.blocks[1])
-    linears = {n: m for n, m in language_linears(family.model, roles, []).items() if n.startswith(f"{roles.blocks[1]}.")}
+    linears = {
+        n: m for n, m in language_linears(family.model, roles, []).items() if n.startswith(f"{roles.blocks[1]}.")
+    }
     moments = {name.rpartition(".")[2]: m for name, m in inputs.second_moments(block, 1, linears).items()}
     assert moments["k_proj"].counts.keys() == {IMAGE}
-    features = family.model.config.vision_config.max_num_tiles * (1 + (16 // 8) ** 2)  # of one image, class token included
+    features = family.model.config.vision_config.max_num_tiles * (
+        1 + (16 // 8) ** 2
+    )  # of one image, class token included
     assert moments["k_proj"].counts[IMAGE] == 3 * features
     assert moments["q_proj"].counts.keys() == {TEXT, IMAGE}
 
@@ -112,7 +116,10 @@ def test_decoder_reads_the_binarized_encoder():
             replace_module(family.model, linear, one_plane(family.model.get_submodule(linear)))
     after = BlockInputs(family.model, roles.stages[1], batches).states[0]
     assert torch.equal(before.hidden, after.hidden)
-    encoded = [next(v for v in (*s.calls[0][0], *s.calls[0][1].values()) if _is_encoded(v, batches[0])) for s in (before, after)]
+    encoded = [
+        next(v for v in (*s.calls[0][0], *s.calls[0][1].values()) if _is_encoded(v, batches[0]))
+        for s in (before, after)
+    ]
     assert not torch.allclose(*encoded, rtol=1e-2)
     assert after.modality.unique().tolist() == [TEXT]
     assert after.given.unique().tolist() == [TEXT, IMAGE]
@@ -125,7 +132,6 @@ def _is_encoded(value, batch) -> bool:
 def test_encoder_decoder_without_answers_is_refused():
     family = FAMILIES["florence2"]()
     for inputs in family.batches:
-        inputs["decoder_inputs_embeds"] = torch.randn(1, 5, 32)
         del inputs["labels"]
     roles = find_roles(family.model)
     with pytest.raises(RuntimeError, match=r"'labels' or 'decoder_input_ids'"):
@@ -133,16 +139,31 @@ def test_encoder_decoder_without_answers_is_refused():
 
 
 @pytest.mark.skipif(not V5, reason="gemma4 is not in transformers 4")
-def test_blocks_that_share_keys_and_values_get_those_of_the_block_before():
-    """What the block that makes them leaves is changed with it; a copy of the first recording would be stale."""
+def test_blocks_that_share_keys_and_values_get_those_of_the_binarized_block():
     family = FAMILIES["gemma4"]()
     roles = find_roles(family.model)
-    state = BlockInputs(family.model, roles.blocks, calibration(family)[:1])
-    shared = [v for v in state.states[0].calls[-1][1].values() if isinstance(v, dict) and not v.get("position_embeddings")]
-    assert shared
-    for index, name in enumerate(roles.blocks):
-        state.advance(family.model.get_submodule(name), index)
-    assert any(len(value) for value in shared)
+    inputs = BlockInputs(family.model, roles.blocks, calibration(family)[:1])
+    (shared,) = (v for v in inputs.states[0].calls[-1][1].values() if isinstance(v, UserDict))
+    before = inputs.states[0].hidden
+    inputs.advance(family.model.get_submodule(roles.blocks[0]), 0)
+    kept = dict(shared)
+    inputs.states[0].hidden = before
+    for linear in language_linears(family.model, roles, []):
+        if linear.startswith(f"{roles.blocks[0]}."):
+            replace_module(family.model, linear, one_plane(family.model.get_submodule(linear)))
+    inputs.advance(family.model.get_submodule(roles.blocks[0]), 0)
+    assert kept
+    assert all(not torch.allclose(shared[key][0], kept[key][0]) for key in kept)
+
+
+@pytest.mark.skipif(not V5, reason="gemma4 is not in transformers 4")
+def test_shared_keys_and_values_take_the_dtype_of_refinement():
+    """Refinement runs a bfloat16 model's blocks in float32."""
+    family = FAMILIES["gemma4"]()
+    family.model.to(torch.bfloat16)
+    config = SABQuantizationConfig(calibration=family.batches, num_samples=8, refine_steps=1, alternations=2)
+    record = sab_hf.quantize(family.model, None, None, config)
+    assert len(record.refinements) == 4
 
 
 def test_three_modalities_are_told_apart():

@@ -38,7 +38,8 @@ def _llama(**changes):
 def _one_image(model, count, *shape, **extra) -> Family:
     """Return a family whose batches hold one image that becomes `count` tokens."""
     return Family(
-        model, batches(lambda seed: {**tokens((IMAGE, count), seed=seed), "pixel_values": pixels(*shape, seed=seed), **extra})
+        model,
+        batches(lambda seed: {**tokens((IMAGE, count), seed=seed), "pixel_values": pixels(*shape, seed=seed), **extra}),
     )
 
 
@@ -181,7 +182,11 @@ def smolvlm() -> Family:
 
 
 def deepseek_vl() -> Family:
-    config = get("DeepseekVLConfig")(text_config=text(model_type="llama"), vision_config=vision(model_type="siglip_vision_model", vision_use_head=False), image_token_id=IMAGE)
+    config = get("DeepseekVLConfig")(
+        text_config=text(model_type="llama"),
+        vision_config=vision(model_type="siglip_vision_model", vision_use_head=False),
+        image_token_id=IMAGE,
+    )
     return _one_image(build("DeepseekVLForConditionalGeneration", config), NUM_PATCHES, 1, 3, SIDE, SIDE)
 
 
@@ -208,7 +213,12 @@ def kosmos2() -> Family:
     def make(seed):
         inputs = tokens((IMAGE, 3), seed=seed)
         places = (inputs["input_ids"] == IMAGE).long()
-        return {**inputs, "modality": places, "image_embeds_position_mask": places, "pixel_values": pixels(1, 3, SIDE, SIDE, seed=seed)}
+        return {
+            **inputs,
+            "modality": places,
+            "image_embeds_position_mask": places,
+            "pixel_values": pixels(1, 3, SIDE, SIDE, seed=seed),
+        }
 
     return Family(model, batches(make))
 

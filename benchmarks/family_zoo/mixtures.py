@@ -138,8 +138,8 @@ def _gemma4(changes) -> Family:
     from .common import typed
 
     config = get("Gemma4Config")(
-        text_config=text(num_hidden_layers=4, intermediate_size=128, vocab_size_per_layer_input=128, hidden_size_per_layer_input=16,
-                         num_kv_shared_layers=0 if changes else 2, sliding_window=4,
+        text_config=text(num_hidden_layers=4, intermediate_size=128, vocab_size_per_layer_input=128,
+                         hidden_size_per_layer_input=16, num_kv_shared_layers=0 if changes else 2, sliding_window=4,
                          layer_types=["sliding_attention", "full_attention"] * 2, **changes),
         vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
                        "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2, "patch_size": 4,
@@ -159,7 +159,8 @@ def _gemma4(changes) -> Family:
 
 def gemma3n() -> Family:
     config = get("Gemma3nTextConfig")(
-        **text(num_hidden_layers=4, intermediate_size=256, vocab_size_per_layer_input=128, hidden_size_per_layer_input=16, num_kv_shared_layers=2,
+        **text(num_hidden_layers=4, intermediate_size=256, vocab_size_per_layer_input=128,
+               hidden_size_per_layer_input=16, num_kv_shared_layers=2,
                laurel_rank=16, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2,
                activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0])
     )  # fmt: skip
@@ -169,7 +170,8 @@ def gemma3n() -> Family:
 FAMILIES = {
     f.__name__: f
     for f in (
-        llama, mistral, qwen3, qwen3_moe, qwen3_vl_moe, glm4v_moe, llama4, llama4_text, aria, kimi_k25, ernie4_5_vl_moe, gemma4, gemma4_moe,
+        llama, mistral, qwen3, qwen3_moe, qwen3_vl_moe, glm4v_moe, llama4, llama4_text, aria, kimi_k25,
+        ernie4_5_vl_moe, gemma4, gemma4_moe,
         gemma3n,
     )
 }  # fmt: skip
