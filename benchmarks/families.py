@@ -140,9 +140,10 @@ def run(names: list[str]) -> list[Outcome]:
             try:
                 outcome = check(name, Path(folder))
             except Exception as error:  # a row of the table says what does not work
-                outcome = Outcome(
-                    name, transformers.__version__, f"{type(error).__name__}: {error}".split("\n")[0][:300]
+                said = (
+                    str(error) if isinstance(error, (ImportError, RuntimeError)) else f"{type(error).__name__}: {error}"
                 )
+                outcome = Outcome(name, transformers.__version__, said.split("\n")[0][:300])
         outcomes.append(outcome)
         print(f"{name:<22} {outcome.problem or f'ok, {100 * outcome.coverage:.1f} % covered'}", flush=True)
     return outcomes

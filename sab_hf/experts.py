@@ -108,8 +108,6 @@ def split_experts(model: nn.Module, names: Iterable[str]) -> None:
     Args:
         model: the model or its skeleton on the meta device.
         names: module names as `…experts.split.gate_up_proj.3`; names of other modules are ignored.
-    Raises:
-        ValueError: the shape of a fused parameter does not tell which axis its inputs have.
     """
     wanted = {fused_name(name) for name in names}
     _split(model, [name for name in fused_parameters(model) if name in wanted])
@@ -149,17 +147,25 @@ def experts_apart(model: nn.Module, names: list[str]) -> Iterator[None]:
 
 
 def fused_parameters(model: nn.Module, prefixes: tuple[str, ...] | None = None) -> list[str]:
-    """Return the names of the fused expert parameters: 3-D, and not the kernel of a convolution.
+    """Return the names of the fused expert parameters: 3-D, no kernel of a convolution, and it shows which axis is which.
 
     Args:
         model: the model.
         prefixes: modules to look in; None for all.
     """
-    inside = [(prefix, model.get_submodule(prefix)) for prefix in prefixes] if prefixes is not None else [("", model)]
+    return [
+        name
+        for name in _stacks(model, ("",) if prefixes is None else prefixes)
+        if _is_transposed(model, name) is not None
+    ]
+
+
+def _stacks(model: nn.Module, prefixes: tuple[str, ...]) -> list[str]:
+    """Return the names of the parameters that are stacks of matrices, in the order of their definition."""
     return [
         ".".join(part for part in (prefix, name, attribute) if part)
-        for prefix, top in inside
-        for name, module in top.named_modules()
+        for prefix in prefixes
+        for name, module in model.get_submodule(prefix).named_modules()
         if not isinstance(module, nn.modules.conv._ConvNd)
         for attribute, parameter in module._parameters.items()
         if parameter is not None
@@ -201,8 +207,8 @@ def _put_back(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
         owner.config = vars(owner).pop("_config_of_fused")
 
 
-def _is_transposed(model: nn.Module, name: str) -> bool:
-    """Whether a fused parameter is `[experts, in, out]`: as its module says, else by the shapes.
+def _is_transposed(model: nn.Module, name: str) -> bool | None:
+    """Whether a fused parameter is `[experts, in, out]`: as its module says, else by the shapes; None if they do not tell.
 
     The first fused parameter of a block takes hidden states, the last gives them back.
     """
@@ -210,20 +216,17 @@ def _is_transposed(model: nn.Module, name: str) -> bool:
     if isinstance(stated, bool):
         return stated
     hidden_size = model.get_input_embeddings().weight.shape[-1]
-    shapes = [_get(model, other).shape[1:] for other in fused_parameters(model, (_block_of(name),))]
+    shapes = [_get(model, other).shape[1:] for other in _stacks(model, (_block_of(name),))]
     for (rows, columns), takes_hidden_states in ((shapes[0], True), (shapes[-1], False)):
         if (rows == hidden_size) != (columns == hidden_size):
             return (rows == hidden_size) == takes_hidden_states
-    raise ValueError(
-        f"`{name}` has the shape {list(_get(model, name).shape)} and cannot be told from its transpose (hidden size "
-        f"{hidden_size}); name the experts in `modules_to_not_convert`"
-    )
+    return None
 
 
 def _block_of(name: str) -> str:
-    """Return the part of a dotted name up to its first number: the block."""
-    parts = name.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    """Return the part of a parameter's name up to its first number, the block, or else its module."""
+    *parts, _ = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     return ".".join(parts[: first + 1])
 
 

@@ -27,7 +27,7 @@ from sab_hf.experts import (
 )
 from sab_hf.roles import find_roles
 from sab_hf.routing import with_fallback
-from sab_hf.selection import language_linears
+from sab_hf.selection import coverage, language_linears
 
 # family → whether its fused weights are [experts, in, out]
 FUSED = {"llama4_text": True, "aria": True, "qwen3_vl_moe": not V5}
@@ -140,15 +140,17 @@ def test_expert_without_tokens_gives_no_rows():
     assert nn.functional.linear(torch.empty(0, 4), view[1]).shape == (0, 3)
 
 
-def test_shape_that_could_be_either_is_refused():
+def test_stack_that_could_be_either_way_round_stays_dense_and_is_named():
     model = make("llama4_text").model
     for owner in model.modules():
         if type(owner).__name__ == "Llama4TextExperts":
             owner.gate_up_proj = nn.Parameter(torch.zeros(4, 32, 32))
             owner.down_proj = nn.Parameter(torch.zeros(4, 32, 32))
-    with pytest.raises(ValueError, match=r"gate_up_proj` has the shape \[4, 32, 32\].*`modules_to_not_convert`"):
-        language_linears(model, find_roles(model), [])
-    assert not any("experts" in name for name in language_linears(model, find_roles(model), ["experts"]))
+    roles = find_roles(model)
+    linears = language_linears(model, roles, [])
+    assert not any("experts" in name for name in linears)
+    with pytest.raises(ValueError, match=r"in Llama4TextExperts, which is no nn\.Linear, such as `.*gate_up_proj`"):
+        coverage(model, roles, linears, []).check(allow_low_coverage=False)
 
 
 # ---- the tokens that the router sends

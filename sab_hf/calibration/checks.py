@@ -115,8 +115,8 @@ def check_image_tokens(
         if deaf and not allow_text_only:
             raise ValueError(
                 f"a calibration set for {type(model_config).__name__}, a model that takes sound, must have audio tokens, got 0; "
-                "pass samples with parts {'type': 'audio', 'audio': <path or URL>}, or processed batches. To calibrate on text alone, "
-                "set allow_text_only=True"
+                "pass samples with parts {'type': 'audio', 'audio': <path or URL>}, or processed batches. To "
+                "calibrate on text alone, set allow_text_only=True"
             )
         if not takes_audio(model_config):
             logger.warning(
