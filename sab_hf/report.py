@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -73,7 +73,7 @@ class Report:
     roles: dict[str, RoleReport]
     total_bytes: int
     coverage: Coverage
-    fallback_experts: int | None = None
+    fallback_experts: int | None = field(default=None, compare=False)
 
     @property
     def bits(self) -> float:

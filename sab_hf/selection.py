@@ -45,7 +45,7 @@ class Coverage:
     """
 
     num_quantized: int
-    dense: tuple[DenseWeight, ...]
+    dense: list[DenseWeight]
 
     @property
     def num_dense(self) -> int:
@@ -101,7 +101,7 @@ def coverage(model: nn.Module, roles: Roles, selected: dict[str, nn.Linear], ski
         left = math.prod(parameter.shape) - _selected_experts(name, parameter, selected)
         if left and not isinstance(owner, SABLinear):
             dense.append(DenseWeight(shown, left, _reason(roles, shown, owner, skipped)))
-    return Coverage(quantized, tuple(dense))
+    return Coverage(quantized, dense)
 
 
 def language_linears(model: nn.Module, roles: Roles, skipped: list[str]) -> dict[str, nn.Linear]:

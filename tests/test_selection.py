@@ -25,7 +25,7 @@ def test_all_language_weights_of_a_plain_model_are_covered():
     model = build_llava()
     result = covered(model)
     assert result.share == 1
-    assert result.dense == ()
+    assert result.dense == []
     language = [p for n, p in model.named_parameters() if ".layers." in n and "language_model" in n and p.ndim == 2]
     assert result.num_quantized == sum(p.numel() for p in language)
     result.check(allow_low_coverage=False)

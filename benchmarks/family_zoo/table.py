@@ -52,7 +52,8 @@ TAIL = """
 ## What does not work, or differs
 
 - A mixture of experts that was packed under transformers 4 cannot be loaded under 5, and the other way round, where the two name
-  the experts differently (Qwen3-MoE, GLM-4V-MoE, Aria): loading says so. Pack it with the version that will read it.
+  the experts differently (Qwen3-MoE, GLM-4V-MoE, Aria): loading says so. Pack it with the version that will read it. The same
+  holds for Gemma 3n from 4 to 5, which no longer has the keys and values that its last blocks do not use.
 - `Conv1D` weights (GPT-2) are no `nn.Linear`: no list of blocks is found. Models whose blocks are not in a `ModuleList` under the
   text model can name it: `SABQuantizationConfig(language_blocks=["decoder.stack"])`.
 - Models without one forward pass over tokens (Qwen2.5-Omni as a whole) are quantized by their part that reads tokens: load the
