@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .common import END, IMAGE, INIT, START, VIDEO, Family, batches, build, get, pixels, text, tokens, vision
-from .images import GLM_IDS, GLM_ROPE, GLM_VISION, MROPE, NUM_PATCHES, QWEN3_VISION, QWEN_IDS, SIDE, _grid, _images_only
+from .grids import GLM_IDS, GLM_ROPE, GLM_VISION, MROPE, QWEN3_VISION, QWEN_IDS, _grid, _images_only
+from .images import NUM_PATCHES, SIDE
 from .images import _one_image as one_image
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

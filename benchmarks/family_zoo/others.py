@@ -23,7 +23,7 @@ from .common import (
     tokens,
     vision,
 )
-from .images import MROPE, QWEN_VISION
+from .grids import MROPE, QWEN_VISION
 from .images import _one_image as one_image
 
 
