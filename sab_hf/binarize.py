@@ -313,9 +313,7 @@ def _spend(
     if config.budget == "uniform":
         return plan.modules
     shapes = _shapes({name: model.get_submodule(name) for name in plan.modules})
-    scores = {
-        name: torch.zeros(width) for name, (_, width) in shapes.items()
-    }  # nothing is at stake where no token came
+    scores = {name: torch.zeros(width) for name, (_, width) in shapes.items()}  # stays 0 where no token came
     for name, at in sensitivity.linears.items():
         for by_modality in at.column_scores(read_parameter(model, f"{name}.weight")).values():
             scores[name] += by_modality.cpu()

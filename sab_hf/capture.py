@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,11 +129,9 @@ class BlockInputs:
         """
         part = copy.copy(self)
         part.keeps = True
-        sizes, chosen, count = distributed.merge({state.number: state.rows for state in self.states}), set(), 0
-        for number in sorted(sizes):
-            if count < num_samples:
-                chosen.add(number)
-                count += sizes[number]
+        sizes = sorted(distributed.merge({state.number: state.rows for state in self.states}).items())
+        count = count_first([rows for _, rows in sizes], num_samples)
+        chosen = {number for number, _ in sizes[:count]}
         part.states = [copy.copy(state) for state in self.states if state.number in chosen]
         return part
 
@@ -218,19 +216,37 @@ class BlockInputs:
                 )
             moments.setdefault(name, SecondMoments(x.shape[-1], x.device)).add(x.flatten(0, -2), modality.to(x.device))
 
-        hooks = [
-            module.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
-            for name, module in linears.items()
-        ]
-        try:
+        with observing(linears, lambda name, x, _: observe(name, x)):
             for state in self.states:
                 for piece in state.pieces(index):
                     modality = piece.modality.flatten()
                     block_output(block, index, piece, piece.hidden)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return owner, moments
+
+
+def count_first(rows: Iterable[int], num_samples: int) -> int:
+    """Return how many of the first batches, which have so many rows each, hold `num_samples` samples (all, if too few)."""
+    total = count = 0
+    for size in rows:
+        if total >= num_samples:
+            break
+        total += size
+        count += 1
+    return count
+
+
+@contextmanager
+def observing(modules: dict[str, nn.Module], observe: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `observe(name, input, output)` after each run of one of the modules."""
+    hooks = [
+        module.register_forward_hook(lambda _, args, output, name=name: observe(name, args[0], output))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def block_output(block: nn.Module, index: int, state: BatchState, hidden: Tensor) -> Tensor:

@@ -83,13 +83,20 @@ def tensor_specs(
         "col_scale": (torch.int16, (num_planes, in_features)),
     }
     if num_significant:
-        specs |= {
-            "significant_columns": (torch.uint8, (math.ceil(in_features / 8),)),
-            "residual_signs": (torch.uint8, (out_features, math.ceil(num_significant / 8))),
-            "residual_row_scale": (torch.int16, (out_features,)),
-            "residual_col_scale": (torch.int16, (num_significant,)),
-        }
+        specs |= residual_specs(out_features, in_features, num_significant)
     return specs
+
+
+def residual_specs(
+    out_features: int, in_features: int, num_significant: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of the tensors of a residual plane alone; arguments as in `tensor_specs`."""
+    return {
+        "significant_columns": (torch.uint8, (math.ceil(in_features / 8),)),
+        "residual_signs": (torch.uint8, (out_features, math.ceil(num_significant / 8))),
+        "residual_row_scale": (torch.int16, (out_features,)),
+        "residual_col_scale": (torch.int16, (num_significant,)),
+    }
 
 
 def stored_bytes(out_features: int, in_features: int, num_planes: int, num_significant: int) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .calibration import IMAGE, CalibrationBatch
-from .capture import model_inputs
+from .capture import count_first, model_inputs, observing
 from .config import DENSE, REST_ROLES, SABQuantizationConfig
 from .embedding import SABEmbedding
 from .fit import fit_tall_planes
@@ -96,7 +95,7 @@ def binarize_rest(
     linears = {name: model.get_submodule(name) for name in planned if name != roles.embedding}
     if tied:
         linears[roles.head] = model.get_output_embeddings()
-    batches = _first(batches, config.sensitivity_samples)
+    batches = batches[: count_first([batch.modality.shape[0] for batch in batches], config.sensitivity_samples)]
     for part in _parts(linears):
         moments = _collect(model, part, batches)
         for name, linear in part.items():
@@ -127,16 +126,6 @@ def _binarize_embedding(
     replace_module(model, roles.embedding, SABEmbedding.from_planes(fit.planes, weight.dtype))
 
 
-def _first(batches: list[CalibrationBatch], num_samples: int) -> list[CalibrationBatch]:
-    chosen, count = [], 0
-    for batch in batches:
-        if count >= num_samples:
-            break
-        chosen.append(batch)
-        count += batch.modality.shape[0]
-    return chosen
-
-
 def _parts(linears: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
     """Split the Linears so that the second moments of each part fit into memory."""
     part: dict[str, nn.Linear] = {}
@@ -157,27 +146,15 @@ def _collect(
 ) -> dict[str, SecondMoments]:
     """Collect second moments of the Linears' inputs: by modality where there is one row a token, else as images."""
     moments: dict[str, SecondMoments] = {}
-    for batch in batches:
-        with _observing(linears, moments, batch.modality):
+    modality = torch.empty(0)
+
+    def observe(name: str, x: Tensor, _: Tensor) -> None:
+        kinds = torch.full(x.shape[:-1], IMAGE) if x.shape[:-1] != modality.shape else modality
+        own = moments.setdefault(name, SecondMoments(x.shape[-1], x.device))
+        own.add(x.flatten(0, -2), kinds.flatten().to(x.device))
+
+    with observing(linears, observe):
+        for batch in batches:
+            modality = batch.modality
             model(**model_inputs(model, batch.inputs), use_cache=False)
     return moments
-
-
-@contextmanager
-def _observing(linears: dict[str, nn.Linear], moments: dict[str, SecondMoments], modality: Tensor) -> Iterator[None]:
-    def observe(name: str, x: Tensor) -> None:
-        by_token = x.shape[:-1] == modality.shape
-        kinds = (
-            modality.to(x.device).flatten() if by_token else torch.full((x.shape[:-1].numel(),), IMAGE, device=x.device)
-        )
-        moments.setdefault(name, SecondMoments(x.shape[-1], x.device)).add(x.flatten(0, -2), kinds)
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
-        for name, module in linears.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

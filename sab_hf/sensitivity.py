@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .calibration import PADDING, CalibrationBatch
-from .capture import BatchState, BlockInputs, block_output, output_of_last_block
+from .capture import BatchState, BlockInputs, block_output, observing, output_of_last_block
 from .hessian import damp, inverse
 from .placement import check_finite
 
@@ -224,11 +224,19 @@ def _through_block(
         The squares at the output, under "", and at the Linears; and the gradient at the input.
     """
     squares, parts, start = _Squares(), [], 0
+    modality = torch.empty(0)
+
+    def observe(name: str, _: Tensor, output: Tensor) -> None:
+        kinds = modality
+        if output.requires_grad and output.shape[:-1].numel() == kinds.numel():
+            output.register_hook(lambda gradient: squares.add(name, gradient, kinds))
+
     for piece in state.pieces(index):
         at_output = gradient[start : start + piece.rows].to(piece.hidden.device)
         start += piece.rows
-        squares.add("", at_output, piece.modality)
-        with _observing_gradients(linears, squares, piece.modality), torch.enable_grad():
+        modality = piece.modality
+        squares.add("", at_output, modality)
+        with observing(linears, observe), torch.enable_grad():
             entering = piece.hidden.detach().requires_grad_(True)
             output = block_output(block, index, piece, entering)
             try:
@@ -284,20 +292,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for p in trained:
             p.requires_grad_(True)
-
-
-@contextmanager
-def _observing_gradients(linears: dict[str, nn.Linear], squares: _Squares, modality: Tensor) -> Iterator[None]:
-    def observe(name: str, output: Tensor) -> None:
-        if output.requires_grad and output.shape[:-1].numel() == modality.numel():
-            output.register_hook(lambda gradient: squares.add(name, gradient, modality))
-
-    hooks = [
-        module.register_forward_hook(lambda _, args, output, name=name: observe(name, output))
-        for name, module in linears.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import check_width, linear_reference, sab_linear
+from ..packing import residual_specs, tensor_specs
 
 logger = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,23 +56,13 @@ def check_operands(x: Tensor, operands: tuple[Tensor | None, ...]) -> None:
     Raises:
         ValueError: names the tensor, what it must be and what it is.
     """
-    signs, row_scale, col_scale, significant, residual_signs, residual_row_scale, residual_col_scale = operands
+    _, row_scale, col_scale, significant_columns, *_, residual_col_scale = operands
     (planes, rows), columns = row_scale.shape, col_scale.shape[-1]
-    row_bytes = (columns + 7) // 8
-    wanted = {
-        "signs": (signs, torch.uint8, (planes, rows, row_bytes)),
-        "row_scale": (row_scale, torch.float16, (planes, rows)),
-        "col_scale": (col_scale, torch.float16, (planes, columns)),
-    }
-    if significant is not None:
-        count = residual_col_scale.numel()
-        wanted |= {
-            "significant_columns": (significant, torch.uint8, (row_bytes,)),
-            "residual_signs": (residual_signs, torch.uint8, (rows, (count + 7) // 8)),
-            "residual_row_scale": (residual_row_scale, torch.float16, (rows,)),
-            "residual_col_scale": (residual_col_scale, torch.float16, (count,)),
-        }
-    for name, (tensor, dtype, shape) in wanted.items():
+    specs = tensor_specs(rows, columns, planes, 0)
+    if significant_columns is not None:
+        specs |= residual_specs(rows, columns, residual_col_scale.numel())
+    for (name, (dtype, shape)), tensor in zip(specs.items(), operands, strict=False):  # both in the op's order
+        dtype = torch.float16 if dtype == torch.int16 else dtype  # the format stores the bits of the op's scales
         if tensor.device != x.device or tensor.dtype != dtype or tensor.shape != shape:
             raise ValueError(
                 f"`{name}` must be {dtype} {list(shape)} on {x.device}, where the input is, "
