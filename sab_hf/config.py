@@ -68,6 +68,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             are one matrix and are stored once.
         modules_to_not_convert: modules that stay dense: each entry is a module name, or a part of one between
             dots (`"layers.0"`, `"down_proj"`). An entry that matches nothing is an error.
+        allow_low_coverage: permit that less than 90 % of the language weights are quantized.
+        language_blocks: names of the lists of language blocks, for a model in which they are not found by structure.
         processor: the model's processor or tokenizer, or a path to it; None loads it from where the model came from.
 
     The method:
@@ -136,6 +138,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     embedding_bits: int | None = None
     head_bits: int | None = None
     modules_to_not_convert: list[str] | None = None
+    allow_low_coverage: bool = False
+    language_blocks: list[str] | None = None
     processor: Any = None
     fit: str = "hessian"
     modality_balance: str = "equal"
@@ -187,7 +191,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         _check_number(self, "salient_top_p", 0, 1, open_low=True)
         _check_number(self, "diff_quantile", 0, 1)
         _check_number(self, "sparsity_threshold", 0, 1)
-        for name in ("allow_text_only", "tied_head"):
+        for name in ("allow_text_only", "allow_low_coverage", "tied_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
         for name in ("rest_bits", *(f"{role}_bits" for role in REST_ROLES)):
@@ -211,9 +215,10 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         _check_number(self, "process_timeout", 0, 1e7, open_low=True)
 
     def _check_modules(self) -> None:
-        skipped = self.modules_to_not_convert
-        if skipped is not None and not (isinstance(skipped, list) and all(isinstance(s, str) for s in skipped)):
-            raise ValueError(f"`modules_to_not_convert` must be a list of module names, got {skipped!r}")
+        for field_name in ("modules_to_not_convert", "language_blocks"):
+            names = getattr(self, field_name)
+            if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise ValueError(f"`{field_name}` must be a list of module names, got {names!r}")
         if not isinstance(self.modules, dict) or not all(
             isinstance(name, str) and _is_size(size) for name, size in self.modules.items()
         ):

@@ -43,6 +43,17 @@ class SecondMoments:
             self._sums[modality] = torch.zeros(self.in_features, self.in_features, device=self.device)
         return self._sums[modality]
 
+    @classmethod
+    def pooled(cls, parts: list[SecondMoments]) -> SecondMoments:
+        """Return the second moments over the tokens of all `parts`; one that occurs twice counts once."""
+        parts = list({id(part): part for part in parts}.values())
+        total = cls(parts[0].in_features, parts[0].device)
+        for part in parts:
+            for m, matrix in part._sums.items():
+                total._sums[m] = total._sums[m] + matrix if m in total._sums else matrix
+                total.counts[m] = total.counts.get(m, 0) + part.counts[m]
+        return total
+
     def is_finite(self) -> bool:
         """Whether every input so far was finite (the diagonal tells: it sums squares)."""
         return all(bool(total.diagonal().isfinite().all()) for total in self._sums.values())

@@ -24,6 +24,7 @@ from torch import nn
 
 from .calibration import CalibrationSet
 from .config import SABQuantizationConfig
+from .experts import fused_name
 from .packing import stored_bytes
 from .store import GIB
 from .workspace import Workspace
@@ -80,6 +81,7 @@ class Estimate:
 def estimate_run(
     model: nn.Module,
     block_names: tuple[str, ...],
+    shapes: dict[str, tuple[int, int]],
     modules: dict[str, list[int]],
     calibration: CalibrationSet,
     config: SABQuantizationConfig,
@@ -89,11 +91,11 @@ def estimate_run(
     """Predict what a run will need in a workspace.
 
     Args:
-        block_names, modules, calibration: as in `Plan`.
+        block_names, shapes, modules, calibration: as in `Plan`.
         refine_steps: of each block, 0 for none.
     """
     data = _Data.of(calibration, model, refine_steps, workspace)
-    blocks = [_Block.of(model, name, modules) for name in block_names]
+    blocks = [_Block.of(model, name, shapes, modules) for name in block_names]
     dearest = max(blocks, key=lambda block: block.weights)
     moved = 0 if workspace.device.type == "cpu" else 1  # what is computed where it is needs no second place
     working = {"record": moved * (_beside_blocks(model, block_names) + dearest.dense) + _activations(dearest, data)}
@@ -168,13 +170,16 @@ class _Block:
     dense: int
 
     @classmethod
-    def of(cls, model: nn.Module, name: str, modules: dict[str, list[int]]) -> _Block:
+    def of(
+        cls, model: nn.Module, name: str, shapes: dict[str, tuple[int, int]], modules: dict[str, list[int]]
+    ) -> _Block:
         linears, beside = [], {}
-        for inner, (planes, significant) in modules.items():
+        for inner, sizes in modules.items():
             if inner.startswith(f"{name}."):
-                linear = model.get_submodule(inner)
-                linears.append((linear.out_features, linear.in_features, planes, significant))
-                beside.setdefault((inner.rpartition(".")[0], linear.in_features), []).append(inner)
+                linears.append((*shapes[inner], *sizes))
+                # each expert has its own rows of tokens
+                part = inner if fused_name(inner) else inner.rpartition(".")[0]
+                beside.setdefault((part, shapes[inner][1]), []).append(inner)
         inputs = [width for (_, width), names in beside.items() for _ in names[:2]]
         return cls(linears, inputs, sum(p.nbytes for p in model.get_submodule(name).parameters()))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,15 +13,13 @@ from torch import Tensor, nn
 
 from . import distributed
 from .calibration import PADDING
-from .capture import BatchState, BlockInputs, block_output
-from .fit import PlaneState, from_sign_planes, nearest_signs, to_sign_planes
+from .capture import BlockInputs
 from .linear import SABLinear, replace_module
 from .planes import SignPlanes
+from .states import BatchState, block_output
+from .trainable import TrainablePlanes, building
 
 logger = logging.getLogger(__name__)
-
-LATENT_START = 0.5
-"""How far, at most, a latent weight starts from its level, towards the dense weight, in halves of a level's distance."""
 
 
 @dataclass(frozen=True)
@@ -43,93 +40,6 @@ class RefineResult(NamedTuple):
     after: float
 
 
-class TrainablePlanes(nn.Module):
-    """A Linear whose weight is made of sign planes that can be trained.
-
-    Behind each weight is a latent one; the weight is the level `Σ_k ±r_k c_k` nearest to it, and gradients go straight
-    through to the latent, except where it lies outside all levels. With one plane the level is the latent's sign. Scales are
-    trained relative to where they start, so that one learning rate suits all.
-
-    Args:
-        planes: where to start.
-        W: [out_features, in_features], the dense weight that they stand for.
-        bias: [out_features] or None.
-    """
-
-    def __init__(self, planes: SignPlanes, W: Tensor, bias: Tensor | None):
-        super().__init__()
-        state = from_sign_planes(planes)
-        self.register_buffer("row_start", state.r)
-        self.register_buffer("col_start", state.c)
-        self.free, self.has_residual = state.free, state.has_residual
-        self.row_change = nn.Parameter(torch.zeros_like(state.r))
-        self.col_change = nn.Parameter(torch.zeros_like(state.c))
-        sizes = (state.r[:, :, None] * state.c[:, None]).abs()  # [K, n, m]
-        unit = torch.where(sizes > 0, sizes, torch.inf).amin(0)
-        unit[unit.isinf()] = 0
-        self.register_buffer("unit", unit)  # half the distance between two levels, about
-        level = torch.where(unit > 0, state.dense() / unit, 0)
-        self.latent = nn.Parameter(_latent_start(W, level, unit, sizes.sum(0)))
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
-        self._built: Tensor | None = None
-        self._leaf: Tensor | None = None
-
-    def state(self) -> PlaneState:
-        """Return the planes at the present latent weights and scales; gradients flow to the scales."""
-        state = PlaneState(
-            torch.empty(0),
-            self.row_start * (1 + self.row_change),
-            self.col_start * (1 + self.col_change),
-            self.free,
-            self.has_residual,
-        )
-        with torch.no_grad():
-            state.B = nearest_signs(self.latent * self.unit, state)
-        return state
-
-    def weight(self) -> Tensor:
-        """Return the dense weight [out_features, in_features] with gradients to latent weights and scales."""
-        state = self.state()
-        W = state.dense()
-        with torch.no_grad():
-            largest = (state.r[:, :, None] * state.c[:, None]).abs().sum(0)
-            inside = (self.latent * self.unit).abs() <= largest
-        through = torch.where(inside, self.latent * self.unit, 0)
-        return W + through - through.detach()
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Build the weight once for all forward and backward passes of a step, and hand their gradient on at its end."""
-        self._built = self.weight()
-        self._leaf = self._built.detach().requires_grad_(self._built.requires_grad)
-        try:
-            yield
-            if self._leaf.grad is not None:
-                self._built.backward(self._leaf.grad)
-        finally:
-            self._built = self._leaf = None
-
-    def forget_gradient(self) -> None:
-        """Drop what the passes of this step have added so far."""
-        self._leaf.grad = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self._leaf, self.bias)
-
-    @torch.no_grad()
-    def planes(self) -> SignPlanes:
-        """Return the trained planes."""
-        return to_sign_planes(self.state())
-
-
-def _latent_start(W: Tensor, level: Tensor, unit: Tensor, largest: Tensor) -> Tensor:
-    """Return where the latent weights start, in units of `unit`: between their level and the dense weight."""
-    pull = torch.where(unit > 0, W / unit, 0) - level
-    start = level + pull.clamp(-LATENT_START, LATENT_START)
-    bound = torch.where(unit > 0, largest / unit, 1)
-    return start.clamp(-bound, bound)
-
-
 def refine_block(
     model: nn.Module,
     block: nn.Module,
@@ -148,10 +58,11 @@ def refine_block(
         block: the block that they are in.
         index: its place among the blocks.
         planes: fitted planes of the block's Linears, by module name.
-        inputs: calibration batches, with the block's inputs `hidden` and the wanted outputs `target`. Each process of several
-            has its own; gradients and errors are summed over all.
+        inputs: calibration batches, with the block's inputs `hidden` and the wanted outputs `target`; those that the model leaves
+            the block out for do not count. Each process of several has its own; gradients and errors are summed over all.
         settings: steps and rates.
-        gradient: modality → [hidden_size], weights of the error at each output feature; None: modalities in equal parts.
+        gradient: modality → [hidden_size], weights of the error at each output feature; None: modalities in equal parts, which
+            also holds where they are of modalities that do not come.
     Returns:
         The relative output error before and after.
     Raises:
@@ -206,18 +117,18 @@ def _train(
     settings: RefineSettings,
     gradient: dict[int, Tensor] | None,
 ) -> RefineResult:
-    weights = _ErrorWeights(inputs, gradient)
+    weights = _ErrorWeights(inputs, index, gradient)
     before = _mean_error(block, index, modules, inputs, weights)
     optimizer = _optimizer(modules, others, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     )
-    own = {state.number: state for state in inputs.states}
+    own = {state.number: state for state in inputs.running(index)}
     draws = _draw_batches(distributed.merge({number: state.rows for number, state in own.items()}), settings)
     for _ in range(settings.steps):
         optimizer.zero_grad(set_to_none=True)
         drawn = [own[number] for number in next(draws) if number in own]
-        with _building(modules):
+        with building(modules):
             _accumulate_gradients(block, index, modules, drawn, inputs, weights)
         distributed.sum_gradients(p for group in optimizer.param_groups for p in group["params"])
         optimizer.step()
@@ -257,19 +168,20 @@ class _ErrorWeights:
 
     Args:
         inputs: the set, with targets; of several processes, each has its part.
+        index: of the block.
         gradient: modality → [hidden_size], the weight w of each feature; None: w is 1 and modalities have equal parts.
     """
 
-    def __init__(self, inputs: BlockInputs, gradient: dict[int, Tensor] | None):
+    def __init__(self, inputs: BlockInputs, index: int, gradient: dict[int, Tensor] | None):
         power: dict[int, Tensor] = {}
-        for state in inputs.states:
+        for state in inputs.running(index):
             squares = state.target.to(inputs.workspace.device).float().square()
             modality = state.modality.to(squares.device)
             for m in modality.unique().tolist():
                 if m != PADDING:
-                    power[m] = power.get(m, 0) + squares[modality == m].sum(0)
+                    power[m] = power.get(m, 0) + squares[..., modality == m, :].flatten(0, -2).sum(0)
         power = distributed.sum_tensors(power, inputs.workspace.device)
-        if gradient is None:
+        if gradient is None or not gradient.keys() & power.keys():
             self.by_modality = {
                 m: torch.ones_like(p) / (len(power) * p.sum().clamp_min(1e-30)) for m, p in power.items()
             }
@@ -279,9 +191,9 @@ class _ErrorWeights:
             self.by_modality = {m: gradient[m] / total.clamp_min(1e-30) for m in power if m in gradient}
 
     def error(self, output: Tensor, state: BatchState) -> Tensor:
-        """Return the weighted squared error of a batch's output [batch, length, hidden_size]."""
+        """Return the weighted squared error of a batch's output [..., batch, length, hidden_size]."""
         squares = (output.float() - state.target.float()).square()
-        return sum((squares @ weight)[state.modality == m].sum() for m, weight in self.by_modality.items())
+        return sum((squares @ weight)[..., state.modality == m].sum() for m, weight in self.by_modality.items())
 
 
 def _error(block: nn.Module, index: int, state: BatchState, weights: _ErrorWeights) -> Tensor:
@@ -299,17 +211,9 @@ def _mean_error(
         return sum(float(_error(block, index, piece, weights)) for piece in state.pieces(index))
 
     limit, what = inputs.workspace.limit, f"measuring block {index}"
-    with _building(modules):
-        own = sum(limit.retry(what, state.rows, lambda state=state: run(state)) for state in inputs.states)
+    with building(modules):
+        own = sum(limit.retry(what, state.rows, lambda state=state: run(state)) for state in inputs.running(index))
     return distributed.sum_numbers({"error": own})["error"]
-
-
-@contextmanager
-def _building(modules: dict[str, TrainablePlanes]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module in modules.values():
-            stack.enter_context(module.step())
-        yield
 
 
 def _optimizer(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from .linear import SABModule
-from .roles import find_roles
+from .roles import LANGUAGE, Roles, find_roles
+from .selection import Coverage, coverage
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,16 @@ class Report:
         modules: the quantized modules.
         roles: by role name.
         total_bytes: tensor bytes of the whole checkpoint (safetensors headers, a few KiB, come on top).
+        coverage: how much of the language weights is quantized, and what is not.
+        fallback_experts: experts that saw too few calibration tokens for a fit of their own; None if the model was not
+            quantized in this process.
     """
 
     modules: list[ModuleReport]
     roles: dict[str, RoleReport]
     total_bytes: int
+    coverage: Coverage
+    fallback_experts: int | None = field(default=None, compare=False)
 
     @property
     def bits(self) -> float:
@@ -81,6 +87,7 @@ class Report:
             entry["bits"] = module.bits
         for name, role in self.roles.items():
             plain["roles"][name]["bits"] = role.bits
+        plain["coverage"] |= {"share": self.coverage.share}
         return plain | {"bits": self.bits}
 
     def to_json(self) -> str:
@@ -92,6 +99,12 @@ class Report:
             bits = "–" if role.bits is None else f"{role.bits:.3f}"
             lines.append(
                 f"{name:<12}{role.num_quantized:>18,}{bits:>13}{_size(role.quantized_bytes):>12}{_size(role.dense_bytes):>12}"
+            )
+        if self.modules:
+            lines.append(self.coverage.summary())
+        if self.fallback_experts:
+            lines.append(
+                f"{self.fallback_experts} experts saw too few tokens and were fitted to those of their whole layer"
             )
         return "\n".join([*lines, f"whole checkpoint: {_size(self.total_bytes)}"])
 
@@ -130,7 +143,14 @@ def report(model: nn.Module) -> Report:
             sum(module.num_weights for module in own), sum(module.stored_bytes for module in own), dense.get(role, 0)
         )
     total = sum(role.quantized_bytes + role.dense_bytes for role in by_role.values())
-    return Report(modules, by_role, total)
+    record = getattr(getattr(model, "hf_quantizer", None), "record", None)
+    return Report(modules, by_role, total, _coverage(model, roles), None if record is None else len(record.fallbacks))
+
+
+def _coverage(model: nn.Module, roles: Roles) -> Coverage:
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, SABModule) and roles.of(name) == LANGUAGE}
+    config = getattr(model.config, "quantization_config", None)
+    return coverage(model, roles, linears, getattr(config, "modules_to_not_convert", None) or [])
 
 
 def _size(num_bytes: int) -> str:

@@ -6,17 +6,19 @@ import logging
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .calibration import IMAGE, CalibrationBatch
-from .capture import count_first, model_inputs, observing
+from .calibration import CalibrationBatch
+from .capture import count_first
 from .config import DENSE, REST_ROLES, SABQuantizationConfig
 from .embedding import SABEmbedding
 from .fit import fit_tall_planes
 from .hessian import SecondMoments, damp, mix
 from .linear import SABLinear, replace_module
+from .rest_inputs import moments_after_blocks, moments_before_blocks
 from .roles import EMBEDDING, HEAD, Roles
 from .swap import tie_head
+from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +70,20 @@ def is_tied(model: nn.Module) -> bool:
 
 def _matrices(model: nn.Module, roles: Roles, role: str) -> dict[str, nn.Module]:
     """Return the matrices of a role by name. Subclasses of Linear and Embedding have a forward of their own: left alone."""
-    kind = nn.Embedding if role == EMBEDDING else nn.Linear
-    return {name: module for name, module in model.named_modules() if type(module) is kind and roles.of(name) == role}
+    if role == EMBEDDING:  # further tables of that role (of positions, or one for each layer) stay dense
+        embedding = model.get_submodule(roles.embedding)
+        return {roles.embedding: embedding} if type(embedding) is nn.Embedding else {}
+    return {name: m for name, m in model.named_modules() if type(m) is nn.Linear and roles.of(name) == role}
+
+
+def check_rest(model: nn.Module, planned: dict[str, int]) -> None:
+    """Raise a ValueError if one of the planned matrices is offloaded: it can only be binarized in memory."""
+    absent = next((name for name in planned if model.get_submodule(name).weight.is_meta), None)
+    if absent is not None:
+        raise ValueError(
+            f"`{absent}` is offloaded, and what is outside the language blocks can only be binarized in memory (the blocks "
+            "may be offloaded); leave `rest_bits` and the bits of single roles at 16, or give it a place in `device_map`"
+        )
 
 
 @torch.no_grad()
@@ -79,51 +93,75 @@ def binarize_rest(
     planned: dict[str, int],
     batches: list[CalibrationBatch],
     config: SABQuantizationConfig,
+    workspace: Workspace,
 ) -> dict[str, list[int]]:
     """Binarize the planned matrices in place, under the second moments of their inputs in the full-precision model.
 
     A look-up gives one row as it is, so an embedding is fitted to its own entries; a tied one half to them and half to the
-    output head's inputs.
+    output head's inputs. Language blocks come to the compute device one at a time, so the memory that this takes is that of
+    everything beside them.
 
     Args:
         planned: name → full planes, from `plan_rest`.
         batches: calibration batches; `sensitivity_samples` samples of them are used.
+        workspace: where to compute. Packed modules go where the dense ones were.
     Returns:
         The sizes of the new packed modules, for `SABQuantizationConfig.modules`.
     """
     tied = is_tied(model) and roles.embedding in planned
     linears = {name: model.get_submodule(name) for name in planned if name != roles.embedding}
+    head = {name: linear for name, linear in linears.items() if roles.of(name) == HEAD}
     if tied:
-        linears[roles.head] = model.get_output_embeddings()
+        head[roles.head] = model.get_output_embeddings()
     batches = batches[: count_first([batch.modality.shape[0] for batch in batches], config.sensitivity_samples)]
-    for part in _parts(linears):
-        moments = _collect(model, part, batches)
-        for name, linear in part.items():
-            H = damp(mix(moments.get(name), linear.in_features, linear.weight.device), config.damping)
-            if tied and name == roles.head:
-                _binarize_embedding(model, roles, planned[roles.embedding], H, config)
-                tie_head(model)
-                continue
-            fit = fit_tall_planes(
-                linear.weight, H, planned[name], alternations=config.alternations, block_size=config.block_size
-            )
-            logger.info("%s: %d planes, relative output error %.2e", name, planned[name], fit.error)
-            replace_module(model, name, SABLinear.from_planes(fit.planes, linear.bias))
-    if roles.embedding in planned and not tied:
-        _binarize_embedding(model, roles, planned[roles.embedding], None, config)
+    moments = {}
+    if head:  # first: its inputs are those of the full-precision model
+        moments = moments_after_blocks(model, roles, head, batches, workspace)
+    for part in _parts({name: linear for name, linear in linears.items() if name not in head}):
+        own = moments_before_blocks(model, roles, part, batches, workspace)
+        for name in part:
+            _binarize_linear(model, name, own.get(name), planned[name], config, workspace.device)
+    for name in head.keys() & planned.keys():
+        _binarize_linear(model, name, moments.get(name), planned[name], config, workspace.device)
+    if roles.embedding in planned:
+        at_head = moments.get(roles.head) if tied else None
+        _binarize_embedding(model, roles, planned[roles.embedding], at_head, config, workspace.device)
+        if tied:
+            tie_head(model)
     return {name: [num_planes, 0] for name, num_planes in planned.items()}
 
 
+def _binarize_linear(
+    model: nn.Module,
+    name: str,
+    moments: SecondMoments | None,
+    num_planes: int,
+    config: SABQuantizationConfig,
+    device: torch.device,
+) -> None:
+    linear = model.get_submodule(name)
+    H = damp(mix(moments, linear.in_features, device), config.damping)
+    fit = fit_tall_planes(linear.weight, H, num_planes, alternations=config.alternations, block_size=config.block_size)
+    logger.info("%s: %d planes, relative output error %.2e", name, num_planes, fit.error)
+    replace_module(model, name, SABLinear.from_planes(fit.planes, linear.bias).to(linear.weight.device))
+
+
 def _binarize_embedding(
-    model: nn.Module, roles: Roles, num_planes: int, H_head: Tensor | None, config: SABQuantizationConfig
+    model: nn.Module,
+    roles: Roles,
+    num_planes: int,
+    at_head: SecondMoments | None,
+    config: SABQuantizationConfig,
+    device: torch.device,
 ) -> None:
     weight = model.get_submodule(roles.embedding).weight
-    H = torch.eye(weight.shape[1], device=weight.device)
-    if H_head is not None:
+    H = torch.eye(weight.shape[1], device=device)
+    if at_head is not None:
+        H_head = damp(mix(at_head, weight.shape[1], device), config.damping)
         H = 0.5 * H + 0.5 * H_head / H_head.diagonal().mean()
     fit = fit_tall_planes(weight, H, num_planes, alternations=config.alternations, block_size=config.block_size)
     logger.info("%s: %d planes, relative error %.2e", roles.embedding, num_planes, fit.error)
-    replace_module(model, roles.embedding, SABEmbedding.from_planes(fit.planes, weight.dtype))
+    replace_module(model, roles.embedding, SABEmbedding.from_planes(fit.planes, weight.dtype).to(weight.device))
 
 
 def _parts(linears: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
@@ -139,22 +177,3 @@ def _parts(linears: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
         size += own
     if part:
         yield part
-
-
-def _collect(
-    model: nn.Module, linears: dict[str, nn.Linear], batches: list[CalibrationBatch]
-) -> dict[str, SecondMoments]:
-    """Collect second moments of the Linears' inputs: by modality where there is one row a token, else as images."""
-    moments: dict[str, SecondMoments] = {}
-    modality = torch.empty(0)
-
-    def observe(name: str, x: Tensor, _: Tensor) -> None:
-        kinds = torch.full(x.shape[:-1], IMAGE) if x.shape[:-1] != modality.shape else modality
-        own = moments.setdefault(name, SecondMoments(x.shape[-1], x.device))
-        own.add(x.flatten(0, -2), kinds.flatten().to(x.device))
-
-    with observing(linears, observe):
-        for batch in batches:
-            modality = batch.modality
-            model(**model_inputs(model, batch.inputs), use_cache=False)
-    return moments

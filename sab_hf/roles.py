@@ -1,11 +1,13 @@
 """Which part of the model a module belongs to, found by structure and not by name.
 
-The text model is the parent of the input embedding; its longest list of alike blocks holds the language blocks. Lists of
-alike blocks elsewhere make the vision (or audio) towers, and what is left between towers and text model is the projector.
+The text model is the parent of the input embedding. The lists of blocks nearest to it are the language blocks: one list, or
+two in an encoder-decoder. A list of blocks elsewhere belongs to a tower if the part that it is in takes pixels or sound;
+otherwise (Q-formers, resamplers) that part is projector, as is all else between towers and text model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,22 +20,30 @@ class Roles:
     """The parts of a model.
 
     Attributes:
-        blocks: names of the language blocks, in the order in which they run.
+        stages: names of the language blocks in the order in which they run, one tuple for each list of blocks. A later stage
+            reads what an earlier one gives: the decoder's blocks the encoder's output.
         embedding: name of the input embedding.
         head: name of the output embedding, or None.
         vision: prefixes of the towers (vision, audio).
+        tables: further embeddings in the text model (of positions, or one for each layer), which have the embedding's role.
     """
 
-    blocks: tuple[str, ...]
+    stages: tuple[tuple[str, ...], ...]
     embedding: str
     head: str | None
     vision: tuple[str, ...]
+    tables: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of all language blocks, in the order in which they run."""
+        return tuple(name for stage in self.stages for name in stage)
 
     def of(self, name: str) -> str:
         """Return the role of the module or tensor called `name`."""
-        if name == self.embedding or name.startswith(f"{self.embedding}."):
+        if _is_under(name, (self.embedding, *self.tables)):
             return EMBEDDING
-        if self.head is not None and (name == self.head or name.startswith(f"{self.head}.")):
+        if self.head is not None and _is_under(name, (self.head,)):
             return HEAD
         if _is_under(name, self.vision):
             return VISION
@@ -46,52 +56,110 @@ class Roles:
         return self.embedding.rpartition(".")[0]
 
 
-def find_roles(model: nn.Module) -> Roles:
+def find_roles(model: nn.Module, language_blocks: Sequence[str] | None = None) -> Roles:
     """Find the language blocks, towers, embedding and head of a transformers model.
 
+    Args:
+        model: the model, or its skeleton on the meta device.
+        language_blocks: names of the lists of language blocks; None: those that the model was quantized with, else found.
     Raises:
-        ValueError: the model has no input embedding, or no list of alike blocks beside it.
+        ValueError: the model has no input embedding, or no list of blocks beside it, or not those that were given; the
+            message says what to pass.
     """
     names = {module: name for name, module in model.named_modules()}
-    embedding = names[model.get_input_embeddings()]
-    head = model.get_output_embeddings()
+    embedding = names[_input_embedding(model)]
     text_model = embedding.rpartition(".")[0]
     lists = _block_lists(model)
-    language = [(name, blocks) for name, blocks in lists.items() if _is_under(name, (text_model,))]
-    if not language:
-        raise ValueError(
-            f"found no list of alike blocks in the text model `{text_model}` of {type(model).__name__}; "
-            "this architecture is not supported yet"
-        )
-    list_name, blocks = max(language, key=lambda item: len(item[1]))
-    towers = [name for name in lists if not _is_under(name, (text_model,))]
+    if language_blocks is None:
+        language_blocks = getattr(getattr(model.config, "quantization_config", None), "language_blocks", None)
+    if language_blocks is None:
+        language = _nearest([name for name in lists if _is_under(name, (text_model,))])
+    else:
+        language = list(language_blocks)
+    _check_language(model, language, lists, text_model)
+    towers = {_tower(name, language) for name in lists if name not in language}
+    media = {name for name in towers if _takes_media(model.get_submodule(name))} or towers
     return Roles(
-        blocks=tuple(f"{list_name}.{i}" for i in range(len(blocks))),
+        stages=tuple(tuple(f"{name}.{i}" for i in range(len(model.get_submodule(name)))) for name in language),
         embedding=embedding,
-        head=names.get(head),
-        vision=tuple(sorted({_tower(name, text_model) for name in towers})),
+        head=names.get(model.get_output_embeddings()),
+        vision=tuple(sorted(media)),
+        tables=tuple(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding)
+            and name != embedding
+            and _is_under(name, (text_model,))
+            and not _is_under(name, (*media, *language))
+        ),
     )
 
 
+def _input_embedding(model: nn.Module) -> nn.Module:
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if not isinstance(embedding, nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} has no input embedding (`get_input_embeddings()`), so it is no language model that can be "
+            "calibrated; pass the part that reads tokens, such as the `thinker` of an omni model"
+        )
+    return embedding
+
+
+def _check_language(model: nn.Module, language: list[str], lists: dict[str, nn.ModuleList], text_model: str) -> None:
+    wrong = [name for name in language if name not in lists]
+    if wrong or not language:
+        what = f"`{wrong[0]}` is no list of blocks" if wrong else "no list of blocks was found"
+        raise ValueError(
+            f"{what} in the text model `{text_model}` of {type(model).__name__}; pass "
+            "SABQuantizationConfig(language_blocks=[...]) with the names of the ModuleLists whose items, one after the other, "
+            f"turn hidden states into hidden states and hold nn.Linear layers. Lists that do: {sorted(lists) or 'none'}"
+        )
+
+
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the outermost ModuleLists whose items are of one class and hold Linears (packed or not)."""
+    """Return the outermost ModuleLists whose items are larger parts that hold Linears (packed or not)."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module) or _is_under(name, tuple(lists)):
-            continue
-        holds_linears = any(hasattr(m, "in_features") for m in module[0].modules())
-        if holds_linears and len({type(item) for item in module}) == 1:
-            lists[name] = module
+        if isinstance(module, nn.ModuleList) and len(module) and not _is_under(name, tuple(lists)):  # noqa: SIM102
+            if all(_holds_linears(item) for item in module):
+                lists[name] = module
     return lists
 
 
-def _tower(list_name: str, text_model: str) -> str:
-    """Return the largest part of the model that holds the list but not the text model."""
-    own, other = list_name.split("."), text_model.split(".")
-    shared = 0
-    while shared < min(len(own), len(other)) and own[shared] == other[shared]:
-        shared += 1
+def _holds_linears(block: nn.Module) -> bool:
+    return any(hasattr(module, "in_features") for module in block.modules() if module is not block)
+
+
+def _nearest(names: list[str]) -> list[str]:
+    """Return the names with the fewest parts."""
+    depth = min((name.count(".") for name in names), default=0)
+    return [name for name in names if name.count(".") == depth]
+
+
+def _takes_media(part: nn.Module) -> bool:
+    """Whether a part takes pixels or sound: it holds a convolution, or a transformers model says what its input is."""
+    return any(
+        isinstance(module, nn.modules.conv._ConvNd)
+        or getattr(module, "main_input_name", "input_ids") not in ("input_ids", "inputs_embeds")
+        for module in part.modules()
+    )
+
+
+def _tower(list_name: str, language: list[str]) -> str:
+    """Return the largest part of the model that holds the list and no language blocks."""
+    own = list_name.split(".")
+    shared = max(_shared_parts(own, other.split(".")) for other in language)
     return ".".join(own[: shared + 1])
+
+
+def _shared_parts(one: list[str], other: list[str]) -> int:
+    count = 0
+    while count < min(len(one), len(other)) and one[count] == other[count]:
+        count += 1
+    return count
 
 
 def _is_under(name: str, prefixes: tuple[str, ...]) -> bool:

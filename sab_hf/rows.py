@@ -59,7 +59,8 @@ def take_rows(value: Any, rows: slice, batch: int, length: int) -> Any:
     """Return the arguments of a block for some samples of a batch.
 
     Masks, positions and rotary factors have the batch beside the length (`[B, L, …]`, `[3, B, L, …]`), in front of a
-    square (`[B, 1, L, L]`), or alone (`[B]`). What has no batch axis is shared by all samples.
+    square (`[B, 1, L, L]`), or alone (`[B]`); features of images may have that of their tiles times the batch in front
+    (`[B · tiles, F, D]`). What has no batch axis is shared by all samples.
 
     Args:
         value: nested tuples, lists and dicts of tensors and anything else.
@@ -68,15 +69,21 @@ def take_rows(value: Any, rows: slice, batch: int, length: int) -> Any:
     """
     if isinstance(value, Tensor):
         axis = _batch_axis(value, batch, length)
-        return value if axis is None else value.narrow(axis, rows.start, rows.stop - rows.start)
+        if axis is None:
+            return value
+        each = value.shape[axis] // batch
+        return value.narrow(axis, each * rows.start, each * (rows.stop - rows.start))
     return map_nested(value, lambda item: take_rows(item, rows, batch, length))
 
 
 def _batch_axis(tensor: Tensor, batch: int, length: int) -> int | None:
     shape = tuple(tensor.shape)
+    if len(shape) == 4 and shape[2:] == (length, length):  # [B, heads, L, L], where there may be B heads
+        return 0 if shape[0] == batch else None
     beside = [axis for axis in range(len(shape) - 1) if shape[axis : axis + 2] == (batch, length)]
     if beside:
         return beside[0]
-    if not shape or shape[0] != batch or shape == (length,):  # [L] are positions that all samples share
+    if not shape or shape == (length,):  # [L] are positions that all samples share
         return None
-    return 0
+    by_tile = len(shape) == 3 and tensor.is_floating_point() and shape[0] and shape[0] % batch == 0
+    return 0 if shape[0] == batch or by_tile else None

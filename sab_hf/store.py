@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import tempfile
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import psutil
@@ -64,9 +66,10 @@ class StateStore:
             return old.copy_(new)
         return new.to(old.device)
 
-    def forget(self, tensor: Tensor) -> None:
-        """Give up the room of a tensor that `put` returned and nobody reads any more."""
-        self.used[self._tier(tensor)] -= tensor.nbytes
+    def forget(self, *values: Any) -> None:
+        """Give up the room of tensors, also nested ones, that `put` returned and nobody reads any more."""
+        for tensor in tensors_in(values):
+            self.used[self._tier(tensor)] -= tensor.nbytes
 
     def put_all(self, value: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
         """Put every tensor in nested tuples, lists and dicts; `seen` remembers what comes again, which stays shared."""
@@ -110,15 +113,37 @@ class StateStore:
         return stored.copy_(tensor)
 
 
-def map_nested(value: Any, change: Any) -> Any:
-    """Apply `change` to the items of a tuple, list or dict; anything else is returned as it is."""
+def map_nested(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply `change` to the items of a tuple, list or mapping, whose type is kept; anything else is returned as it is."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(change, value))
     if isinstance(value, (tuple, list)):
         return type(value)(change(item) for item in value)
-    if isinstance(value, dict):
-        return {key: change(item) for key, item in value.items()}
+    if isinstance(value, MutableMapping):
+        changed = copy.copy(value)  # a `defaultdict` or a `UserDict` of the model stays one
+        for key, item in value.items():
+            changed[key] = change(item)
+        return changed
     return value
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `change` to each tensor in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return map_nested(value, lambda item: map_tensors(item, change))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the different tensors in nested tuples, lists and mappings."""
+    found: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        found[id(tensor)] = tensor
+        return tensor
+
+    map_tensors(value, note)
+    return list(found.values())
 
 
 def _free_on(device: torch.device) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .embedding import SABEmbedding, SABTiedHead
+from .experts import fuse_experts, split_experts
 from .linear import SABLinear, SABModule, replace_module
 
 
@@ -26,12 +27,14 @@ def swap_in_empty(model: nn.Module, modules: dict[str, list[int]], tied_head: bo
             "the checkpoint's quantization_config says `sab` but lists no quantized modules; it is damaged or was written by "
             "hand. To quantize a dense checkpoint, remove quantization_config from its config.json"
         )
+    split_experts(model, modules)
     dense = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     unknown = [name for name in modules if name not in dense]
     if unknown:
         raise ValueError(
             f"the checkpoint's quantization_config lists {len(unknown)} modules that are no Linear of "
-            f"{type(model).__name__}, first `{unknown[0]}`; load it with the class that saved it"
+            f"{type(model).__name__}, first `{unknown[0]}`; load it with the class that saved it (and, for mixtures of "
+            "experts, with a transformers version that names them so: versions 4 and 5 differ)"
         )
     for name, (num_planes, num_significant) in modules.items():
         if isinstance(dense[name], nn.Embedding):
@@ -87,6 +90,7 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
         if getattr(module, "bias", None) is not None:
             dense.bias = nn.Parameter(module.bias.to(dtype))
         replace_module(model, name, dense)
+    fuse_experts(model)
     for name in tied:
         embedding = model.get_input_embeddings()
         with torch.device("meta"):

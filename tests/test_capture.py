@@ -13,13 +13,14 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3VLConfig, Qwe
 
 import sab_hf
 from sab_hf import SABLinear
-from sab_hf.binarize import language_linears, make_plan
 from sab_hf.calibration import PADDING, CalibrationBatch
 from sab_hf.calibration.modality import token_modality
 from sab_hf.capture import BlockInputs
 from sab_hf.linear import replace_module
+from sab_hf.plan import make_plan
 from sab_hf.planes import SignPlanes
 from sab_hf.roles import find_roles
+from sab_hf.selection import language_linears
 
 
 def ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -317,7 +318,7 @@ def test_padding_changes_no_second_moment(model, processor, make_config, batch_s
 
 def test_linear_that_never_runs_has_no_moments(model, processor, make_config):
     block = model.get_submodule("model.language_model.layers.0")
-    block.unused = nn.Linear(4, 4)
+    block.unused = nn.Linear(24, 24)
     inputs = BlockInputs(model, find_roles(model).blocks, image_batches(model, make_config, processor))
     moments = moments_of(model, inputs)
     assert not any("unused" in name for name in moments)

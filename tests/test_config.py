@@ -25,6 +25,8 @@ INVALID = {
     "batch_size": NO_INTEGER,
     "allow_text_only": [0, 1, "yes", None],
     "modules_to_not_convert": ["lm_head", [1], [None], {"a": 1}, 3],
+    "allow_low_coverage": [0, 1, "yes", None],
+    "language_blocks": ["model.layers", [1], [None], {"a": 1}, 3],
     "fit": ["", "Hessian", None, 1],
     "alternations": NO_INTEGER,
     "damping": [0, -0.01, math.nan, math.inf, "0.01", None, True],

@@ -22,6 +22,7 @@ RUN = {
     "__init__",
     "config",
     "embedding",
+    "experts",
     "kernels",
     "kernels.cuda",
     "kernels.layouts",
@@ -32,6 +33,7 @@ RUN = {
     "quantizer",
     "report",
     "roles",
+    "selection",
     "swap",
     "verify",
     "version",
@@ -86,6 +88,7 @@ def test_lists_of_this_test_are_up_to_date():
     assert MODULES.keys() >= RUN
     assert {"binarize", "budget", "calibration", "capture", "fit", "hessian", "refine", "significance"} <= MAKE
     assert {"checkpoint", "distributed", "fingerprint", "placement", "preflight", "resume", "rows", "store"} <= MAKE
+    assert {"fitting", "gradients", "plan", "recording", "routing", "states", "trainable", "weights"} <= MAKE
 
 
 @pytest.mark.parametrize("entry", sorted(RUN))

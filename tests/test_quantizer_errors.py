@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import V5, VOCAB_SIZE, build_llama, build_llava, build_tokenizer, load, logits, packed_linears
+from conftest import V5, build_llama, build_llava, build_tokenizer, load, logits, packed_linears
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
@@ -146,24 +146,6 @@ def test_text_only_model_works_with_a_warning(make_config, tmp_path, caplog):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     ids = {"input_ids": torch.arange(9)[None]}
     assert torch.equal(logits(again, ids), logits(model, ids))
-
-
-def test_mixture_of_experts_is_not_left_dense_in_silence(make_config):
-    """In transformers 5 the experts, most of the model, are three-dimensional parameters and no Linears."""
-    config = Qwen3MoeConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=VOCAB_SIZE,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=48,
-    )
-    texts = [{"text": f"Sample {i} of a few words."} for i in range(4)]
-    with pytest.raises(ValueError, match="experts"):
-        sab_hf.quantize(Qwen3MoeForCausalLM(config), build_tokenizer(), texts, make_config())
 
 
 # ---- weights and activations

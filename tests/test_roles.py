@@ -182,14 +182,15 @@ def test_model_without_linears_in_its_blocks_is_refused():
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2))
     with pytest.raises(
-        ValueError, match=r"no list of alike blocks.*`transformer` of GPT2LMHeadModel.*not supported yet"
+        ValueError, match=r"no list of blocks.*`transformer` of GPT2LMHeadModel; pass .*language_blocks=.*none"
     ):
         find_roles(model)
 
 
-def test_blocks_of_several_kinds_are_refused():
-    """Mllama has blocks with cross-attention among the others."""
+def test_list_of_bare_linears_is_no_list_of_blocks():
     model = build_llava()
     model.get_submodule("model.language_model.layers")[1] = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match=r"no list of alike blocks.*`model\.language_model` of LlavaFor"):
+    with pytest.raises(
+        ValueError, match=r"no list of blocks.*`model\.language_model` of LlavaFor.*'model\.vision_tower"
+    ):
         find_roles(model)

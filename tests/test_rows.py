@@ -8,8 +8,8 @@ from conftest import build_llava
 from scale_worker import run
 
 from sab_hf import capture, refine
-from sab_hf.capture import block_output
 from sab_hf.rows import RowLimit, take_rows
+from sab_hf.states import block_output
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def test_rows_of_an_argument(case):
 
 def test_parts_of_a_block_s_run_are_its_whole(processor, make_config):
     """Every row of every batch, with its own masks and positions."""
-    from sab_hf.binarize import make_plan
     from sab_hf.capture import BlockInputs
+    from sab_hf.plan import make_plan
 
     model = build_llava()
     plan = make_plan(model, make_config(batch_size=4), processor)

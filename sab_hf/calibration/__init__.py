@@ -1,6 +1,6 @@
 """Calibration: samples of any form → processed batches with the modality of every token."""
 
-from .modality import AUDIO, IMAGE, MODALITY_NAMES, PADDING, TEXT, VIDEO, token_modality
+from .modality import AUDIO, IMAGE, MODALITY_NAMES, PADDING, TEXT, VIDEO, media_modality, token_modality
 from .prepare import CalibrationBatch, CalibrationSet, holds_batches, prepare_calibration
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "CalibrationBatch",
     "CalibrationSet",
     "holds_batches",
+    "media_modality",
     "prepare_calibration",
     "token_modality",
 ]

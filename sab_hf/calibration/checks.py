@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .chat import ChatEncoder
-from .modality import IMAGE, VIDEO, placeholder_id, takes_images
+from .modality import AUDIO, IMAGE, VIDEO, placeholder_id, takes_audio, takes_images
 from .samples import Sample
 from .sources import BUILTIN
 
@@ -89,7 +89,7 @@ def check_image_tokens(
     model_config: Any,
     allow_text_only: bool,
 ) -> None:
-    """Check that a model that takes images is calibrated with images.
+    """Check that a model that takes images is calibrated with images, and one that takes sound alone with sound.
 
     Args:
         tokens: modality → number of tokens in the set.
@@ -99,16 +99,29 @@ def check_image_tokens(
         allow_text_only: warn in place of raising.
 
     Raises:
-        ValueError: the model takes images and the set has neither image nor video tokens.
+        ValueError: the model takes images and the set has neither image nor video tokens, or it takes sound only and the
+            set has no audio tokens.
     """
     visual = tokens.get(IMAGE, 0) + tokens.get(VIDEO, 0)
     pixels = sum(_has_pixels(inputs) for inputs in batches)
     if visual and not pixels:
         logger.warning("the batches hold %d image and video tokens, but no pixel values: the images are lost", visual)
+    deaf = takes_audio(model_config) and not tokens.get(AUDIO, 0)
+    if deaf and (visual or allow_text_only):
+        logger.warning("the calibration set has no audio tokens; that side of the model is calibrated on nothing")
     if visual:
         return
     if not takes_images(model_config):
-        logger.warning("%s takes no images: calibrating with text as the only modality", type(model_config).__name__)
+        if deaf and not allow_text_only:
+            raise ValueError(
+                f"a calibration set for {type(model_config).__name__}, a model that takes sound, must have audio tokens, got 0; "
+                "pass samples with parts {'type': 'audio', 'audio': <path or URL>}, or processed batches. To "
+                "calibrate on text alone, set allow_text_only=True"
+            )
+        if not takes_audio(model_config):
+            logger.warning(
+                "%s takes no images: calibrating with text as the only modality", type(model_config).__name__
+            )
         return
     if allow_text_only:
         logger.warning("the calibration set has no image tokens; the visual side of the model is calibrated on nothing")
@@ -121,7 +134,7 @@ def _no_images(pixels: int, processor: Any, model_config: Any) -> str:
         token_id = placeholder_id(model_config, "image")
         found = (
             f"{pixels} batches have pixel values, but no position holds the image token of the config (id {token_id}); "
-            "pass processed batches with 'mm_token_type_ids' (1 at image positions)"
+            "pass processed batches with 'modality', 1 at image positions"
         )
     else:
         found = (

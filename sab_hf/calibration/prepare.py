@@ -153,7 +153,8 @@ def _take_batches(
         if input_ids.shape[1] > max_length:
             dropped += len(input_ids)
             continue
-        batches.append(CalibrationBatch(dict(inputs), token_modality(inputs, model_config)))
+        modality = token_modality(inputs, model_config)
+        batches.append(CalibrationBatch({k: v for k, v in inputs.items() if k != "modality"}, modality))
         taken += len(input_ids)
     if not batches:
         raise ValueError(all_dropped("", [inputs["input_ids"].shape[1] for inputs in given], max_length))
@@ -198,8 +199,9 @@ def _encode_batches(
     if batch_size == 1:
         return [batch for _, batch in samples]
     batches = []
-    for with_media in (True, False):  # some processors refuse batches in which only some samples have images
-        group = [(sample, batch) for sample, batch in samples if bool(sample.num_media) == with_media]
+    for kinds in sorted({sample.kinds for sample, _ in samples}, reverse=True):
+        # Some processors refuse batches in which only some samples have images.
+        group = [(sample, batch) for sample, batch in samples if sample.kinds == kinds]
         group.sort(key=lambda pair: pair[1].modality.shape[1])
         for start in range(0, len(group), batch_size):
             inputs = encoder([sample for sample, _ in group[start : start + batch_size]], padding=True)

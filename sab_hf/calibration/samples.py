@@ -47,6 +47,11 @@ class Sample:
         return sum(part["type"] in _MEDIA for message in self.messages for part in message["content"])
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of media in the sample, sorted."""
+        return tuple(sorted({part["type"] for message in self.messages for part in message["content"]} & set(_MEDIA)))
+
+    @property
     def num_images(self) -> int:
         return len(_image_parts(self.messages))
 

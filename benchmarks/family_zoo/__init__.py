@@ -1,0 +1,8 @@
+"""Tiny random models of the real classes of many families, each with processed batches."""
+
+from . import grids, images, mixtures, others
+from .common import Family
+
+FAMILIES = images.FAMILIES | grids.FAMILIES | mixtures.FAMILIES | others.FAMILIES
+
+__all__ = ["FAMILIES", "Family"]

@@ -1,0 +1,63 @@
+"""What a run tells afterwards: how each fit and each refinement went, and where the time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .refine import RefineResult
+from .stages import StageClock
+
+
+@dataclass
+class FitRecord:
+    """How the fit of one Linear went.
+
+    Attributes:
+        name: the module.
+        error: `tr(EHEᵀ) / tr(WHWᵀ)`, the relative squared error of its output under the modality-balanced H_Λ.
+        tokens: calibration tokens by modality name.
+        unimodal_share: r of the significance map.
+        column_share: by modality name, the share of the significant columns' score that the modality has; empty without
+            significant columns or scores.
+        seconds: fitting time.
+        fallback: whether this is an expert that saw too few tokens, fitted to those of all experts of its layer.
+    """
+
+    name: str
+    error: float
+    tokens: dict[str, int]
+    unimodal_share: float
+    column_share: dict[str, float]
+    seconds: float
+    fallback: bool = False
+
+
+@dataclass
+class QuantizationRecord:
+    """What `quantize` did.
+
+    Attributes:
+        calibration: the calibration set in words.
+        fits: one record for each Linear of the language blocks.
+        refinements: block output errors before and after, one for each block that was refined.
+        stages: time and peak memory by stage.
+        seconds: in all, from the first weight on.
+    """
+
+    calibration: str
+    fits: list[FitRecord] = field(default_factory=list)
+    refinements: list[RefineResult] = field(default_factory=list)
+    stages: StageClock = field(default_factory=StageClock)
+    seconds: float = 0.0
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Names of the experts that saw too few calibration tokens for a fit of their own."""
+        return [fit.name for fit in self.fits if fit.fallback]
+
+    def note(self, block_record: dict[str, Any]) -> None:
+        """Add what was done to one block, plain data under "fits" and "refinement"."""
+        self.fits += [FitRecord(**fit) for fit in block_record["fits"]]
+        if block_record["refinement"]:
+            self.refinements.append(RefineResult(**block_record["refinement"]))

@@ -1,0 +1,111 @@
+"""A Linear whose weight is made of sign planes that can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .fit import PlaneState, from_sign_planes, nearest_signs, to_sign_planes
+from .planes import SignPlanes
+
+LATENT_START = 0.5
+"""How far, at most, a latent weight starts from its level, towards the dense weight, in halves of a level's distance."""
+
+
+class TrainablePlanes(nn.Module):
+    """A Linear whose weight is made of sign planes that can be trained.
+
+    Behind each weight is a latent one; the weight is the level `Σ_k ±r_k c_k` nearest to it, and gradients go straight
+    through to the latent, except where it lies outside all levels. With one plane the level is the latent's sign. Scales are
+    trained relative to where they start, so that one learning rate suits all.
+
+    Args:
+        planes: where to start.
+        W: [out_features, in_features], the dense weight that they stand for.
+        bias: [out_features] or None.
+    """
+
+    def __init__(self, planes: SignPlanes, W: Tensor, bias: Tensor | None):
+        super().__init__()
+        state = from_sign_planes(planes)
+        self.register_buffer("row_start", state.r)
+        self.register_buffer("col_start", state.c)
+        self.free, self.has_residual = state.free, state.has_residual
+        self.row_change = nn.Parameter(torch.zeros_like(state.r))
+        self.col_change = nn.Parameter(torch.zeros_like(state.c))
+        sizes = (state.r[:, :, None] * state.c[:, None]).abs()  # [K, n, m]
+        unit = torch.where(sizes > 0, sizes, torch.inf).amin(0)
+        unit[unit.isinf()] = 0
+        self.register_buffer("unit", unit)  # half the distance between two levels, about
+        level = torch.where(unit > 0, state.dense() / unit, 0)
+        self.latent = nn.Parameter(_latent_start(W, level, unit, sizes.sum(0)))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
+        self._built: Tensor | None = None
+        self._leaf: Tensor | None = None
+
+    def state(self) -> PlaneState:
+        """Return the planes at the present latent weights and scales; gradients flow to the scales."""
+        state = PlaneState(
+            torch.empty(0),
+            self.row_start * (1 + self.row_change),
+            self.col_start * (1 + self.col_change),
+            self.free,
+            self.has_residual,
+        )
+        with torch.no_grad():
+            state.B = nearest_signs(self.latent * self.unit, state)
+        return state
+
+    def weight(self) -> Tensor:
+        """Return the dense weight [out_features, in_features] with gradients to latent weights and scales."""
+        state = self.state()
+        W = state.dense()
+        with torch.no_grad():
+            largest = (state.r[:, :, None] * state.c[:, None]).abs().sum(0)
+            inside = (self.latent * self.unit).abs() <= largest
+        through = torch.where(inside, self.latent * self.unit, 0)
+        return W + through - through.detach()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Build the weight once for all forward and backward passes of a step, and hand their gradient on at its end."""
+        self._built = self.weight()
+        self._leaf = self._built.detach().requires_grad_(self._built.requires_grad)
+        try:
+            yield
+            if self._leaf.grad is not None:
+                self._built.backward(self._leaf.grad)
+        finally:
+            self._built = self._leaf = None
+
+    def forget_gradient(self) -> None:
+        """Drop what the passes of this step have added so far."""
+        self._leaf.grad = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self._leaf, self.bias)
+
+    @torch.no_grad()
+    def planes(self) -> SignPlanes:
+        """Return the trained planes."""
+        return to_sign_planes(self.state())
+
+
+def _latent_start(W: Tensor, level: Tensor, unit: Tensor, largest: Tensor) -> Tensor:
+    """Return where the latent weights start, in units of `unit`: between their level and the dense weight."""
+    pull = torch.where(unit > 0, W / unit, 0) - level
+    start = level + pull.clamp(-LATENT_START, LATENT_START)
+    bound = torch.where(unit > 0, largest / unit, 1)
+    return start.clamp(-bound, bound)
+
+
+@contextmanager
+def building(modules: dict[str, TrainablePlanes]) -> Iterator[None]:
+    """Build the weights of all modules once for the passes of a step."""
+    with ExitStack() as stack:
+        for module in modules.values():
+            stack.enter_context(module.step())
+        yield
