@@ -119,7 +119,8 @@ def _forward(
             for linear, moment in moments.items():
                 if id(moment) not in known:
                     known[id(moment)] = _variance(moment, damping)
-                variances[linear] = known[id(moment)]
+                by_modality, counts = known[id(moment)]
+                variances[linear] = {m: v.clone() for m, v in by_modality.items()}, counts
             prefix.advance(block, index)
         entered.append([state.hidden for state in prefix.states])
     return entered, variances

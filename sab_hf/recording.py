@@ -15,6 +15,10 @@ from .calibration import PADDING, TEXT, CalibrationBatch
 from .states import BatchState
 
 
+class _OtherRowsError(Exception):
+    """A block got hidden states of another shape than the block before it handed on."""
+
+
 class _FinishedError(Exception):
     """All blocks of the stage have been called; what the model does afterwards is not wanted."""
 
@@ -34,11 +38,19 @@ def record(
         RuntimeError: a block runs twice, or the hidden states are not one row for each token.
     """
     inputs = model_inputs(model, batch.inputs, state.workspace.placement.input_device)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = 1  # nobody reads the logits, which may be larger than all hidden states
-    state.calls, state.injections = [None] * len(blocks), [None] * len(blocks)
-    with _recording(blocks, state, to_the_end):
-        model(**inputs, use_cache=False)
+    options: list[dict[str, Any]] = [{}]
+    if "logits_to_keep" in inspect.signature(model.forward).parameters and inputs.get("labels") is None:
+        options.insert(0, {"logits_to_keep": 1})  # nobody reads the logits, which may be larger than all hidden states
+    for option in options:
+        state.hidden, state.others = None, None
+        state.calls, state.injections = [None] * len(blocks), [None] * len(blocks)
+        try:
+            with _recording(blocks, state, to_the_end):
+                model(**inputs, **option, use_cache=False)
+            break
+        except _OtherRowsError as error:  # Gemma 4 drops the other positions in the middle of its blocks
+            if option is options[-1]:
+                raise RuntimeError(f"{type(model).__name__}: {error}; this architecture is not supported yet") from error
     if state.hidden is None:
         return
     shape = state.hidden.shape[:-1]
@@ -91,6 +103,10 @@ def _recording(blocks: list[nn.Module], state: BatchState, to_the_end: bool) -> 
             args = args[1:]
             if any(call is not None for call in state.calls[index:]):
                 raise RuntimeError(f"block {index} runs twice or out of order; this architecture is not supported yet")
+            if sent is not None and sent.shape != hidden.shape:
+                raise _OtherRowsError(
+                    f"block {index} gets hidden states {list(hidden.shape)}, and the block before it gave {list(sent.shape)}"
+                )
             if state.hidden is None:
                 state.hidden = hidden.clone()
                 output = original(hidden.clone(), *args, **_apart(kwargs))

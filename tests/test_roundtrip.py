@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sab_hf
-from sab_hf import binarize, packing
+from sab_hf import packing
 from sab_hf.capture import BlockInputs
 from sab_hf.roles import find_roles
+from sab_hf.selection import language_linears
 
 
 def assert_same_tensors(one, other):
@@ -270,7 +271,7 @@ def test_no_dense_parameter_of_a_packed_linear_is_left(vlm_dir, make_config):
 
 def test_dense_weights_die_block_by_block(model, processor, make_config, monkeypatch):
     """When a block is done, the dense weights of all blocks before it are gone, without the garbage collector's help."""
-    linears = binarize.language_linears(model, find_roles(model), [])
+    linears = language_linears(model, find_roles(model), [])
     weights = {name: weakref.ref(linear.weight) for name, linear in linears.items()}
     del linears
     seen = []

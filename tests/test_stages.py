@@ -143,17 +143,24 @@ def test_blocks_that_share_keys_and_values_get_those_of_the_binarized_block():
     family = FAMILIES["gemma4"]()
     roles = find_roles(family.model)
     inputs = BlockInputs(family.model, roles.blocks, calibration(family)[:1])
-    (shared,) = (v for v in inputs.states[0].calls[-1][1].values() if isinstance(v, UserDict))
-    before = inputs.states[0].hidden
-    inputs.advance(family.model.get_submodule(roles.blocks[0]), 0)
-    kept = dict(shared)
-    inputs.states[0].hidden = before
+    (state,) = inputs.states
+    (name,) = (key for key, value in state.calls[-1][1].items() if isinstance(value, UserDict))
+    before = state.hidden
+    block = family.model.get_submodule(roles.blocks[0])
+    inputs.advance_targets(block, 0)
     for linear in language_linears(family.model, roles, []):
         if linear.startswith(f"{roles.blocks[0]}."):
             replace_module(family.model, linear, one_plane(family.model.get_submodule(linear)))
-    inputs.advance(family.model.get_submodule(roles.blocks[0]), 0)
-    assert kept
-    assert all(not torch.allclose(shared[key][0], kept[key][0]) for key in kept)
+    inputs.advance(block, 0)
+    assert state.left[name].keys() == state.target_left[name].keys() != set()
+    for key, kept in state.target_left[name].items():
+        assert not torch.allclose(state.left[name][key][0], kept[0])
+    for of_target, left in ((False, state.left), (True, state.target_left)):
+        (piece,) = state.pieces(1, of_target)
+        seen = piece.calls[1][1][name]
+        assert isinstance(seen, UserDict)
+        assert all(torch.equal(seen[key][0], left[name][key][0]) for key in left[name])
+    assert not torch.equal(state.hidden, before)
 
 
 @pytest.mark.skipif(not V5, reason="gemma4 is not in transformers 4")
