@@ -50,7 +50,9 @@ def record(
             break
         except _OtherRowsError as error:  # Gemma 4 drops the other positions in the middle of its blocks
             if option is options[-1]:
-                raise RuntimeError(f"{type(model).__name__}: {error}; this architecture is not supported yet") from error
+                raise RuntimeError(
+                    f"{type(model).__name__}: {error}; this architecture is not supported yet"
+                ) from error
     if state.hidden is None:
         return
     shape = state.hidden.shape[:-1]

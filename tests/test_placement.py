@@ -12,6 +12,7 @@ from conftest import V5, build_llava, load, logits
 from torch import nn
 
 import sab_hf
+from sab_hf.capture import BlockInputs
 from sab_hf.placement import Placement, read_parameter
 from sab_hf.store import StateStore
 
@@ -117,13 +118,19 @@ def test_limits_on_memory_send_hidden_states_to_disk_and_change_nothing(
     vlm_dir, make_config, refined_dir, tmp_path, monkeypatch
 ):
     seen = []
-    close = StateStore.close
-    monkeypatch.setattr(
-        StateStore, "close", lambda self: (seen.append((dict(self.used), os.listdir(tmp_path))), close(self))
-    )
+    close = BlockInputs.close
+
+    def spy(inputs):
+        used = inputs.workspace.store.used
+        before = dict(used)
+        close(inputs)
+        seen.append((before, dict(used), os.listdir(tmp_path)))
+
+    monkeypatch.setattr(BlockInputs, "close", spy)
     config = make_config(refine_steps=2, cache_ram_gib=2e-5, offload_dir=tmp_path)
     assert same(load(vlm_dir, quantization_config=config), load(refined_dir))
-    (used, folders), *_ = seen
+    (used, after, folders), *_ = seen
+    assert after == {"ram": 0, "disk": 0}
     assert used["ram"] <= 2e-5 * 2**30
     assert used["disk"] > used["ram"] > 0
     assert len(folders) == 1

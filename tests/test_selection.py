@@ -130,9 +130,7 @@ def test_linear_that_computes_something_else_is_not_plain():
 
 def test_entry_that_matches_nothing_is_refused():
     model = build_llama()
-    with pytest.raises(
-        ValueError, match=r"'up' matches nothing that would be binarized, such as `model\.layers\.0"
-    ):
+    with pytest.raises(ValueError, match=r"'up' matches nothing that would be binarized, such as `model\.layers\.0"):
         language_linears(model, find_roles(model), ["up"])
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no Linear left"):
         language_linears(model, find_roles(model), list(BLOCK_LINEARS))
