@@ -27,7 +27,14 @@ def build_config(**changes) -> SABQuantizationConfig:
     return SABQuantizationConfig(calibration=build_samples(), **values | changes)
 
 
-def run(**changes) -> torch.nn.Module:
+def run(family: str | None = None, **changes) -> torch.nn.Module:
+    """Quantize the tiny LLaVA, or one of `family_zoo`."""
+    if family is not None:
+        from family_zoo import FAMILIES
+
+        made = FAMILIES[family]()
+        made.model.sab_record = quantize(made.model, None, made.batches, build_config(**changes))
+        return made.model
     model = build_llava(attention_bias=True, num_hidden_layers=NUM_BLOCKS)
     model.sab_record = quantize(model, build_processor(), None, build_config(**changes))
     return model

@@ -221,7 +221,9 @@ def test_gemma_case_has_blocks_with_different_arguments(request):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_number_of_forward_passes(model, processor, make_config, batch_size):
+@pytest.mark.parametrize("sensitive", [False, True])
+def test_number_of_forward_passes(model, processor, make_config, batch_size, sensitive):
+    """The pass that measures sensitivity adds one run of everything beside the blocks, and three of each block."""
     counts = Counter()
     watched = {
         "vision": model.get_submodule("model.vision_tower"),
@@ -233,12 +235,15 @@ def test_number_of_forward_passes(model, processor, make_config, batch_size):
     }
     for name, module in watched.items():
         module.register_forward_hook(lambda *_, name=name: counts.update([name]))
-    sab_hf.quantize(model, processor, None, make_config(batch_size=batch_size, significance="paper"))
+    changes = {"significance": "gradient"} if sensitive else {"significance": "paper", "budget": "uniform"}
+    sab_hf.quantize(model, processor, None, make_config(batch_size=batch_size, refine_steps=0, **changes))
     num_batches = 4 // batch_size
-    assert counts["vision"] == counts["projector"] == num_batches
-    assert counts["head"] <= num_batches
-    assert counts["block 1"] <= 2 * num_batches
-    assert counts["block 0"] <= 3 * num_batches  # once more, to learn what blocks return
+    whole, block = (2, 5) if sensitive else (1, 2)  # forward for the moments, forward to the next block, backward
+    assert counts["vision"] == counts["projector"] == counts["head"] == whole * num_batches
+    assert (
+        counts["block 1"] == (block - 1) * num_batches
+    )  # nobody reads what the last block gives after it is binarized
+    assert counts["block 0"] == (block + 1) * num_batches  # once more, to learn what blocks return
 
 
 # ---- second moments

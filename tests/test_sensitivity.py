@@ -3,9 +3,12 @@
 import pytest
 import torch
 from conftest import NUM_BLOCKS, build_llama, build_llava
+from family_zoo import FAMILIES
 from torch import nn
 
-from sab_hf.calibration import IMAGE, PADDING, TEXT, prepare_calibration
+import sab_hf
+from sab_hf import SABQuantizationConfig
+from sab_hf.calibration import IMAGE, PADDING, TEXT, CalibrationBatch, prepare_calibration, token_modality
 from sab_hf.capture import BlockInputs
 from sab_hf.gradients import measure_sensitivity
 from sab_hf.hessian import damp
@@ -113,3 +116,100 @@ def test_sensitivity_of_a_text_model_has_one_modality_and_leaves_parameters_as_t
     result, *_ = measured(model, ["a text of some length", "another"], processor.tokenizer)
     assert all(at.gradient.keys() == {TEXT} for at in result.linears.values())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+# ---- where it cannot be measured
+
+
+def told(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "could not be measured" in r.message]
+
+
+def sizes(model) -> dict[str, list[int]]:
+    return model.config.quantization_config.modules
+
+
+@pytest.mark.parametrize("case", ["no gradient", "no logits"])
+def test_model_whose_loss_has_no_gradient_gets_an_even_budget_and_one_warning(
+    case, make_config, processor, caplog, monkeypatch
+):
+    """The result is that of a config that asks for no sensitivity."""
+    even, model = build_llava(), build_llava()
+    plain = {"significance": "paper", "budget": "uniform", "refine_loss": "balanced"}
+    sab_hf.quantize(even, processor, None, make_config(refine_steps=1, **plain))
+    if case == "no gradient":
+        mlp = type(model.model.language_model.layers[1].mlp)
+        forward = mlp.forward
+        monkeypatch.setattr(mlp, "forward", lambda self, x: _Opaque.apply(forward(self, x.detach()), x))
+        reason = "block 1 (LlamaDecoderLayer) has no gradient: a kernel without one"
+    else:
+        monkeypatch.setattr("sab_hf.gradients.output_of_last_block", lambda *_: object())
+        reason = "LlavaForConditionalGeneration gives no `logits`"
+    sab_hf.quantize(model, processor, None, make_config(refine_steps=0))
+    (message,) = told(caplog)
+    assert reason in message
+    assert "bits are spread evenly" in message
+    assert sizes(model) == sizes(even)
+
+
+class _Opaque(torch.autograd.Function):
+    """A kernel that has no backward pass."""
+
+    @staticmethod
+    def forward(ctx, y, x):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError("a kernel without one")
+
+
+def test_encoder_decoder_gets_an_even_budget_and_one_warning(caplog):
+    """The encoder's blocks are another stage: the loss reaches them through the decoder only."""
+    models = []
+    for changes in ({}, {"significance": "paper", "budget": "uniform", "refine_loss": "balanced"}):
+        family = FAMILIES["florence2"]()
+        config = SABQuantizationConfig(num_samples=8, refine_steps=1, alternations=1, bits=2.2, **changes)
+        sab_hf.quantize(family.model, None, family.batches, config)
+        models.append(family.model)
+    (message,) = told(caplog)
+    assert "only through the blocks of `model.language_model.decoder.layers.0`" in message
+    fell_back, plain = (model.state_dict() for model in models)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in fell_back.items())
+
+
+def test_features_that_only_cross_attention_reads_have_their_gradient():
+    """Keys and values of an image come from no hidden state; blocks that a text leaves out are passed by."""
+    family = FAMILIES["mllama"]()
+    roles = find_roles(family.model)
+    batches = [CalibrationBatch(b, token_modality(b, family.model.config)) for b in family.batches]
+    names = list(language_linears(family.model, roles, []))
+    inputs = BlockInputs(family.model, roles.blocks, batches)
+    result = measure_sensitivity(
+        family.model, inputs, batches, roles.blocks, names, damping=DAMPING, num_samples=8, seed=SEED
+    )
+    assert result.linears.keys() == set(names)
+    linears = {name: family.model.get_submodule(name) for name in names if ".cross_attn.k_proj" in name}
+    assert linears
+    expected: dict[str, torch.Tensor] = {}
+    for number, batch in enumerate(batches):
+        outputs = {}
+        hooks = [
+            m.register_forward_hook(lambda _, args, output, n=n, outputs=outputs: outputs.update({n: output}))
+            for n, m in linears.items()
+        ]
+        logits = family.model(**batch.inputs, use_cache=False).logits.float().flatten(0, 1)
+        for hook in hooks:
+            hook.remove()
+        drawn = torch.multinomial(
+            logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(SEED + number)
+        )
+        loss = nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum")
+        for name, gradient in zip(
+            outputs, torch.autograd.grad(loss, list(outputs.values())) if outputs else (), strict=True
+        ):
+            expected[name] = expected.get(name, 0) + gradient.flatten(0, -2).square().sum(0)
+    for name in linears:
+        at = result.linears[name]
+        assert at.gradient.keys() == {IMAGE}
+        torch.testing.assert_close(at.gradient[IMAGE] * at.tokens[IMAGE], expected[name], rtol=1e-3, atol=1e-8)
