@@ -15,14 +15,12 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.logging import tqdm
 
 from . import distributed
-from .budget import allocate, average_bits
 from .capture import BlockInputs
 from .config import SABQuantizationConfig
 from .embedding import SABTiedHead
 from .experts import split_experts
 from .fingerprint import digest, fingerprint
 from .fitting import fit_linear
-from .gradients import measure_sensitivity
 from .linear import SABLinear, replace_module
 from .placement import check_finite
 from .plan import Plan, make_plan
@@ -30,11 +28,12 @@ from .planes import SignPlanes
 from .preflight import Estimate, estimate_run, log_estimate
 from .records import FitRecord, QuantizationRecord
 from .refine import RefineSettings, refine_block
-from .rest import binarize_rest, check_rest
+from .rest import binarize_rest, check_rest, packed_rest, restore_rest
 from .resume import FinishedBlocks, open_checkpoint
 from .routing import with_fallback
-from .sensitivity import Sensitivity, UnmeasurableError
-from .weights import check_weights, iter_weights
+from .sensitivity import Sensitivity
+from .spending import find_sensitivity, spend
+from .weights import check_weights
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -149,10 +148,9 @@ def _run_blocks(
     log_estimate(_estimate(model, plan, config, workspace))
     with _finished_blocks(model, plan, config, workspace, settings) as finished:
         run = _Run(model, plan, config, record, workspace, settings, finished)
-        rest = {}
         if plan.rest:
             with measure("towers, embedding, head"):
-                rest = binarize_rest(model, plan.roles, plan.rest, plan.calibration.batches, config, workspace)
+                _binarize_rest(run)
         blocks = plan.roles.blocks
         with tqdm(total=len(blocks), desc="binarizing blocks", disable=distributed.rank() > 0) as progress:
             for stage in plan.roles.stages:  # a later one reads what the binarized blocks of an earlier one give
@@ -160,11 +158,29 @@ def _run_blocks(
                 with measure("capture"):
                     inputs = BlockInputs(model, stage, plan.calibration.batches, workspace, later)
                 if not run.modules:
-                    _spend(run, inputs)
+                    with measure("sensitivity"):
+                        run.sensitivity = find_sensitivity(model, inputs, plan, config, finished)
+                    modules = spend(model, plan, run.sensitivity, config)
+                    run.modules = finished.modules = distributed.broadcast(modules, source=0)
                 for index, block_name in enumerate(stage):
                     _run_block(run, inputs, block_name, index, last=index + 1 == len(stage), progress=progress)
                 inputs.close()
-    return run.modules | rest
+    return run.modules | {name: [num_planes, 0] for name, num_planes in plan.rest.items()}
+
+
+def _binarize_rest(run: _Run) -> None:
+    """Binarize what the plan names outside the language blocks, or restore it."""
+    plan, packed = run.plan, False
+
+    def work() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        nonlocal packed
+        binarize_rest(run.model, plan.roles, plan.rest, plan.calibration.batches, run.config, run.workspace)
+        packed = True
+        return packed_rest(run.model, plan.rest), {}
+
+    tensors, _ = run.finished.remember("rest", work)
+    if not packed:
+        restore_rest(run.model, plan.rest, tensors)
 
 
 @contextmanager
@@ -189,55 +205,6 @@ def _finished_blocks(
         workspace.store.close()
         if checkpoint is not None:
             checkpoint.close()
-
-
-def _spend(run: _Run, inputs: BlockInputs) -> None:
-    """Decide the sizes of all modules: the plan's, or those that the measured sensitivity asks for."""
-    with run.record.stages.measure("sensitivity"):
-        run.sensitivity = _sensitivity(run, inputs)
-    modules, shapes = run.plan.modules, run.plan.shapes
-    if run.config.budget == "sensitivity" and run.sensitivity.linears:
-        scores = {name: torch.zeros(width) for name, (_, width) in shapes.items()}  # stays 0 where no token came
-        for name, weight in iter_weights(run.model, [name for name in shapes if name in run.sensitivity.linears]):
-            for by_modality in run.sensitivity.linears[name].column_scores(weight).values():
-                scores[name] += by_modality.cpu()
-        modules = allocate(shapes, run.config.bits, scores)
-    logger.info("budget: %.4f bits/weight over %d Linears", average_bits(shapes, modules), len(modules))
-    run.modules = run.finished.modules = distributed.broadcast(modules, source=0)
-
-
-def _sensitivity(run: _Run, inputs: BlockInputs) -> Sensitivity:
-    """Measure the sensitivity of all Linears, if anything asks for it, or read what this run measured before."""
-    plan, config = run.plan, run.config
-    if (config.significance, config.budget, config.refine_loss) == ("paper", "uniform", "balanced"):
-        return Sensitivity()
-
-    def measure() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return measure_sensitivity(
-            run.model,
-            inputs,
-            plan.calibration.batches,
-            plan.roles.blocks,
-            list(plan.modules),
-            damping=config.damping,
-            num_samples=config.sensitivity_samples,
-            seed=config.seed,
-        ).pack()
-
-    try:
-        if len(plan.roles.stages) > 1:
-            raise UnmeasurableError(
-                f"the loss depends on `{plan.roles.stages[0][0]}` only through the blocks of `{plan.roles.stages[-1][0]}`, "
-                "which read its output"
-            )
-        return Sensitivity.unpack(*run.finished.remember("sensitivity", measure))
-    except UnmeasurableError as reason:
-        logger.warning(
-            "the sensitivity of the loss could not be measured (%s): bits are spread evenly, and the significance map is "
-            "the published one",
-            reason,
-        )
-        return Sensitivity()
 
 
 def _run_block(run: _Run, inputs: BlockInputs, name: str, index: int, last: bool, progress: Any) -> None:

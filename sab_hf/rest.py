@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .calibration import CalibrationBatch
 from .capture import count_first
@@ -17,7 +17,7 @@ from .hessian import SecondMoments, damp, mix
 from .linear import SABLinear, replace_module
 from .rest_inputs import moments_after_blocks, moments_before_blocks
 from .roles import EMBEDDING, HEAD, Roles
-from .swap import tie_head
+from .swap import swap_in_empty, tie_head
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def binarize_rest(
     batches: list[CalibrationBatch],
     config: SABQuantizationConfig,
     workspace: Workspace,
-) -> dict[str, list[int]]:
+) -> None:
     """Binarize the planned matrices in place, under the second moments of their inputs in the full-precision model.
 
     A look-up gives one row as it is, so an embedding is fitted to its own entries; a tied one half to them and half to the
@@ -105,8 +105,6 @@ def binarize_rest(
         planned: name → full planes, from `plan_rest`.
         batches: calibration batches; `sensitivity_samples` samples of them are used.
         workspace: where to compute. Packed modules go where the dense ones were.
-    Returns:
-        The sizes of the new packed modules, for `SABQuantizationConfig.modules`.
     """
     tied = is_tied(model) and roles.embedding in planned
     linears = {name: model.get_submodule(name) for name in planned if name != roles.embedding}
@@ -128,7 +126,28 @@ def binarize_rest(
         _binarize_embedding(model, roles, planned[roles.embedding], at_head, config, workspace.device)
         if tied:
             tie_head(model)
-    return {name: [num_planes, 0] for name, num_planes in planned.items()}
+
+
+def packed_rest(model: nn.Module, planned: dict[str, int]) -> dict[str, Tensor]:
+    """Return the packed tensors of the planned matrices, once they are binarized, by name."""
+    return {
+        f"{name}.{key}": tensor.detach()
+        for name in planned
+        for key, tensor in model.get_submodule(name).packed_tensors().items()
+    }
+
+
+def restore_rest(model: nn.Module, planned: dict[str, int], tensors: dict[str, Tensor]) -> None:
+    """Make the planned matrices what they were when `packed_rest` returned `tensors`."""
+    tied = is_tied(model) and any(model.get_submodule(n) is model.get_input_embeddings() for n in planned)
+    devices = {name: model.get_submodule(name).weight.device for name in planned}
+    swap_in_empty(model, {name: [num_planes, 0] for name, num_planes in planned.items()})
+    for name, device in devices.items():
+        module = model.get_submodule(name)
+        for key in module.packed_tensors():
+            setattr(module, key, nn.Parameter(tensors[f"{name}.{key}"].to(device), requires_grad=False))
+    if tied:
+        tie_head(model)
 
 
 def _binarize_linear(
