@@ -6,6 +6,7 @@ the model's own log-likelihood at all outputs, block by block: only one block's 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,12 @@ from .routing import RowLabels
 from .sensitivity import LinearSensitivity, Sensitivity, UnmeasurableError
 from .states import BatchState, block_output
 from .weights import apart
+
+LOGIT_BYTES = 2**30
+"""Most memory that logits, their probabilities and their gradients take at once, where a model can be asked for some of them."""
+
+BYTES_PER_LOGIT = 20
+"""Peak of the gradient of the loss, in bytes for each logit: five float32 copies, as measured."""
 
 Variance = tuple[dict[int, Tensor], dict[int, int]]
 """modality → variance of each input feature, and modality → tokens."""
@@ -219,20 +226,44 @@ def _through_block(
 def _gradient_at_output(
     model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch, state: BatchState, seed: int
 ) -> Tensor:
-    """Return the gradient of the loss at the output of the last block, [..., batch, length, hidden_size], on the CPU."""
-    leaf = state.hidden.detach().to(state.workspace.device).requires_grad_(True)
-    with torch.enable_grad():
-        output = output_of_last_block(model, blocks, batch, state, leaf.clone())  # a model may write in place
-        if getattr(output, "logits", None) is None:
-            raise UnmeasurableError(f"{type(model).__name__} gives no `logits`")
-        logits = output.logits.float()
-        counted = (batch.modality.to(logits.device) != PADDING).flatten()
-        logits = logits.flatten(0, 1)[counted]
-        generator = torch.Generator(logits.device).manual_seed(seed)
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, leaf)
-    return gradient.cpu()
+    """Return the gradient of the loss at the output of the last block, [..., batch, length, hidden_size], on the CPU.
+
+    Logits that would take more than `LOGIT_BYTES` are made for some positions at a time, where the model can do that.
+    """
+    device = state.workspace.device
+    leaf = state.hidden.detach().to(device).requires_grad_(True)
+    generator = torch.Generator(device).manual_seed(seed)
+    length = batch.modality.shape[1]
+    step = positions_at_once(model, batch)
+    total = torch.zeros_like(leaf)
+    for start in range(0, length, step):
+        part = slice(start, min(start + step, length))
+        options = {} if step >= length else {"logits_to_keep": torch.arange(part.start, part.stop, device=device)}
+        with torch.enable_grad():
+            # a copy: a model may write in place
+            output = output_of_last_block(model, blocks, batch, state, leaf.clone(), **options)
+            if getattr(output, "logits", None) is None:
+                raise UnmeasurableError(f"{type(model).__name__} gives no `logits`")
+            logits = output.logits
+            if logits.shape[1] != part.stop - part.start:
+                raise UnmeasurableError(
+                    f"{type(model).__name__} gives logits for {logits.shape[1]} of {part.stop - part.start} positions"
+                )
+            counted = (batch.modality[:, part] != PADDING).flatten().to(logits.device)
+            if counted.any():
+                logits = logits.flatten(0, 1)[counted].float()
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
+                total += torch.autograd.grad(loss, leaf)[0]
+    return total.cpu()
+
+
+def positions_at_once(model: nn.Module, batch: CalibrationBatch) -> int:
+    """Return for how many positions of each sample of a batch the gradient of the loss is taken at once."""
+    samples, length = batch.modality.shape
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters and batch.inputs.get("labels") is None
+    width = model.get_input_embeddings().weight.shape[0]
+    return min(length, max(1, int(LOGIT_BYTES / (BYTES_PER_LOGIT * samples * width)))) if takes else length
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 """What a run will need, told before it starts: peak memory by place, and roughly how many operations.
 
-The formula, for one block at a time (bytes; n × m are the Linears of a block, z modalities, P full planes, R = 1 with a
-residual plane on the share s of the columns, T tokens of the largest forward pass, E bytes of an activation):
+The formula, for one block at a time (bytes; n × m are the Linears of a block, each expert one, z modalities, P full planes,
+R = 1 with a residual plane on the share s of the columns, T tokens of the largest forward pass, T_s those on which sensitivity is
+measured, V the vocabulary, E bytes of an activation):
 
-    moments  = 4 z Σ m²                                  over the different inputs of the block
+    moments  = 4 z Σ m²                                  over the different inputs of the block; each expert has its own
     fit      = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the dearest Linear
     refine   = Σ n m (25 (P + s R) + 20) + 4 T Σ (n + 2 m)
     record   = everything beside the blocks + 3 E T max (n + m)
-    device   = block's dense weights + max(record, moments + fit, refine) + hidden states kept there
-    RAM      = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes)
-    states   = T_all hidden_size E (2 with refinement, else 1) + masks and positions
+    measure  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 1 GiB))
+    device   = block's dense weights + max(record, measure, moments + fit, refine) + hidden states kept there
+    RAM      = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a fifth of
+               it for what the allocator keeps)
+    states   = hidden_size E max(T_all (2 with refinement, else 1), T_all + T_s × blocks) + masks and positions
 """
 
 from __future__ import annotations
@@ -23,13 +26,18 @@ import torch
 from torch import nn
 
 from .calibration import CalibrationSet
+from .capture import count_first
 from .config import SABQuantizationConfig
 from .experts import fused_name
+from .gradients import BYTES_PER_LOGIT, positions_at_once
 from .packing import stored_bytes
 from .store import GIB
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
+
+KEPT_BY_ALLOCATOR = 1.2
+"""Resident memory over what is in use, on a CPU: freed pieces that the system's allocator has not given back (measured)."""
 
 _WIDEST_SYSTEM = 16384
 """Unknowns of one column-scale system in `fit.py`."""
@@ -41,7 +49,7 @@ class Estimate:
 
     Attributes:
         device: the compute device.
-        working: bytes on the compute device by step: "record", "fit", "refine" (steps follow each other).
+        working: bytes on the compute device by step: "record", "measure", "fit", "refine" (steps follow each other).
         weights: bytes of the model's weights in RAM; those of memory-mapped files can be dropped by the system.
         packed: bytes of the packed result.
         states: bytes of hidden states by place: "device", "ram", "disk".
@@ -64,7 +72,7 @@ class Estimate:
     def peak_ram(self) -> float:
         """Most bytes in RAM; the Python process itself (about half a GiB) comes on top."""
         own = self.weights + self.packed + self.states["ram"]
-        return own + (max(self.working.values()) if self.device.type == "cpu" else 0.0)
+        return own + (KEPT_BY_ALLOCATOR * max(self.working.values()) if self.device.type == "cpu" else 0.0)
 
     def __str__(self) -> str:
         total = max(sum(self.operations.values()), 1.0)
@@ -94,11 +102,18 @@ def estimate_run(
         block_names, shapes, modules, calibration: as in `Plan`.
         refine_steps: of each block, 0 for none.
     """
-    data = _Data.of(calibration, model, refine_steps, workspace)
+    measured = (config.significance, config.budget, config.refine_loss) != ("paper", "uniform", "balanced")
+    data = _Data.of(
+        calibration, model, len(block_names), refine_steps, workspace, config.sensitivity_samples if measured else 0
+    )
     blocks = [_Block.of(model, name, shapes, modules) for name in block_names]
     dearest = max(blocks, key=lambda block: block.weights)
     moved = 0 if workspace.device.type == "cpu" else 1  # what is computed where it is needs no second place
-    working = {"record": moved * (_beside_blocks(model, block_names) + dearest.dense) + _activations(dearest, data)}
+    beside = moved * _beside_blocks(model, block_names)
+    working = {"record": beside + moved * dearest.dense + _activations(dearest, data)}
+    if measured:
+        through = moved * dearest.dense + max(_measure(dearest, data), _backward(dearest, data))
+        working["measure"] = max(through, beside + data.logit_bytes)
     working["fit"] = moved * dearest.dense + _moments(dearest, data) + _fit(dearest, data)
     if refine_steps:
         working["refine"] = _refine(dearest, data)
@@ -140,9 +155,18 @@ class _Data:
     modalities: int
     activation_bytes: int
     state_bytes: float
+    logit_bytes: float
 
     @classmethod
-    def of(cls, calibration: CalibrationSet, model: nn.Module, refine_steps: int, workspace: Workspace) -> _Data:
+    def of(
+        cls,
+        calibration: CalibrationSet,
+        model: nn.Module,
+        num_blocks: int,
+        refine_steps: int,
+        workspace: Workspace,
+        measured: int,
+    ) -> _Data:
         shapes = [tuple(batch.modality.shape) for batch in calibration.batches]
         tokens = sum(rows * length for rows, length in shapes)
         rows = workspace.limit.rows
@@ -150,9 +174,16 @@ class _Data:
         width = model.get_input_embeddings().embedding_dim
         size = model.dtype.itemsize
         arguments = sum(batch * length * (length + 512 * size) for batch, length in shapes)  # mask, rotary factors
-        states = tokens * width * size * (2 if refine_steps else 1) + arguments
+        first = calibration.batches[: count_first((batch for batch, _ in shapes), measured)]
+        kept = sum(batch.modality.numel() for batch in first) * num_blocks
+        states = width * size * max(tokens * (2 if refine_steps else 1), tokens + kept) + arguments
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        logits = max(
+            (BYTES_PER_LOGIT * vocabulary * positions_at_once(model, b) * b.modality.shape[0] for b in first), default=0
+        )
         longest = max(length for _, length in shapes)
-        return cls(tokens, largest, longest, sum(b for b, _ in shapes), len(calibration.tokens), size, states)
+        samples = sum(batch for batch, _ in shapes)
+        return cls(tokens, largest, longest, samples, len(calibration.tokens), size, states, logits)
 
 
 @dataclass(frozen=True)
@@ -194,6 +225,14 @@ class _Block:
 
 def _moments(block: _Block, data: _Data) -> float:
     return 4 * data.modalities * sum(m * m for m in block.inputs)
+
+
+def _measure(block: _Block, data: _Data) -> float:
+    return _moments(block, data) + 24 * max((m * m for m in block.inputs), default=0)
+
+
+def _backward(block: _Block, data: _Data) -> float:
+    return 2 * data.activation_bytes * data.largest * sum(n + m for n, m, _, _ in block.linears)
 
 
 def _fit(block: _Block, data: _Data) -> float:

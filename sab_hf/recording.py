@@ -68,18 +68,25 @@ def record(
 
 
 def output_of_last_block(
-    model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch, state: BatchState, hidden: Tensor
+    model: nn.Module,
+    blocks: list[nn.Module],
+    batch: CalibrationBatch,
+    state: BatchState,
+    hidden: Tensor,
+    **options: Any,
 ) -> Any:
     """Return what `model` makes of a batch whose last block gives `hidden`; the blocks themselves do not run.
 
     Args:
         state: of the batch.
         hidden: [..., batch, length, hidden_size].
+        options: further arguments of the model.
     Returns:
         The model's output, with `logits` [batch, length, vocabulary].
     """
     with _replaced(blocks, lambda *_: lambda *args, **kwargs: _returned(hidden, state.others)):
-        return model(**model_inputs(model, batch.inputs, state.workspace.placement.input_device), use_cache=False)
+        inputs = model_inputs(model, batch.inputs, state.workspace.placement.input_device)
+        return model(**inputs, **options, use_cache=False)
 
 
 def model_inputs(model: nn.Module, inputs: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:

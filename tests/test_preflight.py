@@ -55,14 +55,14 @@ def _measure(hidden: int, intermediate: int, sender) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 704), (448, 1216)])
 def test_predicted_peak_is_the_measured_one(hidden, intermediate):
-    """Peak resident memory above what the process had. The prediction is low: see docs/big_models.md."""
+    """Peak resident memory above what a fresh process had."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_measure, args=(hidden, intermediate, sender))
+    process = multiprocessing.get_context("spawn").Process(target=_measure, args=(hidden, intermediate, sender))
     process.start()
     sender.close()
     predicted, measured = receiver.recv()
     process.join()
-    assert 0.4 * measured < predicted < 1.34 * measured, f"{predicted / MIB:.0f} MiB, was {measured / MIB:.0f} MiB"
+    assert 0.75 * measured < predicted < 1.34 * measured, f"{predicted / MIB:.0f} MiB, was {measured / MIB:.0f} MiB"
 
 
 def test_estimate_counts_weights_packed_bytes_and_states():
@@ -84,9 +84,15 @@ def test_estimate_follows_the_settings():
     whole = sab_hf.estimate(model, None, None, config(given))
     on_disk = sab_hf.estimate(model, None, None, config(given, cache_ram_gib=0.0))
     assert on_disk.states == {"device": 0.0, "ram": 0.0, "disk": whole.states["ram"]}
-    unrefined = sab_hf.estimate(model, None, None, config(given, refine_steps=0))
+    plain = {"significance": "paper", "budget": "uniform", "refine_loss": "balanced"}
+    unmeasured = sab_hf.estimate(model, None, None, config(given, **plain))
+    assert "measure" in whole.working.keys() - unmeasured.working.keys()
+    assert unmeasured.states["ram"] < whole.states["ram"]
+    unrefined = sab_hf.estimate(model, None, None, config(given, refine_steps=0, **plain))
     assert "refine" not in unrefined.working
-    assert unrefined.states["ram"] < whole.states["ram"]
+    assert unrefined.states["ram"] < unmeasured.states["ram"]
+    half = sab_hf.estimate(model, None, None, config(given, sensitivity_samples=4))
+    assert unmeasured.states["ram"] <= half.states["ram"] < whole.states["ram"]
     more = sab_hf.estimate(model, None, None, config(given, bits=4.0))
     assert more.working["fit"] > whole.working["fit"]
 
@@ -108,3 +114,22 @@ def test_warning_where_memory_is_short(caplog, monkeypatch):
     assert "may be needed" not in caplog.text
     log_estimate(dataclasses.replace(estimate, packed=1e18))
     assert "may be needed; lower `batch_size`" in caplog.text
+
+
+def test_experts_have_moments_of_their_own():
+    """Each expert sees other tokens, so none shares an accumulator with its neighbour."""
+    from family_zoo import FAMILIES
+
+    from sab_hf.preflight import _Block
+    from sab_hf.roles import find_roles
+    from sab_hf.selection import language_linears
+
+    model = FAMILIES["qwen3_vl_moe"]().model
+    roles = find_roles(model)
+    shapes_ = {n: (m.out_features, m.in_features) for n, m in language_linears(model, roles, []).items()}
+    block = _Block.of(model, roles.blocks[0], shapes_, {n: [1, 0] for n in shapes_})
+    experts = [n for n in shapes_ if n.startswith(roles.blocks[0]) and "experts" in n]
+    attention = [n for n in shapes_ if n.startswith(roles.blocks[0]) and "self_attn" in n]
+    assert len(experts) == 8
+    assert len(attention) == 4
+    assert len(block.inputs) == len(experts) + 2  # what query, key and value read, and the output projection

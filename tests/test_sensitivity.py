@@ -7,7 +7,7 @@ from family_zoo import FAMILIES
 from torch import nn
 
 import sab_hf
-from sab_hf import SABQuantizationConfig
+from sab_hf import SABQuantizationConfig, gradients
 from sab_hf.calibration import IMAGE, PADDING, TEXT, CalibrationBatch, prepare_calibration, token_modality
 from sab_hf.capture import BlockInputs
 from sab_hf.gradients import measure_sensitivity
@@ -213,3 +213,24 @@ def test_features_that_only_cross_attention_reads_have_their_gradient():
         at = result.linears[name]
         assert at.gradient.keys() == {IMAGE}
         torch.testing.assert_close(at.gradient[IMAGE] * at.tokens[IMAGE], expected[name], rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("positions", [1, 5])
+def test_gradients_of_logits_made_in_parts_are_those_of_all(positions, samples, processor, monkeypatch):
+    """With tokens that do not depend on chance."""
+    model = build_llava()
+    monkeypatch.setattr(torch, "multinomial", lambda p, _, generator: p.argmin(-1, keepdim=True))
+    batches = prepare_calibration(samples, processor, model.config, num_samples=4, batch_size=2).batches
+    inputs, blocks = BlockInputs(model, find_roles(model).blocks, batches), list(model.model.language_model.layers)
+    state = inputs.states[0]
+    whole = gradients._gradient_at_output(model, blocks, batches[0], state, SEED)
+    assert gradients.positions_at_once(model, batches[0]) == batches[0].modality.shape[1]
+    monkeypatch.setattr(gradients, "LOGIT_BYTES", positions * 20 * 2 * model.get_input_embeddings().num_embeddings)
+    assert gradients.positions_at_once(model, batches[0]) == positions
+    seen = []
+    model.lm_head.register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
+    parts = gradients._gradient_at_output(model, blocks, batches[0], state, SEED)
+    assert max(seen) == positions
+    assert sum(seen) == batches[0].modality.shape[1]
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
