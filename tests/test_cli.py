@@ -89,6 +89,8 @@ def test_quantize_writes_what_the_python_api_writes(capsys, vlm_dir, calibration
         "allow_text_only=true",
         "--set",
         'modules_to_not_convert=["layers.1"]',
+        "--set",
+        "allow_low_coverage=true",
     ]
     code, out, _ = run(
         capsys, "quantize", vlm_dir, tmp_path / "out", "--bits", "2.5", "--calibration", calibration,
@@ -98,7 +100,7 @@ def test_quantize_writes_what_the_python_api_writes(capsys, vlm_dir, calibration
     assert json.loads(out)["saved"] == str(tmp_path / "out")
     config = sab_hf.SABQuantizationConfig(
         bits=2.5, calibration=calibration, refine_steps=0, seed=3, num_samples=3, alternations=2, allow_text_only=True,
-        modules_to_not_convert=["layers.1"],
+        modules_to_not_convert=["layers.1"], allow_low_coverage=True,
     )  # fmt: skip
     expected = load(vlm_dir, quantization_config=config)
     found = load(tmp_path / "out")
