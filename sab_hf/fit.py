@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .hessian import feedback_factor
+from .kernels.cuda import why_no_kernel
 from .planes import SignPlanes, signs_to
 
 _RIDGE = 1e-6
@@ -235,19 +236,35 @@ def sweep_signs(W: Tensor, U: Tensor, state: PlaneState, block_size: int) -> Non
     rest = W.T.clone(memory_format=torch.contiguous_format)  # columns of W as rows, for contiguous access
     m = W.shape[1]
     combinations = _sign_combinations(state.c.shape[0], W.device)  # [2^K, K]
+    choose = _sweep_block
+    if W.is_cuda and why_no_kernel(W.device.index, W.dtype) is None:
+        from .kernels import triton_sweep
+
+        choose, block_size = triton_sweep.sweep_block, min(block_size, triton_sweep.MAX_COLUMNS)
     for start in range(0, m, block_size):
         end = min(start + block_size, m)
-        errors = torch.empty(end - start, W.shape[0], device=W.device)
-        choices = torch.empty(end - start, W.shape[0], dtype=torch.long, device=W.device)
-        for j in range(start, end):
-            # a plane that does not cover the column doubles its levels: the first of equals is taken
-            levels = (combinations * state.c[:, j]) @ state.r  # [2^K, n]
-            choice = choices[j - start]
-            torch.argmin((levels - rest[j]).abs_(), 0, out=choice)
-            error = torch.sub(rest[j], levels.gather(0, choice[None])[0], out=errors[j - start]).div_(U[j, j])
-            rest[j + 1 : end].addr_(U[j, j + 1 : end], error, alpha=-1)
+        choices, errors = choose(rest, U, state.r, state.c, start, end)
         state.B[:, :, start:end] = combinations[choices].permute(2, 1, 0)
         rest[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+
+
+def _sweep_block(rest: Tensor, U: Tensor, r: Tensor, c: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+    """Choose the levels of columns `start` to `end - 1`, whose `rest` [in_features, out_features] is used up.
+
+    Returns:
+        [end - start, out_features] each: the choices, as rows of `_sign_combinations`, and the errors to push on.
+    """
+    errors = torch.empty(end - start, rest.shape[1], device=rest.device)
+    choices = torch.empty(end - start, rest.shape[1], dtype=torch.long, device=rest.device)
+    combinations = _sign_combinations(c.shape[0], rest.device)
+    for j in range(start, end):
+        # a plane that does not cover the column doubles its levels: the first of equals is taken
+        levels = (combinations * c[:, j]) @ r  # [2^K, n]
+        choice = choices[j - start]
+        torch.argmin((levels - rest[j]).abs_(), 0, out=choice)
+        error = torch.sub(rest[j], levels.gather(0, choice[None])[0], out=errors[j - start]).div_(U[j, j])
+        rest[j + 1 : end].addr_(U[j, j + 1 : end], error, alpha=-1)
+    return choices, errors
 
 
 def update_scales_elementwise(W: Tensor, v: Tensor, state: PlaneState) -> None:
