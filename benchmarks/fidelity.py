@@ -6,9 +6,11 @@
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,7 +19,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples"), str(HERE.parent)]
 import torch  # noqa: E402
 from methods import FULL_PRECISION, OURS, do, floor_bits  # noqa: E402
 from packages import PACKAGES  # noqa: E402
-from runner import DONE, Job, Settings, circumstances, run_jobs, write_json  # noqa: E402
+from runner import DONE, Job, Settings, circumstances, done_rows, identity, run_jobs, write_json  # noqa: E402
 
 BASELINE_LABELS = {
     "sign_scale": "sign × scale",
@@ -31,7 +33,20 @@ BASELINE_LABELS = {
 }
 BITS = (1.05, 1.1, 1.2, 1.35, 1.6, 2.1, 3.1)
 BITS_OF_OTHER_SEEDS = (1.1, 1.35, 2.1, 3.1)
-COLUMNS = ("method", "bits", "NLL", "visual %", "text %", "text perplexity", "same answers %", "quantizing s", "seeds")
+BITS_OF_REST = (1.1, 2.1)
+"""Budgets that also run with towers, projector, embedding and head binarized."""
+COLUMNS = (
+    "method",
+    "bits",
+    "NLL",
+    "above full precision",
+    "visual %",
+    "text %",
+    "text perplexity",
+    "same answers %",
+    "quantizing s",
+    "seeds",
+)
 
 
 def list_jobs(floor: float, seeds: Sequence[int], refine_steps: int = 400) -> list[Job]:
@@ -45,27 +60,46 @@ def list_jobs(floor: float, seeds: Sequence[int], refine_steps: int = 400) -> li
         jobs += [ours(bits, seed, refine_steps) for bits in (budgets if seed == seeds[0] else few)]
         jobs += [Job(label, method, seed) for method, label in BASELINE_LABELS.items()]
     jobs += [Job(name, name, seeds[0]) for name in PACKAGES]
+    jobs += [ours(max(bits, floor), seeds[0], refine_steps, rest_bits=4) for bits in BITS_OF_REST]
     return jobs + [ours(bits, seeds[0], 0) for bits in budgets]
 
 
-def ours(bits: float, seed: int, refine_steps: int) -> Job:
-    """Return the row of `sab_hf` at a budget, with or without refinement."""
+def ours(bits: float, seed: int, refine_steps: int, rest_bits: int | None = None) -> Job:
+    """Return the row of `sab_hf` at a budget, with or without refinement, and with all else dense or at `rest_bits` planes."""
     label = f"sab_hf {bits:.4g}" + ("" if refine_steps else ", not refined")
-    return Job(label, OURS, seed, bits, {"refine_steps": refine_steps})
+    if rest_bits is None:
+        return Job(label, OURS, seed, bits, {"refine_steps": refine_steps})
+    options = {"refine_steps": refine_steps, "rest_bits": rest_bits}
+    return Job(f"{label}, all else at {rest_bits} bits", OURS, seed, bits, options)
 
 
-def add_agreement(rows: list[dict]) -> list[dict]:
-    """Return the rows with `agreement`, the share of greedy answers equal to full precision's, in place of the answers."""
-    reference = next((row["answers"] for row in rows if row["method"] == FULL_PRECISION and "answers" in row), None)
+def compare(rows: list[dict]) -> list[dict]:
+    """Return the rows with what they differ from full precision by, in place of answers and losses of every question.
+
+    agreement: share of greedy answers equal to full precision's
+    gap, gap_error: nats per answer token above full precision, and the standard error of that over the questions, paired
+    """
+    per_question = "answers", "losses", "tokens"
+    reference = next((row for row in rows if row["method"] == FULL_PRECISION and "answers" in row), None)
     result = []
     for row in rows:
-        row = dict(row)
-        answers = row.pop("answers", None)
-        if answers is not None:
-            same = None if reference is None else [a == b for a, b in zip(answers, reference, strict=True)]
-            row["agreement"] = None if same is None else sum(same) / len(same)
-        result.append(row)
+        other = {key: value for key, value in row.items() if key not in per_question}
+        if "nll" in row and reference is not None:
+            other["gap"] = row["nll"] - reference["nll"]
+        if "answers" in row and reference is not None:
+            same = [a == b for a, b in zip(row["answers"], reference["answers"], strict=True)]
+            other["agreement"] = sum(same) / len(same)
+            other["gap_error"] = _gap_error(row, reference)
+        result.append(other)
     return result
+
+
+def _gap_error(row: dict, reference: dict) -> float:
+    total = sum(row["tokens"])
+    differences = [a - b for a, b in zip(row["losses"], reference["losses"], strict=True)]
+    gap = sum(differences) / total
+    spread = sum((d - gap * n) ** 2 for d, n in zip(differences, row["tokens"], strict=True))
+    return math.sqrt(spread) / total
 
 
 def markdown(rows: list[dict]) -> str:
@@ -79,6 +113,7 @@ def markdown(rows: list[dict]) -> str:
             label,
             _spread(done, "bits", ".3f"),
             _spread(done, "nll", ".4g"),
+            _spread(done, "gap", ".2g"),
             _spread(done, "visual", ".1f", 100),
             _spread(done, "text", ".1f", 100),
             _spread(done, "text_perplexity", ".4g"),
@@ -117,19 +152,16 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of a process")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; what has not ended then is named")
     parser.add_argument("--only", nargs="+", help="run only rows whose label contains one of these")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --output holds, run the others")
     parser.add_argument("--list", action="store_true", help="print the rows that would run, and end")
     return parser
 
 
 def run(jobs: list[Job], args: argparse.Namespace) -> list[dict]:
     """Run the chosen jobs and write JSON and table after each row."""
-    if args.only:
-        jobs = [job for job in jobs if any(part in job.label for part in args.only)]
-    if not jobs:
+    chosen = [job for job in jobs if not args.only or any(part in job.label for part in args.only)]
+    if not chosen:
         raise SystemExit(f"no row has a label with one of {args.only}; `--list` prints the labels")
-    if args.list:
-        print("\n".join(f"{job.label} (seed {job.seed})" for job in jobs))
-        return []
     settings = Settings(
         args.model,
         args.device,
@@ -141,12 +173,28 @@ def run(jobs: list[Job], args: argparse.Namespace) -> list[dict]:
         max(1, torch.cuda.device_count()),
     )
     head = circumstances(settings)
+    earlier = done_rows(args.output, head) if args.resume and args.output.exists() else {}
+    if args.resume:
+        chosen = [job for job in chosen if job.method == FULL_PRECISION or identity(asdict(job)) not in earlier]
+    if args.list:
+        print("\n".join(f"{job.label} (seed {job.seed})" for job in chosen))
+        return []
 
-    def report(rows: list[dict]) -> None:
-        write_json(args.output, head, add_agreement(rows))
+    def together(rows: list[dict]) -> list[dict]:
+        known = {identity(row): row for row in compare([*earlier.values(), *rows])}
+        return [known[key] for key in (identity(asdict(job)) for job in jobs) if key in known]
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = add_agreement(run_jobs(jobs, settings, do, num_workers=args.jobs, budget=args.budget, report=report))
+    rows = together(
+        run_jobs(
+            chosen,
+            settings,
+            do,
+            num_workers=args.jobs,
+            budget=args.budget,
+            report=lambda rows: write_json(args.output, head, together(rows)),
+        )
+    )
     table = markdown(rows)
     args.output.with_suffix(".md").write_text(table)
     print(table)

@@ -57,6 +57,7 @@ def measure(model: torch.nn.Module, processor: Any, questions: int, batch_size: 
     visual, text: mean accuracy over the visual and over the text-only skills
     text_nll, text_perplexity: over every token after the first of the text-only samples, questions included
     answers: the greedy answers, in an order that depends on questions and batch size only
+    losses, tokens: nats of the right answer and its tokens, by question
     """
     samples = world.samples(questions, HELD_OUT)
     recorder = RecordingProcessor(processor)
@@ -71,6 +72,8 @@ def measure(model: torch.nn.Module, processor: Any, questions: int, batch_size: 
         "accuracy": result.accuracy,
         "nll_by_skill": result.nll,
         "answers": recorder.answers,
+        "losses": result.losses,
+        "tokens": result.tokens,
     }
 
 

@@ -60,7 +60,7 @@ def quanto(model: nn.Module, processor: Any, samples: list, settings: Settings) 
     package = _import("optimum.quanto")
 
     def quantize(linear: nn.Linear) -> tuple[torch.Tensor, int]:
-        holder = nn.Sequential(copy.deepcopy(linear).to(torch.bfloat16))
+        holder = nn.Sequential(copy.deepcopy(linear).to("cpu", torch.bfloat16))  # no kernels are built for it
         package.quantize(holder, weights=package.qint2)
         package.freeze(holder)
         weight = holder[0].weight

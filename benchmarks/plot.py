@@ -40,6 +40,8 @@ def points(rows: list[dict]) -> dict[str, list[tuple[float, float, float, float]
 def _series(row: dict) -> str:
     if row["method"] != OURS:
         return row["label"]
+    if "rest_bits" in row["options"]:
+        return "sab_hf, all else at 4 bits"
     return "sab_hf" if row["options"].get("refine_steps") else "sab_hf, not refined"
 
 

@@ -10,14 +10,12 @@ budget, and what was not run is extrapolated block by block and marked so. The J
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
-import functools
 import json
 import logging
 import platform
-import resource
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,64 +24,11 @@ import torch
 import transformers
 
 import sab_hf
-import sab_hf.binarize
-import sab_hf.capture
+from sab_hf.stages import peak_ram_mib
 
 GIB = 2**30
-WATCHED = {
-    "record": (sab_hf.capture.BlockInputs, "__init__"),
-    "targets": (sab_hf.capture.BlockInputs, "advance_targets"),
-    "moments": (sab_hf.capture.BlockInputs, "second_moments"),
-    "fit": (sab_hf.binarize, "fit_linear"),
-    "refine": (sab_hf.binarize, "refine_block"),
-    "advance": (sab_hf.capture.BlockInputs, "advance"),
-}
-
-
-class StageClock:
-    """Seconds, calls and peak memory of the stages of a run, by wrapping the functions that do them."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.stages = device, {}
-
-    @contextlib.contextmanager
-    def watching(self):
-        originals = {name: getattr(owner, attribute, None) for name, (owner, attribute) in WATCHED.items()}
-        for name, (owner, attribute) in WATCHED.items():
-            if originals[name] is not None:
-                setattr(owner, attribute, self._timed(name, originals[name]))
-        try:
-            yield
-        finally:
-            for name, (owner, attribute) in WATCHED.items():
-                if originals[name] is not None:
-                    setattr(owner, attribute, originals[name])
-
-    def _timed(self, name, original):
-        @functools.wraps(original)
-        def wrapper(*args, **kwargs):
-            start = self._now(reset=True)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                seconds = self._now() - start
-                stage = self.stages.setdefault(name, {"seconds": 0.0, "calls": 0, "peak_gpu_gib": 0.0})
-                stage["seconds"] += seconds
-                stage["calls"] += 1
-                stage["peak_gpu_gib"] = max(stage["peak_gpu_gib"], gpu_peak(self.device))
-
-        return wrapper
-
-    def _now(self, reset: bool = False) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            if reset:
-                torch.cuda.reset_peak_memory_stats(self.device)
-        return time.perf_counter()
-
-
-def gpu_peak(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+ONCE = "capture"
+"""The stage that does not grow with the number of blocks."""
 
 
 def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_steps: int) -> dict[str, Any]:
@@ -100,13 +45,10 @@ def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_s
         compute_device=args.device,
         bits=args.bits,
     )
-    clock = StageClock(device)
-    start = time.perf_counter()
-    with clock.watching():
-        sab_hf.quantize(model, None, given, config)
-    seconds = time.perf_counter() - start
+    record = sab_hf.quantize(model, None, given, config)
     report = sab_hf.report(model)
-    in_blocks = sum(stage["seconds"] for name, stage in clock.stages.items() if name != "record")
+    stages = {name: asdict(stage) for name, stage in record.stages.stages.items()}
+    in_blocks = sum(stage["seconds"] for name, stage in stages.items() if name != ONCE)
     return {
         "layers": layers,
         "of_layers": shape.layers,
@@ -114,12 +56,12 @@ def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_s
         "samples": args.samples,
         "batch_size": args.batch_size,
         "tokens": sum(batch["input_ids"].numel() for batch in given),
-        "seconds": seconds,
+        "seconds": record.seconds,
         "seconds_per_block": in_blocks / layers,
-        "seconds_outside_of_blocks": seconds - in_blocks,
-        "stages": clock.stages,
-        "peak_gpu_gib": max((stage["peak_gpu_gib"] for stage in clock.stages.values()), default=0.0),
-        "peak_ram_gib_of_the_process_so_far": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        "seconds_outside_of_blocks": record.seconds - in_blocks,
+        "stages": stages,
+        "peak_gpu_gib": max(stage["peak_gpu_mib"] or 0.0 for stage in stages.values()) / 1024,
+        "peak_ram_gib_of_the_process_so_far": (peak_ram_mib() or 0.0) / 1024,
         "bits": report.bits,
         "roles": {
             name: {"quantized_bytes": r.quantized_bytes, "dense_bytes": r.dense_bytes}

@@ -167,6 +167,7 @@ def do_job(job: Job, settings: Settings, work: Work) -> dict[str, Any]:
     except Exception as error:  # a row that fails must not end the run; its reason is in the result
         traceback.print_exc()
         return _row(job, FAILED, reason=f"{type(error).__name__}: {error}"[:500])
+    row["date"] = date.today().isoformat()
     row["seconds"] = round(time.perf_counter() - start, 1)
     row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20) if cuda else None
     return row
@@ -214,6 +215,33 @@ def _version(package: str) -> str | None:
         if package == "sab_hf":  # run from a clone
             return __import__(package).__version__
         return None
+
+
+def identity(row: dict[str, Any]) -> str:
+    """Return what tells the row of one job, or the job as a dict, from all others."""
+    bits = row["bits_asked"] if "bits_asked" in row else row["bits"]
+    return json.dumps([row["label"], row["method"], row["seed"], bits, row["options"], row["samples"]], sort_keys=True)
+
+
+def done_rows(path: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return identity → row of what an earlier run has done, each with the date of its run.
+
+    Raises:
+        SystemExit: it was run with other settings or on another GPU.
+    """
+    earlier = json.loads(path.read_text())
+    for what, old, new in (
+        ("settings", earlier["settings"], head["settings"]),
+        ("GPU", earlier["machine"]["gpu"], head["machine"]["gpu"]),
+    ):
+        old, new = (
+            {k: v for k, v in x.items() if k not in ("gpus", "threads")} if isinstance(x, dict) else x
+            for x in (old, new)
+        )
+        if old != new:
+            raise SystemExit(f"{path} was made with other {what}: {old}, now {new}; choose another --output")
+    rows = [row for row in earlier["rows"] if row["status"] == DONE]
+    return {identity(row): {"date": earlier["date"]} | row for row in rows}
 
 
 def write_json(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:

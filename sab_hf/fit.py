@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from .hessian import feedback_factor
+from .kernels.cuda import why_no_kernel
+from .levels import nearest_choice, sign_combinations, signs_of
 from .planes import SignPlanes, signs_to
 
 _RIDGE = 1e-6
@@ -234,20 +236,36 @@ def sweep_signs(W: Tensor, U: Tensor, state: PlaneState, block_size: int) -> Non
     """
     rest = W.T.clone(memory_format=torch.contiguous_format)  # columns of W as rows, for contiguous access
     m = W.shape[1]
-    combinations = _sign_combinations(state.c.shape[0], W.device)  # [2^K, K]
+    combinations = sign_combinations(state.c.shape[0], W.device)  # [2^K, K]
+    choose = _sweep_block
+    if W.is_cuda and why_no_kernel(W.device.index, W.dtype) is None:
+        from .kernels import triton_sweep
+
+        choose, block_size = triton_sweep.sweep_block, min(block_size, triton_sweep.MAX_COLUMNS)
     for start in range(0, m, block_size):
         end = min(start + block_size, m)
-        errors = torch.empty(end - start, W.shape[0], device=W.device)
-        choices = torch.empty(end - start, W.shape[0], dtype=torch.long, device=W.device)
-        for j in range(start, end):
-            # a plane that does not cover the column doubles its levels: the first of equals is taken
-            levels = (combinations * state.c[:, j]) @ state.r  # [2^K, n]
-            choice = choices[j - start]
-            torch.argmin((levels - rest[j]).abs_(), 0, out=choice)
-            error = torch.sub(rest[j], levels.gather(0, choice[None])[0], out=errors[j - start]).div_(U[j, j])
-            rest[j + 1 : end].addr_(U[j, j + 1 : end], error, alpha=-1)
+        choices, errors = choose(rest, U, state.r, state.c, start, end)
         state.B[:, :, start:end] = combinations[choices].permute(2, 1, 0)
         rest[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+
+
+def _sweep_block(rest: Tensor, U: Tensor, r: Tensor, c: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+    """Choose the levels of columns `start` to `end - 1`, whose `rest` [in_features, out_features] is used up.
+
+    Returns:
+        [end - start, out_features] each: the choices, as rows of `sign_combinations`, and the errors to push on.
+    """
+    errors = torch.empty(end - start, rest.shape[1], device=rest.device)
+    choices = torch.empty(end - start, rest.shape[1], dtype=torch.long, device=rest.device)
+    combinations = sign_combinations(c.shape[0], rest.device)
+    for j in range(start, end):
+        # a plane that does not cover the column doubles its levels: the first of equals is taken
+        levels = (combinations * c[:, j]) @ r  # [2^K, n]
+        choice = choices[j - start]
+        torch.argmin((levels - rest[j]).abs_(), 0, out=choice)
+        error = torch.sub(rest[j], levels.gather(0, choice[None])[0], out=errors[j - start]).div_(U[j, j])
+        rest[j + 1 : end].addr_(U[j, j + 1 : end], error, alpha=-1)
+    return choices, errors
 
 
 def update_scales_elementwise(W: Tensor, v: Tensor, state: PlaneState) -> None:
@@ -264,15 +282,8 @@ def update_scales_elementwise(W: Tensor, v: Tensor, state: PlaneState) -> None:
 
 def nearest_signs(W: Tensor, state: PlaneState) -> Tensor:
     """Return the signs [K, out_features, in_features] whose level `Σ_k ±r_k c_k` is nearest to each weight."""
-    sizes = state.r[:, :, None] * state.c[:, None]  # [K, n, m]
-    best = torch.full_like(W, float("inf"))
-    choice = torch.zeros(W.shape, dtype=torch.long, device=W.device)
-    combinations = _sign_combinations(len(sizes), W.device).to(W.dtype)
-    for i, signs in enumerate(combinations):
-        distance = (W - torch.tensordot(signs, sizes, 1)).abs_()
-        choice.masked_fill_(distance < best, i)
-        best = torch.minimum(best, distance)
-    return combinations[choice].movedim(-1, 0)
+    choice, K = nearest_choice(W, state.r, state.c), len(state.r)
+    return torch.stack([signs_of(choice, k, K) for k in range(K)])
 
 
 def to_sign_planes(state: PlaneState) -> SignPlanes:
@@ -326,8 +337,3 @@ def _solve(systems: Tensor, rhs: Tensor) -> Tensor:
         diagonal > 0, _RIDGE * mean, torch.where(mean > 0, mean, 1)
     )  # a zero row is a plane without effect
     return torch.linalg.solve(systems + torch.diag_embed(ridge), rhs)
-
-
-def _sign_combinations(K: int, device: torch.device) -> Tensor:
-    """Return all sign vectors [2^K, K], all-positive first."""
-    return 1.0 - 2.0 * torch.cartesian_prod(*[torch.tensor([0.0, 1.0], device=device)] * K).reshape(-1, K)

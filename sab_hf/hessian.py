@@ -104,7 +104,7 @@ def inverse(H: Tensor) -> Tensor:
 
 
 def feedback_factor(H: Tensor) -> Tensor:
-    """Return the upper triangular U with `H⁻¹ = UᵀU`, whose rows say how an error spreads to later columns.
+    """Return the upper triangular U with `H⁻¹ = UᵀU`, contiguous, whose rows say how an error spreads to later columns.
 
     Source: GPTQ (arXiv 2210.17323), step 3.
     """
@@ -112,4 +112,4 @@ def feedback_factor(H: Tensor) -> Tensor:
     U, failed = torch.linalg.cholesky_ex(H_inv, upper=True)
     if failed:
         U = torch.linalg.cholesky(inverse(H.double()), upper=True).to(H.dtype)
-    return U
+    return U.contiguous()  # LAPACK leaves it by columns, and the sweep reads it by rows

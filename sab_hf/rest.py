@@ -45,7 +45,8 @@ def plan_rest(model: nn.Module, roles: Roles, config: SABQuantizationConfig) -> 
         planned |= dict.fromkeys(names, bits)
     if is_tied(model):
         _check_tied(config)
-        bits = min(config.bits_of(EMBEDDING), config.bits_of(HEAD))
+        named = [bits for bits in (config.embedding_bits, config.head_bits) if bits is not None]
+        bits = named[0] if named else config.bits_of(EMBEDDING)
         planned.pop(roles.head, None)
         if bits != DENSE:
             planned[roles.embedding] = bits

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .fit import PlaneState, from_sign_planes, nearest_signs, to_sign_planes
+from .levels import NearestLevel
 from .planes import SignPlanes
 
 LATENT_START = 0.5
@@ -46,28 +47,13 @@ class TrainablePlanes(nn.Module):
         self._built: Tensor | None = None
         self._leaf: Tensor | None = None
 
-    def state(self) -> PlaneState:
-        """Return the planes at the present latent weights and scales; gradients flow to the scales."""
-        state = PlaneState(
-            torch.empty(0),
-            self.row_start * (1 + self.row_change),
-            self.col_start * (1 + self.col_change),
-            self.free,
-            self.has_residual,
-        )
-        with torch.no_grad():
-            state.B = nearest_signs(self.latent * self.unit, state)
-        return state
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Return the present r [K, out_features] and c [K, in_features], with gradients to their changes."""
+        return self.row_start * (1 + self.row_change), self.col_start * (1 + self.col_change)
 
     def weight(self) -> Tensor:
         """Return the dense weight [out_features, in_features] with gradients to latent weights and scales."""
-        state = self.state()
-        W = state.dense()
-        with torch.no_grad():
-            largest = (state.r[:, :, None] * state.c[:, None]).abs().sum(0)
-            inside = (self.latent * self.unit).abs() <= largest
-        through = torch.where(inside, self.latent * self.unit, 0)
-        return W + through - through.detach()
+        return NearestLevel.apply(self.latent, self.unit, *self.scales())
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -91,7 +77,9 @@ class TrainablePlanes(nn.Module):
     @torch.no_grad()
     def planes(self) -> SignPlanes:
         """Return the trained planes."""
-        return to_sign_planes(self.state())
+        state = PlaneState(torch.empty(0), *self.scales(), self.free, self.has_residual)
+        state.B = nearest_signs(self.latent * self.unit, state)
+        return to_sign_planes(state)
 
 
 def _latent_start(W: Tensor, level: Tensor, unit: Tensor, largest: Tensor) -> Tensor:

@@ -44,22 +44,52 @@ def test_rows_have_finite_measures_and_the_bits_of_their_format(rows):
     assert full["nll"] < ours["nll"] < sign["nll"]
 
 
-def test_agreement_compares_answers_with_those_of_full_precision(rows):
-    with_agreement = fidelity.add_agreement(rows)
+def test_rows_are_compared_with_full_precision_question_by_question(rows):
+    with_agreement = fidelity.compare(rows)
     assert with_agreement[0]["agreement"] == 1
     assert all(0 <= row["agreement"] <= 1 and "answers" not in row for row in with_agreement)
+    assert with_agreement[0]["gap"] == with_agreement[0]["gap_error"] == 0
+    assert with_agreement[1]["gap"] == pytest.approx(rows[1]["nll"] - rows[0]["nll"])
+    total, gap = sum(rows[1]["tokens"]), with_agreement[1]["gap"]
+    differences = [a - b for a, b in zip(rows[1]["losses"], rows[0]["losses"], strict=True)]
+    assert sum(differences) / total == pytest.approx(gap)
+    spread = sum((d - gap * n) ** 2 for d, n in zip(differences, rows[1]["tokens"], strict=True))
+    assert with_agreement[1]["gap_error"] == pytest.approx(spread**0.5 / total)
     made_up = [dict(rows[0]), dict(rows[1], answers=["?"] * 11)]
-    assert fidelity.add_agreement(made_up)[1]["agreement"] == 0
+    assert fidelity.compare(made_up)[1]["agreement"] == 0
 
 
 def test_json_names_command_machine_versions_and_rows(rows, tmp_path):
     path = tmp_path / "results.json"
-    write_json(path, circumstances(SETTINGS), fidelity.add_agreement(rows))
+    write_json(path, circumstances(SETTINGS), fidelity.compare(rows))
     written = json.loads(path.read_text())
     assert written.keys() == {"command", "date", "machine", "versions", "settings", "rows"}
     assert written["versions"]["torch"]
     assert [row["label"] for row in written["rows"]] == [row["label"] for row in rows]
     assert {"bits", "nll", "agreement", "seconds", "peak_mib", "seed"} <= written["rows"][2].keys()
+
+
+def test_resume_keeps_what_is_done_and_refuses_other_settings(rows, tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    arguments = ["--model", CHECKPOINT, "--device", "cpu", "--questions", "11", "--samples", "11", "--batch-size", "4"]
+    arguments += ["--eval-batch", "11", "--resume", "--output", str(path), "--only", "full", "sign", "HQQ 1"]
+    write_json(path, circumstances(SETTINGS) | {"date": "2026-01-01"}, fidelity.compare(rows))
+    ran = []
+
+    def run_jobs(jobs, settings, work, *, report, **_):
+        ran.extend(job.label for job in jobs)
+        done = [rows[0], *(runner._row(job, runner.NOT_RUN, reason="planted") for job in jobs[1:])]
+        report(done)
+        return done
+
+    monkeypatch.setattr(fidelity, "run_jobs", run_jobs)
+    fidelity.main(arguments)
+    assert ran == ["full precision", "HQQ 1-bit"]  # the first gives what others are compared with
+    written = {row["label"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(written) == ["full precision", "sign × scale", "HQQ 1-bit"]
+    assert written["sign × scale"]["nll"] == rows[1]["nll"]
+    with pytest.raises(SystemExit, match="other settings"):
+        fidelity.main([*arguments, "--samples", "12"])
 
 
 def test_job_list_has_every_method_budget_and_seed():
@@ -68,7 +98,9 @@ def test_job_list_has_every_method_budget_and_seed():
     assert {job.method for job in jobs} >= set(fidelity.BASELINE_LABELS) | set(fidelity.PACKAGES)
     own = {
         (seed, steps): [
-            j.bits for j in jobs if j.method == "sab_hf" and (j.seed, j.options["refine_steps"]) == (seed, steps)
+            job.bits
+            for job in jobs
+            if job.method == "sab_hf" and (job.seed, job.options) == (seed, {"refine_steps": steps})
         ]
         for seed in (0, 1)
         for steps in (0, 400)
@@ -77,7 +109,7 @@ def test_job_list_has_every_method_budget_and_seed():
     assert own == {(0, 400): every, (0, 0): every, (1, 400): [1.1, 1.35, 2.1, 3.1], (1, 0): []}
     assert {job.method for job in jobs if job.seed == 1} >= set(fidelity.BASELINE_LABELS)
     assert len({(job.label, job.seed) for job in jobs}) == len(jobs)
-    assert len([job for job in fidelity.list_jobs(1.15, (0,)) if job.method == "sab_hf"]) == 12  # two budgets merge
+    assert len([job for job in fidelity.list_jobs(1.15, (0,)) if job.method == "sab_hf"]) == 14  # two budgets merge
 
 
 def test_ablation_names_are_unique_and_unknown_fields_are_named():

@@ -4,6 +4,7 @@ bfloat16 runs on GPUs only: the interpreter mis-evaluates products of it.
 """
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_levels import problem as level_problem
 from test_ops import inputs, operands
 from test_planes import random_planes
+
+from sab_hf import fit, levels
+from sab_hf.hessian import feedback_factor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -198,3 +203,68 @@ def test_unpacking_in_parts_gives_the_same_product(monkeypatch):
     monkeypatch.setattr(kernels(), "DENSE_ROWS", 8)
     x = inputs(5, 300)
     hold_exact(kernels().dense_product(x, planes), x, W, planes, torch.float32)
+
+
+def sweep_problem(rows, columns, planes, device):
+    generator = torch.Generator().manual_seed(rows + columns)
+    W = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    H = x.T @ x / len(x) + 0.1 * torch.eye(columns)
+    significant = None if planes == 1 else torch.rand(columns, generator=generator) < 0.3
+    state = fit.initial_state(W, planes, significant)
+    return [t.to(device) for t in (W.T.contiguous(), feedback_factor(H), state.r, state.c)]
+
+
+def compare_sweeps(rows, columns, planes, start, end, device):
+    rest, U, r, c = sweep_problem(rows, columns, planes, device)
+    kernel = importlib.import_module("sab_hf.kernels.triton_sweep")
+    choices, errors = kernel.sweep_block(rest.clone(), U, r, c, start, end)
+    expected_choices, expected_errors = fit._sweep_block(rest.clone(), U, r, c, start, end)
+    torch.testing.assert_close(errors, expected_errors, rtol=1e-3, atol=1e-3)
+    same_level = choices == expected_choices
+    assert same_level.float().mean() > 0.999  # a tie may go either way by rounding
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "columns", "planes", "start", "end"), [(5, 40, 1, 0, 40), (33, 21, 2, 8, 21)])
+def test_sweep_chooses_as_the_specification(rows, columns, planes, start, end):
+    compare_sweeps(rows, columns, planes, start, end, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("planes", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("rows", "columns", "start", "end"), [(5, 40, 0, 40), (700, 301, 128, 256), (3584, 384, 256, 384)]
+)
+def test_sweep_chooses_as_the_specification_on_a_gpu(rows, columns, planes, start, end):
+    compare_sweeps(rows, columns, planes, start, end, "cuda")
+
+
+def compare_levels(rows, columns, planes, device):
+    latent, unit, r, c = (t.to(device) for t in level_problem(rows, columns, planes))
+    kernel = importlib.import_module("sab_hf.kernels.triton_levels")
+    W, choice, inside = kernel.nearest_level(latent, unit, r, c)
+    expected_W, expected_choice, expected_inside = levels.nearest_level(latent, unit, r, c)
+    same = choice == expected_choice  # a tie may go either way by rounding
+    assert same.float().mean() > 0.999
+    torch.testing.assert_close(W[same], expected_W[same])
+    assert (inside == expected_inside).float().mean() > 0.999
+    gradient = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)).to(device)
+    found = kernel.gradients(gradient, choice, inside, unit, r, c)
+    for mine, expected in zip(found, levels.gradients(gradient, choice, inside, unit, r, c), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+    again = kernel.gradients(gradient, choice, inside, unit, r, c)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "columns", "planes"), [(5, 70, 1), (33, 21, 3)])
+def test_nearest_levels_and_their_gradients_are_as_specified(rows, columns, planes):
+    compare_levels(rows, columns, planes, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("planes", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 70), (701, 301), (3584, 1024)])
+def test_nearest_levels_and_their_gradients_are_as_specified_on_a_gpu(rows, columns, planes):
+    compare_levels(rows, columns, planes, "cuda")

@@ -147,7 +147,7 @@ def test_a_role_that_the_model_lacks_is_an_error_only_where_it_was_named(make_co
 def test_tied_embeddings_take_one_number(make_config):
     with pytest.raises(ValueError, match=r"`embedding_bits` is 4 and `head_bits` is 2.*one tied matrix"):
         quantized(make_config, tied=True, embedding_bits=4, head_bits=2)
-    model = quantized(make_config, tied=True, head_bits=5)
+    model = quantized(make_config, tied=True, head_bits=5, rest_bits=4)
     assert model.get_input_embeddings().num_planes == 5
 
 

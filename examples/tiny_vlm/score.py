@@ -22,12 +22,15 @@ class Score:
     nll: nats per answer token (the token that ends the turn included), by skill.
     counts: number of samples, by skill.
     mean_nll: nats per answer token over all samples.
+    losses, tokens: nats of the right answer and its tokens, by sample.
     """
 
     accuracy: dict[str, float]
     nll: dict[str, float]
     counts: dict[str, int]
     mean_nll: float
+    losses: list[float]
+    tokens: list[int]
 
     @property
     def visual(self) -> float:
@@ -94,6 +97,8 @@ def evaluate(model, processor, samples: Sequence[Sample], batch_size: int = 64) 
         nll={skill: sum(nll[i] for i in rows) / sum(tokens[i] for i in rows) for skill, rows in by_skill.items()},
         counts={skill: len(rows) for skill, rows in by_skill.items()},
         mean_nll=sum(nll) / sum(tokens),
+        losses=nll,
+        tokens=tokens,
     )
 
 
