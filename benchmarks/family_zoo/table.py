@@ -46,9 +46,9 @@ TAIL = """
 - **Routers** stay dense.
 - **Encoder-decoders**: the encoder's blocks, then the decoder's on what the quantized encoder gives.
 - **Cross-attention**: keys and values of image features are calibrated on those features, as the image's modality.
-- **Bits** go where the measured sensitivity of the loss asks for them. Where it cannot be measured (an encoder's blocks, which the
-  loss reaches only through the decoder), they are spread evenly and a warning says so. Blocks that share keys and values with
-  later ones (Gemma 3n, Gemma 4) are measured by their own use of them.
+- **Bits** go where the measured sensitivity of the loss asks for them. Where it cannot be measured (an encoder's blocks, which
+  the loss reaches only through the decoder), they are spread evenly and a warning says so. Blocks that share keys and values
+  with later ones (Gemma 3n, Gemma 4) are measured by their own use of them.
 - **Coverage**: below 90 % of the language weights, quantizing is refused with a list of what stays dense and why;
   `allow_low_coverage=True` permits it.
 
