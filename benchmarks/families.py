@@ -43,6 +43,7 @@ class Outcome:
         modalities: those of the calibration tokens.
         vision: prefixes of the towers.
         fallbacks: experts that saw too few tokens.
+        measured: whether the sensitivity of the loss could be measured.
     """
 
     family: str
@@ -54,6 +55,7 @@ class Outcome:
     modalities: list[str] = field(default_factory=list)
     vision: list[str] = field(default_factory=list)
     fallbacks: int = 0
+    measured: bool = True
 
 
 def check(name: str, folder: Path) -> Outcome:
@@ -87,6 +89,7 @@ def check(name: str, folder: Path) -> Outcome:
         modalities=sorted({m for fit in record.fits for m in fit.tokens}),
         vision=list(roles.vision),
         fallbacks=len(record.fallbacks),
+        measured=record.measured,
     )
 
 

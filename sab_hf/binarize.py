@@ -160,6 +160,7 @@ def _run_blocks(
                 if not run.modules:
                     with measure("sensitivity"):
                         run.sensitivity = find_sensitivity(model, inputs, plan, config, finished)
+                    record.measured = bool(run.sensitivity.linears)
                     modules = spend(model, plan, run.sensitivity, config)
                     run.modules = finished.modules = distributed.broadcast(modules, source=0)
                 for index, block_name in enumerate(stage):

@@ -43,6 +43,7 @@ class QuantizationRecord:
         refinements: block output errors before and after, one for each block that was refined.
         stages: time and peak memory by stage.
         seconds: in all, from the first weight on.
+        measured: whether the sensitivity of the loss was measured; if not, bits are spread evenly.
     """
 
     calibration: str
@@ -50,6 +51,7 @@ class QuantizationRecord:
     refinements: list[RefineResult] = field(default_factory=list)
     stages: StageClock = field(default_factory=StageClock)
     seconds: float = 0.0
+    measured: bool = False
 
     @property
     def fallbacks(self) -> list[str]:

@@ -28,6 +28,7 @@ def test_round_trip(name, tmp_path):
         pytest.skip(str(error))
     assert outcome.coverage > 0.9
     assert outcome.quantized
+    assert outcome.measured == (outcome.stages == 1)
     assert "text" in outcome.modalities
 
 
@@ -84,7 +85,7 @@ def test_table_has_a_row_for_each_family_and_says_why_not(tmp_path, monkeypatch)
                 "one", "4.57.6", quantized={"mlp.up": 2, "mlp.experts.*.down": 8}, coverage=0.955, modalities=["text"]
             )
         ),
-        vars(Outcome("one", "5.24.0", "it broke")),
+        vars(Outcome("one", "5.24.0", "it broke", measured=False)),
         vars(Outcome("two", "5.24.0", "not in transformers 5.24.0")),
     ]
     family_table.write_table(outcomes)

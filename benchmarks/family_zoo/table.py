@@ -46,6 +46,9 @@ TAIL = """
 - **Routers** stay dense.
 - **Encoder-decoders**: the encoder's blocks, then the decoder's on what the quantized encoder gives.
 - **Cross-attention**: keys and values of image features are calibrated on those features, as the image's modality.
+- **Bits** go where the measured sensitivity of the loss asks for them. Where it cannot be measured (an encoder's blocks, which
+  the loss reaches only through the decoder), they are spread evenly and a warning says so. Blocks that share keys and values
+  with later ones (Gemma 3n, Gemma 4) are measured by their own use of them.
 - **Coverage**: below 90 % of the language weights, quantizing is refused with a list of what stays dense and why;
   `allow_low_coverage=True` permits it.
 
@@ -90,9 +93,9 @@ def write_table(outcomes: list[Mapping[str, Any]]) -> None:
         shown = works[-1] if works else None
         covered = f"{100 * shown['coverage']:.1f} %" if shown else ""
         media = ", ".join(shown["modalities"]) if shown else ""
-        lines.append(
-            f"| {family} | {covered} | {media} | {_kinds(shown)} | {' | '.join(cells)} | {NOTES.get(family, '')} |"
-        )
+        remarks = [NOTES.get(family, ""), "" if shown is None or shown["measured"] else "bits spread evenly"]
+        remark = "; ".join(part for part in remarks if part)
+        lines.append(f"| {family} | {covered} | {media} | {_kinds(shown)} | {' | '.join(cells)} | {remark} |")
     legend = '\n"–": this version has no such class.\n'
     if reasons:
         legend += "\nWhy not:\n\n" + "\n".join(reasons) + "\n"
