@@ -200,11 +200,12 @@ def refit_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor) ->
 
 def update_row_scales(W: Tensor, H: Tensor, state: PlaneState) -> None:
     """Minimize the output error over r: one K×K system a row, `(D H Dᵀ) Δr = D H e`, D = B ⊙ c, e the row's error."""
-    D = (state.B * state.c[:, None]).transpose(0, 1)  # [n, K, m]
-    DH = D @ H
+    D = state.B * state.c[:, None]  # [K, n, m]
+    DH = D @ H  # one product: planes lead, so that rows and planes fold into one dimension
     error = W - state.dense()
-    rhs = torch.einsum("nkm,nm->nk", DH, error)
-    state.r += _solve(DH @ D.mT, rhs).T
+    rhs = torch.stack([(DH_k * error).sum(1) for DH_k in DH], 1)  # [n, K]
+    systems = DH.transpose(0, 1) @ D.permute(1, 2, 0)  # [n, K, K]
+    state.r += _solve(systems, rhs).T
 
 
 def update_column_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor | None = None) -> None:

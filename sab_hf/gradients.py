@@ -25,7 +25,7 @@ from .sensitivity import LinearSensitivity, Sensitivity, UnmeasurableError
 from .states import BatchState, block_output
 from .weights import apart
 
-LOGIT_BYTES = 2**30
+LOGIT_BYTES = 4 * 2**30
 """Most memory that logits, their probabilities and their gradients take at once, where a model can be asked for some of them."""
 
 BYTES_PER_LOGIT = 20

@@ -8,7 +8,7 @@ measured, V the vocabulary, E bytes of an activation):
     fit      = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the dearest Linear
     refine   = Σ n m (25 (P + s R) + 20) + 4 T Σ (n + 2 m)
     record   = everything beside the blocks + 3 E T max (n + m)
-    measure  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 1 GiB))
+    measure  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
     device   = block's dense weights + max(record, measure, moments + fit, refine) + hidden states kept there
     RAM      = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a fifth of
                it for what the allocator keeps)

@@ -73,9 +73,9 @@ def significance_map(
     S = torch.stack(S) if S else W.new_zeros(1, *W.shape)
     rho = hoyer_sparsity(S)
     top = max(1, round(salient_top_p * W.numel()))
-    significant = torch.stack([S_m >= S_m.flatten().topk(top).values[-1] for S_m in S]).any(0)
+    significant = torch.stack([S_m >= _smallest(S_m, W.numel() - top + 1) for S_m in S]).any(0)
     spread = S.amax(0) - S.amin(0)  # |S_text − S_visual| for two modalities
-    threshold = spread.flatten().kthvalue(max(1, math.ceil(diff_quantile * W.numel()))).values
+    threshold = _smallest(spread, max(1, math.ceil(diff_quantile * W.numel())))
     unimodal = significant & (spread >= threshold) & (rho >= sparsity_threshold)
     total = S.sum(0)
     share = float(total[unimodal].sum() / total.sum()) if total.any() else 0.0
@@ -83,6 +83,13 @@ def significance_map(
     mean = Lambda.mean()
     Lambda = (Lambda / mean).clamp_min(LEAST_WEIGHT) if mean > 0 else torch.ones_like(W)
     return SignificanceMap(rho, unimodal, significant & ~unimodal, share, Lambda / Lambda.mean())
+
+
+def _smallest(values: Tensor, k: int) -> Tensor:
+    """Return the k-th smallest value."""
+    if values.is_cuda:  # where `kthvalue` leaves all of a vector to one multiprocessor
+        return values.flatten().sort().values[k - 1]
+    return values.flatten().kthvalue(k).values
 
 
 def sensitivity(W: Tensor, H: Tensor, damping: float, gradient: Tensor | None = None) -> Tensor:
