@@ -157,7 +157,7 @@ def test_dense_experts_die_block_by_block(name, monkeypatch):
     assert all(storage.expired() for storage in alive.values())
 
 
-@pytest.mark.parametrize("name", [MIXTURE, "qwen3_vl_moe"])  # Llama 4's own forward fails under accelerate's offloading
+@pytest.mark.parametrize("name", [MIXTURE, "qwen3_vl_moe"] if V5 else [MIXTURE])  # others' own forward fails offloaded
 def test_offloaded_experts_give_the_model_from_memory(name):
     expected, family = (FAMILIES[name]() for _ in range(2))
     sab_hf.quantize(expected.model, None, None, config(expected.batches))
