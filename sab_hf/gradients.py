@@ -240,8 +240,7 @@ def _gradient_at_output(
         part = slice(start, min(start + step, length))
         options = {} if step >= length else {"logits_to_keep": torch.arange(part.start, part.stop, device=device)}
         with torch.enable_grad():
-            # a copy: a model may write in place
-            output = output_of_last_block(model, blocks, batch, state, leaf.clone(), **options)
+            output = output_of_last_block(model, blocks, batch, state, leaf, **options)
             if getattr(output, "logits", None) is None:
                 raise UnmeasurableError(f"{type(model).__name__} gives no `logits`")
             logits = output.logits

@@ -84,7 +84,8 @@ def output_of_last_block(
     Returns:
         The model's output, with `logits` [batch, length, vocabulary].
     """
-    with _replaced(blocks, lambda *_: lambda *args, **kwargs: _returned(hidden, state.others)):
+    # A copy for each: models write into what a block gives (deep visual features of Qwen3-VL on transformers 4).
+    with _replaced(blocks, lambda *_: lambda *args, **kwargs: _returned(hidden.clone(), state.others)):
         inputs = model_inputs(model, batch.inputs, state.workspace.placement.input_device)
         return model(**inputs, **options, use_cache=False)
 

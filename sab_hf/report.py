@@ -100,7 +100,7 @@ class Report:
             lines.append(
                 f"{name:<12}{role.num_quantized:>18,}{bits:>13}{_size(role.quantized_bytes):>12}{_size(role.dense_bytes):>12}"
             )
-        if self.modules:
+        if self.modules and self.coverage.dense:
             lines.append(self.coverage.summary())
         if self.fallback_experts:
             lines.append(

@@ -74,6 +74,16 @@ def test_two_processes_give_the_experts_of_one(tmp_path):
         assert (first[name] == alone[name]).float().mean() > 0.95, name
 
 
+def test_process_for_whose_samples_a_block_never_runs_works_with_the_others(tmp_path):
+    """The first sample is text, so the process that has it alone runs no cross-attention."""
+    changes = {"family": "mllama", "num_samples": 4, "batch_size": 1, "refine_steps": 1, "bits": 2.2} | MEASURED
+    assert launch(4, tmp_path / "RANK.safetensors", tmp_path, **changes) == [0] * 4, [
+        file.read_text() for file in tmp_path.glob("error *")
+    ]
+    states = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(4)]
+    assert all(same(states[0], state) for state in states[1:])
+
+
 def test_gradients_that_no_process_has_stay_away(monkeypatch):
     """Adam would move the planes of an expert without tokens."""
     monkeypatch.setattr(distributed, "size", lambda: 2)
@@ -147,7 +157,7 @@ def test_dense_experts_die_block_by_block(name, monkeypatch):
     assert all(storage.expired() for storage in alive.values())
 
 
-@pytest.mark.parametrize("name", [MIXTURE, "qwen3_vl_moe"])  # Llama 4's own forward fails under accelerate's offloading
+@pytest.mark.parametrize("name", [MIXTURE, "qwen3_vl_moe"] if V5 else [MIXTURE])  # others' own forward fails offloaded
 def test_offloaded_experts_give_the_model_from_memory(name):
     expected, family = (FAMILIES[name]() for _ in range(2))
     sab_hf.quantize(expected.model, None, None, config(expected.batches))

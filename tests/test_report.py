@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import build_llama, build_llava, file_bytes, file_entries, load, packed_linears
 
+import sab_hf
 from sab_hf import report
 
 
@@ -99,3 +100,10 @@ def test_report_as_json_and_as_a_table(packed_dir):
     table = str(sizes)
     assert f"{sizes.bits:.3f}" in table
     assert all(role in table for role in sizes.roles)
+
+
+def test_a_plain_model_has_no_line_about_coverage(make_config, processor):
+    model = build_llava()
+    sab_hf.quantize(model, processor, None, make_config())
+    assert sab_hf.report(model).coverage.share == 1
+    assert "language weights" not in str(sab_hf.report(model))

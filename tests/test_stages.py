@@ -206,3 +206,41 @@ def test_given_modality_of_another_shape_or_value_is_refused(wrong):
     inputs["modality"] = torch.full((1, 5), 9) if wrong is None else wrong
     with pytest.raises(ValueError, match="'modality' must have the shape of 'input_ids'"):
         token_modality(inputs, None)
+
+
+WIDE = ["gemma3n", "mllama", "blip_2_t5", "florence2", "qwen2_5_vl", "llava"] + (["gemma4"] if V5 else [])
+
+
+def together(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the batches of the most common shape as one batch."""
+    shapes = [{key: value.shape for key, value in batch.items()} for batch in batches]
+    common = max(shapes, key=shapes.count)
+    alike = [batch for batch, shape in zip(batches, shapes, strict=True) if shape == common]
+    assert len(alike) > 1
+    return {key: torch.cat([batch[key] for batch in alike]) for key in common}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@torch.no_grad()
+def test_samples_one_at_a_time_give_what_they_give_together(name):
+    """Several streams, features by tile, what an encoder gave, keys that blocks share: all are cut by sample."""
+    family = FAMILIES[name]()
+    batch = together(family.batches)
+    batches = [CalibrationBatch(batch, token_modality(batch, family.model.config))]
+    roles = find_roles(family.model)
+    for stage in roles.stages:
+        together_, apart = (BlockInputs(family.model, stage, batches) for _ in range(2))
+        apart.workspace.limit.rows = 1
+        compared = 0
+        for index, block_name in enumerate(stage):
+            block = family.model.get_submodule(block_name)
+            for inputs in (together_, apart):
+                inputs.advance_targets(block, index)
+                inputs.advance(block, index)
+            (one,), (other,) = together_.states, apart.states
+            torch.testing.assert_close(other.hidden, one.hidden, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(other.target, one.target, rtol=1e-4, atol=1e-4)
+            assert other.left.keys() == one.left.keys()
+            compared += one.runs(index)
+        assert compared > 1
+        assert one.rows > 1
