@@ -33,18 +33,19 @@ def linear_reference(
         exact: compute in the dtype of `x`; otherwise a device's kernel may round the scaled activations to int8 (with a
             scale per small group of columns) where that is faster. This implementation is exact either way.
     Returns:
-        [..., out_features], dtype of `x`.
+        [..., out_features], dtype of `x`; a fresh tensor, never a view, which callers may write into.
     """
     in_features = check_width(x, col_scale)
     inputs = x.reshape(-1, in_features).float()
-    y = torch.zeros(inputs.shape[0], signs.shape[1], dtype=torch.float32, device=x.device)
+    y = torch.zeros(*x.shape[:-1], signs.shape[1], dtype=torch.float32, device=x.device)
+    sums = y.view(inputs.shape[0], signs.shape[1])
     for packed, r, c in zip(signs, row_scale, col_scale, strict=True):
-        y += _plane_matmul(inputs, packed, r, c)
+        sums += _plane_matmul(inputs, packed, r, c)
     if significant_columns is not None:
         mask = unpack_bits(significant_columns, in_features)
         columns = torch.nonzero_static(mask, size=residual_col_scale.numel()).squeeze(1)  # no wait for the device
-        y += _plane_matmul(inputs[:, columns], residual_signs, residual_row_scale, residual_col_scale)
-    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+        sums += _plane_matmul(inputs[:, columns], residual_signs, residual_row_scale, residual_col_scale)
+    return y.to(x.dtype)
 
 
 sab_linear = torch.library.custom_op("sab::linear", linear_reference, mutates_args=())

@@ -7,6 +7,7 @@ import torch
 from test_planes import random_planes
 from torch import nn
 
+from sab_hf.kernels import library
 from sab_hf.linear import SABLinear, replace_module
 from sab_hf.packing import tensor_specs, to_tensors
 from sab_hf.swap import dequantize_modules, swap_in_empty
@@ -109,6 +110,21 @@ def test_torch_compile_meets_no_graph_break(backend, num_significant):
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     for shape in [(3, IN), (5, IN), (2, 3, IN)]:
         torch.testing.assert_close(compiled(inputs(*shape)), module(inputs(*shape)))
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_callers_may_write_into_what_a_linear_returns(monkeypatch, kernels, requires_grad):
+    """Llama 4's attention does; of a view made inside a custom op PyTorch would refuse it while gradients are recorded."""
+    if kernels == "torch":
+        monkeypatch.setattr(library, "load", lambda: None)
+    module = packed(bias=False)
+    y = module(inputs(2, 3, IN).requires_grad_(requires_grad))
+    assert not y._is_view()
+    expected = y.detach() * 2
+    y[0] *= 2
+    y[1:].mul_(2)
+    assert torch.equal(y, expected)
 
 
 class Model(nn.Module):

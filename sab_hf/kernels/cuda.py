@@ -45,7 +45,8 @@ def linear(
 
     with torch.cuda.device(x.device):
         y = kernels.linear(inputs, kernels.planes(*operands), exact)
-    return y.reshape(*x.shape[:-1], signs.shape[1])
+    # not `reshape`: writing into a view that a custom op returns is an error where gradients are recorded
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], signs.shape[1]))
 
 
 def check_operands(x: Tensor, operands: tuple[Tensor | None, ...]) -> None:
