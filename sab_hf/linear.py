@@ -68,7 +68,11 @@ class SABModule(nn.Module):
         return packing.from_tensors(self.packed_tensors(), self.in_features)
 
     def multiply(self, x: Tensor, exact: bool) -> Tensor:
-        """Return `x Wᵀ` [..., out_features], in the dtype of x; `exact` as in `ops.linear_reference`."""
+        """Return `x Wᵀ` [..., out_features], in the dtype of x; `exact` as in `ops.linear_reference`.
+
+        Where a gradient of `x` will be asked for, the product is exact in any case: its gradient is that of the exact one.
+        """
+        exact = exact or (x.requires_grad and torch.is_grad_enabled())
         residual: tuple[Tensor | None, ...] = (None, None, None, None)
         if self.num_significant:
             residual = (
@@ -94,7 +98,8 @@ class SABLinear(SABModule):
 
     Attributes:
         exact: compute in the dtype of the input; otherwise kernels may round activations to int8 where that is faster.
-            False, unless the environment variable `SAB_EXACT` is 1 when the module is made.
+            False, unless the environment variable `SAB_EXACT` is 1 when the module is made. In training, where gradients
+            of the input are recorded, products are exact in any case: so are their gradients.
     """
 
     def __init__(self, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None = None):

@@ -7,8 +7,10 @@ import torch
 from test_planes import random_planes
 from torch import nn
 
+from sab_hf import linear
 from sab_hf.kernels import library
 from sab_hf.linear import SABLinear, replace_module
+from sab_hf.ops import sab_linear
 from sab_hf.packing import tensor_specs, to_tensors
 from sab_hf.swap import dequantize_modules, swap_in_empty
 
@@ -125,6 +127,19 @@ def test_callers_may_write_into_what_a_linear_returns(monkeypatch, kernels, requ
     y[0] *= 2
     y[1:].mul_(2)
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_products_are_exact_where_gradients_are_recorded(monkeypatch, recorded):
+    asked = []
+    module, x = packed(), inputs(3, IN).requires_grad_()
+    module.exact = False
+    monkeypatch.setattr(linear, "sab_linear", lambda *operands: asked.append(operands[-1]) or sab_linear(*operands))
+    with torch.set_grad_enabled(recorded):
+        y = module(x)
+    module(x.detach())
+    assert asked == [recorded, False]
+    assert y.requires_grad == recorded
 
 
 class Model(nn.Module):
