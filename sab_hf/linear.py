@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import packing
-from .kernels import cpu as _cpu  # noqa: F401  registers the op's implementation
+from .kernels import cpu as _cpu  # registers the op's implementation too
 from .kernels import cuda as _cuda  # noqa: F401  registers the op's implementation
-from .ops import sab_linear
+from .ops import is_plain_cpu, sab_linear
 from .planes import SignPlanes
 
 
@@ -53,6 +53,7 @@ class SABModule(nn.Module):
                     f"`{name}` must be {dtype} {list(shape)} for a {out_features}×{in_features} matrix, got {got}"
                 )
             self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+        self._direct = _cpu.Direct()
 
     @property
     def weight(self) -> PackedWeight:
@@ -72,7 +73,12 @@ class SABModule(nn.Module):
 
         Where a gradient of `x` will be asked for, the product is exact in any case: its gradient is that of the exact one.
         """
-        exact = exact or (x.requires_grad and torch.is_grad_enabled())
+        recorded = x.requires_grad and torch.is_grad_enabled()
+        exact = exact or recorded
+        if not recorded and is_plain_cpu(x):
+            y = self._direct(x, self._parameters, exact)
+            if y is not None:
+                return y
         residual: tuple[Tensor | None, ...] = (None, None, None, None)
         if self.num_significant:
             residual = (

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..ops import check_width, linear_reference, sab_linear
+from ..ops import check_width, linear_reference
 from ..packing import residual_specs, tensor_specs
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (7, 5)
 
 
-@sab_linear.register_kernel("cuda")
+@torch.library.impl("sab::linear", "cuda")
 def linear(
     x: Tensor,
     signs: Tensor,

@@ -9,10 +9,12 @@ import os
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("sab_cpu.so")  # what build.py writes; not imported, as it is also run by `-m`
-ABI = 1  # SAB_CPU_ABI in csrc/sab_cpu.h
+ABI = 2  # SAB_CPU_ABI in csrc/sab_cpu.h
 NAMES = ("avx512", "avx2", "neon", "portable")
 SWITCH = "SAB_CPU_ISA"
 PYTORCH = "torch"  # the value of the switch that turns the kernels off
@@ -36,6 +38,7 @@ class Matrix(Structure):
 _SIGNATURES = {
     "sab_cpu_isa": (c_char_p, []),
     "sab_cpu_select": (c_int, [c_char_p]),
+    "sab_cpu_use_team": (None, [c_void_p]),
     "sab_cpu_layout_bytes": (c_int64, [c_int64, c_int64]),
     "sab_cpu_layout": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int]),
     "sab_cpu_linear": (
@@ -104,4 +107,14 @@ def load() -> ctypes.CDLL | None:
         )
         return None
     select(library, asked)
+    library.sab_cpu_use_team(_team_of_pytorch())
     return library
+
+
+def _team_of_pytorch() -> int | None:
+    """Return the address of what starts a parallel region in the OpenMP runtime that PyTorch uses, None if it has none."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, c_void_p).value  # found through its dependencies
+    except (OSError, AttributeError):
+        return None
