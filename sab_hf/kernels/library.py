@@ -36,6 +36,7 @@ class Matrix(Structure):
 
 
 _SIGNATURES = {
+    "sab_cpu_sources": (c_char_p, []),
     "sab_cpu_isa": (c_char_p, []),
     "sab_cpu_select": (c_int, [c_char_p]),
     "sab_cpu_use_team": (None, [c_void_p]),
@@ -57,8 +58,11 @@ def open_library(path: Path) -> ctypes.CDLL:
     """Load the kernels at `path` and declare their functions.
 
     Raises:
-        UnusableLibraryError: the file is missing, does not load here or has another ABI version than this package.
+        UnusableLibraryError: the file is missing, does not load here, has another ABI version than this package, or was
+            built from other C sources than those that lie in the package.
     """
+    from .build import sources_digest  # not at module level: `python -m sab_hf.kernels.build` imports this package
+
     if not path.exists():
         raise UnusableLibraryError(f"{path} is missing: there was no C compiler when the package was installed")
     try:
@@ -71,6 +75,9 @@ def open_library(path: Path) -> ctypes.CDLL:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    sources, built_from = sources_digest(), library.sab_cpu_sources().decode()
+    if sources is not None and sources != built_from:
+        raise UnusableLibraryError(f"{path} is stale: it was built from other C sources than those in csrc/ beside it")
     return library
 
 

@@ -80,6 +80,7 @@ SAB_HIDDEN void sab_parallel(void (*task)(void *argument, int64_t i), void *argu
 SAB_HIDDEN void *sab_scratch(size_t bytes);
 
 SAB_EXPORT int sab_cpu_abi(void);
+SAB_EXPORT const char *sab_cpu_sources(void);
 SAB_EXPORT const char *sab_cpu_isa(void);
 SAB_EXPORT int sab_cpu_select(const char *name);
 SAB_EXPORT void sab_cpu_use_team(void (*start)(void (*function)(void *), void *argument, unsigned threads, unsigned flags));
