@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from timing import copy_bandwidth, provenance, write_json
+from timing import copy_bandwidth, merge_rows, provenance
 from torch import Tensor
 
 from sab_hf import packing
@@ -120,7 +120,7 @@ def main() -> None:
                 results["rows"].append(row)
                 show(row, bandwidth)
                 if arguments.output:
-                    write_json(arguments.output, results)
+                    merge_rows(arguments.output, results, ("rows", "columns", "scheme", "tokens"))
 
 
 if __name__ == "__main__":
