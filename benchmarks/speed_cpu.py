@@ -109,14 +109,14 @@ def main() -> None:
     kernels = library.load()
     bandwidth = copy_bandwidth("cpu", 256 << 20)
     isa = "torch" if kernels is None else kernels.sab_cpu_isa().decode()
-    results = {"provenance": provenance("cpu") | {"isa": isa, "copy_gb_per_s": bandwidth}, "rows": []}
-    print(results["provenance"], flush=True)
+    results = {"provenance": provenance("cpu") | {"isa": isa}, "rows": []}
+    print(results["provenance"], f"copy {bandwidth:.1f} GB/s", flush=True)
     for shape in arguments.shapes:
         rows, columns = (int(number) for number in shape.split("x"))
         for tokens in arguments.tokens:
             for scheme in arguments.schemes if tokens == 1 else arguments.schemes[:1]:
                 with torch.inference_mode():
-                    row = measure(rows, columns, scheme, tokens, arguments)
+                    row = measure(rows, columns, scheme, tokens, arguments) | {"copy_gb_per_s": bandwidth}
                 results["rows"].append(row)
                 show(row, bandwidth)
                 if arguments.output:
