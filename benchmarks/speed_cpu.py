@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from timing import copy_bandwidth, provenance, write_json
+from timing import copy_bandwidth, merge_rows, provenance
 from torch import Tensor
 
 from sab_hf import packing
@@ -109,18 +109,18 @@ def main() -> None:
     kernels = library.load()
     bandwidth = copy_bandwidth("cpu", 256 << 20)
     isa = "torch" if kernels is None else kernels.sab_cpu_isa().decode()
-    results = {"provenance": provenance("cpu") | {"isa": isa, "copy_gb_per_s": bandwidth}, "rows": []}
-    print(results["provenance"], flush=True)
+    results = {"provenance": provenance("cpu") | {"isa": isa}, "rows": []}
+    print(results["provenance"], f"copy {bandwidth:.1f} GB/s", flush=True)
     for shape in arguments.shapes:
         rows, columns = (int(number) for number in shape.split("x"))
         for tokens in arguments.tokens:
             for scheme in arguments.schemes if tokens == 1 else arguments.schemes[:1]:
                 with torch.inference_mode():
-                    row = measure(rows, columns, scheme, tokens, arguments)
+                    row = measure(rows, columns, scheme, tokens, arguments) | {"copy_gb_per_s": bandwidth}
                 results["rows"].append(row)
                 show(row, bandwidth)
                 if arguments.output:
-                    write_json(arguments.output, results)
+                    merge_rows(arguments.output, results, ("rows", "columns", "scheme", "tokens"))
 
 
 if __name__ == "__main__":

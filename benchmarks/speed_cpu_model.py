@@ -2,7 +2,7 @@
 
 The shape is Qwen2-0.5B's as the language model of LLaVA with a small SigLIP tower; weights are random, planes are made
 directly, because speed and memory do not depend on their values. Every variant runs in a process of its own, so that
-its resident memory is its own.
+its resident memory is its own. Rows of an output file that are not measured again stay in it.
 
     python benchmarks/speed_cpu_model.py --threads 2 --output speed_cpu_model.json
 """
@@ -10,6 +10,9 @@ its resident memory is its own.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import re
@@ -17,10 +20,11 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from timing import provenance, write_json
+from timing import merge_rows, provenance
 from torch import nn
 
 VARIANTS = ("float32", "bfloat16", "int8", "packed", "packed head", "packed head exact")
@@ -115,8 +119,24 @@ def resident_mib(field: str) -> float:
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 
+class Clock:
+    """A streamer that notes when each token came."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
 def measure(variant: str, layers: int, residual: float, compiled: bool, repeats: int) -> dict[str, float | str]:
-    """Time `generate` of one variant: seconds of the whole, of the prefill with the first token, ms per further token."""
+    """Time `generate` of one variant: seconds of the whole, of the prefill with the first token, ms per further token.
+
+    Medians over the repeats; of the tokens' times the median over all tokens of all repeats.
+    """
     before = resident_mib("VmRSS")
     model = make_model(variant, layers, residual)
     arguments = {}
@@ -126,29 +146,47 @@ def measure(variant: str, layers: int, residual: float, compiled: bool, repeats:
     tokens = torch.cat([torch.full((1, IMAGE_TOKENS), IMAGE_TOKEN), torch.arange(TEXT_TOKENS)[None] + 100], 1)
     pixels = torch.randn(1, 3, 224, 224, dtype=model.dtype if variant == "bfloat16" else torch.float32)
 
-    def seconds(new_tokens: int) -> float:
+    def generate(new_tokens: int) -> list[float]:
+        clock = Clock()
         start = time.perf_counter()
         out = model.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels, do_sample=False,
-            max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0, **arguments,
+            max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0, streamer=clock, **arguments,
         )  # fmt: skip
         assert out.shape[1] == tokens.shape[1] + new_tokens
-        return time.perf_counter() - start
+        return [stamp - start for stamp in clock.times[1:]]  # the first one is the prompt
 
     with torch.inference_mode():
-        for new_tokens in (NEW_TOKENS, 1):
-            seconds(new_tokens)
-        whole = statistics.median(seconds(NEW_TOKENS) for _ in range(repeats))
-        first = statistics.median(seconds(1) for _ in range(repeats))
+        generate(NEW_TOKENS if compiled else 2)  # a static cache is as long as the text, and compiled for its length
+        runs = [generate(NEW_TOKENS) for _ in range(repeats)]
+    steps = [later - earlier for run in runs for earlier, later in pairwise(run)]
     return {
         "variant": variant,
         "compiled": compiled,
-        "seconds": whole,
-        "first_token_seconds": first,
-        "ms_per_token": (whole - first) / (NEW_TOKENS - 1) * 1e3,
-        "resident_mib": resident_mib("VmRSS") - before,
+        "isa": isa() if variant.startswith("packed") else "PyTorch's choice",
+        "repeats": repeats,
+        "seconds": statistics.median(run[-1] for run in runs),
+        "first_token_seconds": statistics.median(run[0] for run in runs),
+        "ms_per_token": statistics.median(steps) * 1e3,
+        "min_ms_per_token": min(steps) * 1e3,
+        "resident_mib": settled_resident_mib() - before,
         "peak_mib": resident_mib("VmHWM") - before,
     }
+
+
+def settled_resident_mib() -> float:
+    """Resident memory once what is free has gone back to the system: of a model's conversion nothing shall count."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+    return resident_mib("VmRSS")
+
+
+def isa() -> str:
+    from sab_hf.kernels import library
+
+    kernels = library.load()
+    return "torch" if kernels is None else kernels.sab_cpu_isa().decode()
 
 
 def main() -> None:
@@ -185,7 +223,7 @@ def main() -> None:
             flush=True,
         )
         if arguments.output:
-            write_json(arguments.output, results)
+            merge_rows(arguments.output, results, ("variant", "compiled", "isa"))
 
 
 if __name__ == "__main__":

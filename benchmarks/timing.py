@@ -104,3 +104,17 @@ def _commit() -> str | None:
 def write_json(path: str | Path, results: dict[str, Any]) -> None:
     """Write results; called after every row, so that what was measured survives what comes after."""
     Path(path).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def merge_rows(path: str | Path, results: dict[str, Any], key: tuple[str, ...]) -> None:
+    """Write results as `write_json` does, with the rows of an earlier file that are not measured again.
+
+    Args:
+        path, results: see `write_json`; `results["rows"]` are dictionaries.
+        key: the entries that tell what a row measures.
+    """
+    rows = {tuple(row[name] for name in key): row for row in results["rows"]}
+    if Path(path).exists():
+        earlier = json.loads(Path(path).read_text())["rows"]
+        rows = {tuple(row[name] for name in key): row for row in earlier} | rows
+    write_json(path, results | {"rows": list(rows.values())})

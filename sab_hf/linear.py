@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import packing
-from .kernels import cpu as _cpu  # noqa: F401  registers the op's implementation
+from .kernels import cpu as _cpu  # registers the op's implementation too
 from .kernels import cuda as _cuda  # noqa: F401  registers the op's implementation
-from .ops import sab_linear
+from .ops import is_plain_cpu, sab_linear
 from .planes import SignPlanes
 
 
@@ -53,6 +53,7 @@ class SABModule(nn.Module):
                     f"`{name}` must be {dtype} {list(shape)} for a {out_features}×{in_features} matrix, got {got}"
                 )
             self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+        self._direct = _cpu.Direct()
 
     @property
     def weight(self) -> PackedWeight:
@@ -68,7 +69,16 @@ class SABModule(nn.Module):
         return packing.from_tensors(self.packed_tensors(), self.in_features)
 
     def multiply(self, x: Tensor, exact: bool) -> Tensor:
-        """Return `x Wᵀ` [..., out_features], in the dtype of x; `exact` as in `ops.linear_reference`."""
+        """Return `x Wᵀ` [..., out_features], in the dtype of x; `exact` as in `ops.linear_reference`.
+
+        Where a gradient of `x` will be asked for, the product is exact in any case: its gradient is that of the exact one.
+        """
+        recorded = x.requires_grad and torch.is_grad_enabled()
+        exact = exact or recorded
+        if not recorded and is_plain_cpu(x):
+            y = self._direct(x, self._parameters, exact)
+            if y is not None:
+                return y
         residual: tuple[Tensor | None, ...] = (None, None, None, None)
         if self.num_significant:
             residual = (
@@ -94,7 +104,8 @@ class SABLinear(SABModule):
 
     Attributes:
         exact: compute in the dtype of the input; otherwise kernels may round activations to int8 where that is faster.
-            False, unless the environment variable `SAB_EXACT` is 1 when the module is made.
+            False, unless the environment variable `SAB_EXACT` is 1 when the module is made. In training, where gradients
+            of the input are recorded, products are exact in any case: so are their gradients.
     """
 
     def __init__(self, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None = None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .packing import unpack_bits
 from .planes import signs_to
@@ -33,21 +34,28 @@ def linear_reference(
         exact: compute in the dtype of `x`; otherwise a device's kernel may round the scaled activations to int8 (with a
             scale per small group of columns) where that is faster. This implementation is exact either way.
     Returns:
-        [..., out_features], dtype of `x`.
+        [..., out_features], dtype of `x`; a fresh tensor, never a view, which callers may write into.
     """
     in_features = check_width(x, col_scale)
     inputs = x.reshape(-1, in_features).float()
-    y = torch.zeros(inputs.shape[0], signs.shape[1], dtype=torch.float32, device=x.device)
+    y = torch.zeros(*x.shape[:-1], signs.shape[1], dtype=torch.float32, device=x.device)
+    sums = y.view(inputs.shape[0], signs.shape[1])
     for packed, r, c in zip(signs, row_scale, col_scale, strict=True):
-        y += _plane_matmul(inputs, packed, r, c)
+        sums += _plane_matmul(inputs, packed, r, c)
     if significant_columns is not None:
         mask = unpack_bits(significant_columns, in_features)
         columns = torch.nonzero_static(mask, size=residual_col_scale.numel()).squeeze(1)  # no wait for the device
-        y += _plane_matmul(inputs[:, columns], residual_signs, residual_row_scale, residual_col_scale)
-    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+        sums += _plane_matmul(inputs[:, columns], residual_signs, residual_row_scale, residual_col_scale)
+    return y.to(x.dtype)
 
 
-sab_linear = torch.library.custom_op("sab::linear", linear_reference, mutates_args=())
+# Not `torch.library.custom_op`, whose wrappers cost 10 µs a call, as much as a small product takes; the op is the same.
+_NAME = "sab::linear"
+torch.library.define(
+    _NAME, torch.library.infer_schema(linear_reference, mutates_args=()), tags=torch.Tag.pt2_compliant_tag
+)
+torch.library.impl(_NAME, "default", linear_reference)
+sab_linear = torch.ops.sab.linear.default
 
 
 def check_width(x: Tensor, col_scale: Tensor) -> int:
@@ -61,7 +69,7 @@ def _plane_matmul(x: Tensor, packed: Tensor, row_scale: Tensor, col_scale: Tenso
     return (x * col_scale.float()) @ B.T * row_scale.float()
 
 
-@sab_linear.register_fake
+@torch.library.register_fake(_NAME)
 def _(
     x,
     signs,
@@ -124,4 +132,30 @@ def _plane_transposed(grad: Tensor, packed: Tensor, row_scale: Tensor, col_scale
 
 
 _NUM_PLANE_TENSORS = 7
-sab_linear.register_autograd(_backward, setup_context=_keep_planes)
+torch.library.register_autograd(_NAME, _backward, setup_context=_keep_planes)
+
+
+def is_plain_cpu(x: Tensor) -> bool:
+    """Tell whether an operation on `x` would do nothing but compute on the CPU: no tracing, mode, transform or subclass.
+
+    Where that is so, and no gradient of `x` is recorded, a kernel may be called as a function instead of through the op.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._dispatch_keys(x).raw_repr() in _PLAIN_KEYS
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_MODES
+        and forward_ad._current_level < 0
+    )
+
+
+def _plain_keys() -> tuple[set[int], set[int]]:
+    """Return what the dispatcher adds to a plain tensor and to a plain thread, in and out of `torch.inference_mode`."""
+    keys, modes = set(), set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            keys.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+            modes.add(torch._C._dispatch_tls_local_include_set().raw_repr())
+    return keys, modes
+
+
+_PLAIN_KEYS, _PLAIN_MODES = _plain_keys()

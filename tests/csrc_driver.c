@@ -1,5 +1,6 @@
 /* Every kernel over sizes that divide by nothing, for a run under the address and undefined behaviour sanitizers. All
  * memory is of the exact size, so that a read or write beyond it is seen. Prints a sum, so that nothing is optimized away. */
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -78,15 +79,43 @@ static double check(int64_t rows, int64_t columns, int64_t planes, int64_t signi
     return sum;
 }
 
+typedef struct {
+    void (*function)(void *);
+    void *argument;
+} region;
+
+static int regions;
+
+static void *enter(void *argument) {
+    region *mine = argument;
+    mine->function(mine->argument);
+    return NULL;
+}
+
+/* What an OpenMP runtime does, with threads that end with the region. */
+static void start_team(void (*function)(void *), void *argument, unsigned threads, unsigned flags) {
+    region mine = {function, argument};
+    pthread_t others[8];
+    if (threads < 2 || threads > 8 || flags != 0) abort();
+    for (unsigned i = 1; i < threads; i++)
+        if (pthread_create(&others[i], NULL, enter, &mine) != 0) abort();
+    function(argument);
+    for (unsigned i = 1; i < threads; i++) pthread_join(others[i], NULL);
+    regions++;
+}
+
 int main(void) {
     const int64_t sizes[][4] = {{1, 1, 1, 0},   {1, 1, 1, 1},    {3, 7, 2, 7},      {63, 9, 1, 8},    {64, 128, 1, 0},
                                 {65, 129, 3, 1}, {130, 255, 4, 9}, {257, 1000, 2, 300}, {700, 33, 1, 17}, {5, 2049, 1, 1}};
     const char *names[] = {"portable", "avx2", "avx512", "neon"};
-    for (size_t isa = 0; isa < sizeof names / sizeof *names; isa++) {
-        if (sab_cpu_select(names[isa]) != 0) continue;
+    for (size_t run = 0; run < 2 * sizeof names / sizeof *names; run++) {
+        if (sab_cpu_select(names[run / 2]) != 0) continue;
+        sab_cpu_use_team(run % 2 ? start_team : NULL);
+        const int before = regions;
         double sum = 0;
         for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
             sum += check(sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3]);
+        if ((regions > before) != (int)(run % 2)) abort();
         printf("%s %g\n", sab_cpu_isa(), sum);
     }
     return 0;

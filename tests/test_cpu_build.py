@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -121,6 +122,20 @@ def test_other_libraries_are_not_used(monkeypatch, tmp_path, caplog, fresh_load,
     monkeypatch.delenv(library.SWITCH, raising=False)
     assert library.load() is None
     assert re.search(message, caplog.text)
+
+
+@needs_compiler
+def test_a_library_of_other_sources_is_not_used(monkeypatch, tmp_path):
+    here = tmp_path / "kernels"
+    shutil.copytree(build.HERE / "csrc", here / "csrc")
+    monkeypatch.setattr(build, "HERE", here)
+    built = build.build(here / "kernels.so")
+    library.open_library(built)
+    (here / "csrc" / "linear.c").open("a").write("/* edited */\n")
+    with pytest.raises(library.UnusableLibraryError, match=r"kernels\.so is stale"):
+        library.open_library(built)
+    shutil.rmtree(here / "csrc")  # an installation without sources has nothing to compare
+    library.open_library(built)
 
 
 def test_files_that_are_no_libraries_are_not_used(tmp_path):

@@ -1,12 +1,16 @@
 """`SABLinear` against the dense `nn.Linear` of the weights that it stands for."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from test_planes import random_planes
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sab_hf.kernels import library
 from sab_hf.linear import SABLinear, replace_module
 from sab_hf.packing import tensor_specs, to_tensors
 from sab_hf.swap import dequantize_modules, swap_in_empty
@@ -109,6 +113,85 @@ def test_torch_compile_meets_no_graph_break(backend, num_significant):
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     for shape in [(3, IN), (5, IN), (2, 3, IN)]:
         torch.testing.assert_close(compiled(inputs(*shape)), module(inputs(*shape)))
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_callers_may_write_into_what_a_linear_returns(monkeypatch, kernels, requires_grad):
+    """Llama 4's attention does; of a view made inside a custom op PyTorch would refuse it while gradients are recorded."""
+    if kernels == "torch":
+        monkeypatch.setattr(library, "load", lambda: None)
+    module = packed(bias=False)
+    y = module(inputs(2, 3, IN).requires_grad_(requires_grad))
+    assert not y._is_view()
+    expected = y.detach() * 2
+    y[0] *= 2
+    y[1:].mul_(2)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(library.load() is None, reason="without kernels every product is exact")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_products_are_exact_where_gradients_are_recorded(recorded):
+    module, x = SABLinear.from_planes(random_planes(70, 300, 1)), inputs(3, 300).requires_grad_()
+    expected = {}
+    for module.exact in (True, False):
+        expected[module.exact] = module(x.detach())
+    assert not torch.equal(expected[True], expected[False])
+    with torch.set_grad_enabled(recorded):
+        y = module(x)
+    assert y.requires_grad == recorded
+    assert torch.equal(y, expected[recorded])
+
+
+class OpsSeen(TorchDispatchMode):
+    """Collects the names of the operations that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_and_tracers_see_the_op():
+    """Outside of them a CPU kernel is called without the dispatcher."""
+    module, x = packed(), inputs(3, IN)
+    with OpsSeen() as mode, torch.no_grad():
+        y = module(x)
+    assert "sab::linear" in mode.names
+    assert torch.equal(module(x), y)
+    traced = make_fx(module)(x)
+    assert torch.equal(traced(x + 1), module(x + 1))
+
+
+def test_products_follow_tensors_that_are_written_or_replaced():
+    module, other, x = packed(bias=False), packed(bias=False), inputs(3, IN)
+    for name, tensor in other.packed_tensors().items():
+        if tensor.dtype == torch.int16:
+            tensor.copy_((tensor.view(torch.float16) * 2).view(torch.int16))
+        elif name != "significant_columns":
+            tensor.bitwise_xor_(0b1010)
+    expected = other(x)
+    first = module(x)
+    assert not torch.equal(first, expected)
+    written, replaced, moved = (copy.deepcopy(module) for _ in range(3))
+    for name, tensor in other.packed_tensors().items():
+        getattr(written, name).copy_(tensor)
+        setattr(replaced, name, nn.Parameter(tensor.clone(), requires_grad=False))
+        getattr(moved, name).data = tensor.clone()
+    for changed in (written, replaced, moved):
+        assert torch.equal(changed(x), expected)
+    assert torch.equal(module(x), first)
+
+
+def test_modules_that_have_computed_can_be_copied_and_pickled():
+    module, x = packed(), inputs(3, IN)
+    y = module(x)
+    assert torch.equal(copy.deepcopy(module)(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), y)
 
 
 class Model(nn.Module):

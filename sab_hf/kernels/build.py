@@ -5,6 +5,7 @@ Only the standard library is imported: `setup.py` runs this file before the pack
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -76,6 +77,16 @@ def build(library: Path = LIBRARY, extra_flags: Sequence[str] = (), machine: str
     return library
 
 
+def sources_digest() -> str | None:
+    """Return a digest of the C sources, which the library carries so that a stale one is noticed; None without sources."""
+    digest = hashlib.sha256()
+    paths = sorted((HERE / "csrc").glob("*.[ch]"))
+    for path in paths:
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return digest.hexdigest() if paths else None
+
+
 def compile_objects(folder: Path, extra_flags: Sequence[str], machine: str) -> tuple[list[Path], list[str]]:
     """Compile every source into `folder`; return the object files and the `-D` flags of the instruction sets in them."""
     compiler = [*find_compiler(), *FLAGS, *extra_flags, "-c"]
@@ -88,7 +99,7 @@ def compile_objects(folder: Path, extra_flags: Sequence[str], machine: str) -> t
             defines.append(f"-DSAB_HAVE_{unit.upper()}")
         except BuildError as error:
             logger.warning("the CPU kernels are built without %s, which this compiler does not know: %s", unit, error)
-    objects.append(_compile([*compiler, *defines], "select", folder))
+    objects.append(_compile([*compiler, *defines, f"-DSAB_SOURCES={sources_digest()}"], "select", folder))
     return objects, defines
 
 

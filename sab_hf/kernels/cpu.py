@@ -11,6 +11,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..ops import linear_reference
 from ..packing import tensor_specs
@@ -21,6 +22,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum sab_dt
 _NAMES = tuple(name for name, _ in library.Matrix._fields_)[4:11]  # the op's arguments after `x`
 # Beyond so many tokens exact products are left to PyTorch's matmul on dense rows; measured by benchmarks/speed_cpu.py.
 _EXACT_TOKENS = {"avx512": sys.maxsize, "avx2": 16, "neon": 4, "portable": 4}
+_FEW_TOKENS = min(_EXACT_TOKENS.values())
 _DENSE_BYTES = 16 << 20  # of dense rows at a time
 
 
@@ -53,32 +55,84 @@ def linear(
     Raises:
         ValueError: a tensor's dtype, shape or device is not that of the file format.
     """
-    kernels, dtype = library.load(), _DTYPES.get(x.dtype)
+    kernels = library.load()
     packed = (signs, row_scale, col_scale)
     if significant_columns is not None and residual_col_scale.numel():
         packed = (*packed, significant_columns, residual_signs, residual_row_scale, residual_col_scale)
-    if kernels is None or dtype is None:
+    if kernels is None or x.dtype not in _DTYPES:
         return linear_reference(x, *packed, *(None,) * (len(_NAMES) - len(packed)))
     packed = tuple([tensor.contiguous() for tensor in packed])
-    matrix = _matrix(kernels, packed)
-    columns = matrix.columns
-    if x.shape[-1] != columns:
-        raise RuntimeError(f"input has {x.shape[-1]} features, not {columns}")
+    return _multiply(kernels, _matrix(kernels, packed), x, exact)
+
+
+torch.library.impl("sab::linear", "cpu", linear)
+
+
+class Direct:
+    """Products by the packed tensors of one module, past PyTorch's dispatcher, which takes longer than a small product.
+
+    A copied or pickled one starts anew.
+    """
+
+    def __init__(self):
+        self._last: tuple[list[int], library.Matrix, list[StorageWeakRef]] | None = None  # replaced as one, as above
+
+    def __reduce__(self):
+        return Direct, ()
+
+    def __call__(self, x: Tensor, packed: dict[str, Tensor], exact: bool) -> Tensor | None:
+        """Return what `linear` returns for a plain CPU tensor `x` and the module's tensors, scales as they store them.
+
+        None: nothing can be computed here; call the op.
+        """
+        kernels = library.load()
+        if kernels is None or x.dtype not in _DTYPES:
+            return None
+        identity = _identity(packed)
+        last = self._last
+        if last is None or last[0] != identity:
+            tensors = tuple([packed[name] for name in _NAMES if name in packed])
+            if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
+                return None
+            half = [tensor.view(torch.float16) if tensor.dtype == torch.int16 else tensor for tensor in tensors]
+            matrix = _matrix(kernels, tuple(half))
+            # Held weakly: no other storage has the same `_cdata` as long as that is so.
+            last = self._last = (identity, matrix, [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors])
+        return _multiply(kernels, last[1], x, exact)
+
+
+def _identity(packed: dict[str, Tensor]) -> list[int]:
+    """Return numbers that change when a packed tensor is another, or when signs, which layouts are made from, were written."""
+    identity = []
+    for name, tensor in packed.items():
+        if name != "bias":
+            identity += (tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.numel())
+            identity.append(tensor._version if not tensor.is_inference() else 0)
+    return identity
+
+
+def _multiply(kernels: ctypes.CDLL, matrix: library.Matrix, x: Tensor, exact: bool) -> Tensor:
+    """Return `x Wᵀ` by the compiled kernels.
+
+    Raises:
+        RuntimeError: `x` has another number of features than the matrix.
+        MemoryError: there is no memory for the look-up tables.
+    """
+    columns, rows = matrix.columns, matrix.rows
+    shape = x.shape
+    if shape[-1] != columns:
+        raise RuntimeError(f"input has {shape[-1]} features, not {columns}")
     x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], matrix.rows), dtype=x.dtype)
+    y = x.new_empty((*shape[:-1], rows))
     tokens = x.numel() // columns
-    if tokens > min(_EXACT_TOKENS.values()) and _is_for_matmul(kernels, tokens, exact):
+    if tokens > _FEW_TOKENS and _is_for_matmul(kernels, tokens, exact):
         return _dense_matmul(kernels, matrix, x.view(tokens, columns), y)
     failed = kernels.sab_cpu_linear(
-        matrix, x.data_ptr(), columns, dtype, tokens, y.data_ptr(), exact, torch.get_num_threads()
+        matrix, x.data_ptr(), columns, _DTYPES[x.dtype], tokens, y.data_ptr(), exact, torch.get_num_threads()
     )
     if failed:
         raise MemoryError(f"no memory for the look-up tables of {tokens} tokens of {columns} features")
     return y
-
-
-# Not `sab_linear.register_kernel`, whose wrapper costs 11 µs a call; the function is the same op's all the same.
-torch.library.impl("sab::linear", "cpu", linear)
 
 
 def _matrix(kernels: ctypes.CDLL, packed: tuple[Tensor, ...]) -> library.Matrix:

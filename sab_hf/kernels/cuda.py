@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..ops import check_width, linear_reference, sab_linear
+from ..ops import check_width, linear_reference
 from ..packing import residual_specs, tensor_specs
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (7, 5)
 
 
-@sab_linear.register_kernel("cuda")
+@torch.library.impl("sab::linear", "cuda")
 def linear(
     x: Tensor,
     signs: Tensor,
@@ -45,7 +45,8 @@ def linear(
 
     with torch.cuda.device(x.device):
         y = kernels.linear(inputs, kernels.planes(*operands), exact)
-    return y.reshape(*x.shape[:-1], signs.shape[1])
+    # not `reshape`: writing into a view that a custom op returns is an error where gradients are recorded
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], signs.shape[1]))
 
 
 def check_operands(x: Tensor, operands: tuple[Tensor | None, ...]) -> None:

@@ -9,10 +9,12 @@ import os
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("sab_cpu.so")  # what build.py writes; not imported, as it is also run by `-m`
-ABI = 1  # SAB_CPU_ABI in csrc/sab_cpu.h
+ABI = 2  # SAB_CPU_ABI in csrc/sab_cpu.h
 NAMES = ("avx512", "avx2", "neon", "portable")
 SWITCH = "SAB_CPU_ISA"
 PYTORCH = "torch"  # the value of the switch that turns the kernels off
@@ -34,8 +36,10 @@ class Matrix(Structure):
 
 
 _SIGNATURES = {
+    "sab_cpu_sources": (c_char_p, []),
     "sab_cpu_isa": (c_char_p, []),
     "sab_cpu_select": (c_int, [c_char_p]),
+    "sab_cpu_use_team": (None, [c_void_p]),
     "sab_cpu_layout_bytes": (c_int64, [c_int64, c_int64]),
     "sab_cpu_layout": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int]),
     "sab_cpu_linear": (
@@ -54,8 +58,11 @@ def open_library(path: Path) -> ctypes.CDLL:
     """Load the kernels at `path` and declare their functions.
 
     Raises:
-        UnusableLibraryError: the file is missing, does not load here or has another ABI version than this package.
+        UnusableLibraryError: the file is missing, does not load here, has another ABI version than this package, or was
+            built from other C sources than those that lie in the package.
     """
+    from .build import sources_digest  # not at module level: `python -m sab_hf.kernels.build` imports this package
+
     if not path.exists():
         raise UnusableLibraryError(f"{path} is missing: there was no C compiler when the package was installed")
     try:
@@ -68,6 +75,9 @@ def open_library(path: Path) -> ctypes.CDLL:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    sources, built_from = sources_digest(), library.sab_cpu_sources().decode()
+    if sources is not None and sources != built_from:
+        raise UnusableLibraryError(f"{path} is stale: it was built from other C sources than those in csrc/ beside it")
     return library
 
 
@@ -104,4 +114,14 @@ def load() -> ctypes.CDLL | None:
         )
         return None
     select(library, asked)
+    library.sab_cpu_use_team(_team_of_pytorch())
     return library
+
+
+def _team_of_pytorch() -> int | None:
+    """Return the address of what starts a parallel region in the OpenMP runtime that PyTorch uses, None if it has none."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, c_void_p).value  # found through its dependencies
+    except (OSError, AttributeError):
+        return None

@@ -100,7 +100,7 @@ static inline __attribute__((always_inline)) void lut_tokens(const uint8_t *code
             for (int half = 0; half < 2; half++) all[token][half] = odd[token][half] = _mm256_setzero_si256();
         for (int64_t byte = start; byte < start + bytes; byte++) {
             const uint8_t *here = codes + SAB_TILE * byte;
-            _mm_prefetch((const char *)here + 2048, _MM_HINT_T0);
+            _mm_prefetch((const char *)here + 4096, _MM_HINT_T0);
             for (int token = 0; token < tokens; token++) {
                 const __m128i *table = (const __m128i *)(tables + token * table_stride + 32 * byte);
                 table0[token] = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
@@ -145,7 +145,7 @@ static void exact_tile(const uint8_t *codes, const int32_t *list, int64_t column
     for (int64_t byte = 0; byte < column_bytes; byte++, tables += 16) {
         const uint8_t *here = codes + SAB_TILE * (list == NULL ? byte : list[byte]);
         __m256 table0 = _mm256_load_ps(tables), table1 = _mm256_load_ps(tables + 8);
-        _mm_prefetch((const char *)here + 2048, _MM_HINT_T0);
+        _mm_prefetch((const char *)here + 4096, _MM_HINT_T0);
         for (int i = 0; i < 8; i++) {
             __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(here + 8 * i)));
             __m256 low = _mm256_permutevar8x32_ps(table0, code);

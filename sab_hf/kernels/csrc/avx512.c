@@ -26,7 +26,7 @@ static void exact_tile(const uint8_t *codes, const int32_t *list, int64_t column
     for (int64_t byte = 0; byte < column_bytes; byte++, tables += 32) {
         const uint8_t *here = codes + SAB_TILE * (list == NULL ? byte : list[byte]);
         __m512 table0 = _mm512_load_ps(tables), table1 = _mm512_load_ps(tables + 16);
-        _mm_prefetch((const char *)here + 2048, _MM_HINT_T0);
+        _mm_prefetch((const char *)here + 4096, _MM_HINT_T0);
         for (int i = 0; i < 4; i++) { /* a permutation looks at the low 4 bits of its index only */
             __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(here + 16 * i)));
             total[i][0] = _mm512_add_ps(total[i][0], _mm512_permutexvar_ps(code, table0));
@@ -59,7 +59,7 @@ static inline __attribute__((always_inline)) void lut_tokens(const uint8_t *code
         for (int token = 0; token < tokens; token++) all[token] = odd[token] = _mm512_setzero_si512();
         for (int64_t byte = start; byte < start + bytes; byte++) {
             const uint8_t *here = codes + SAB_TILE * byte;
-            _mm_prefetch((const char *)here + 2048, _MM_HINT_T0);
+            _mm_prefetch((const char *)here + 4096, _MM_HINT_T0);
             __m512i code = _mm512_loadu_si512(here);
             __m512i low = _mm512_and_si512(code, nibble), high = _mm512_and_si512(_mm512_srli_epi16(code, 4), nibble);
             for (int token = 0; token < tokens; token++) {

@@ -7,9 +7,11 @@ enum {
     TASK_TOKENS = 16,            /* tokens that one task takes: a tile's codes stay in the nearest cache for all of them */
     CHUNK_TOKENS = 64,           /* tokens whose tables exist at a time, at most */
     CHUNK_BYTES = 4 << 20,       /* and the memory that their tables may take */
-    PARALLEL_WEIGHTS = 4 << 20,  /* less work than this many weights * tokens is done sooner than a worker wakes up */
-    PARALLEL_TABLES = 128 << 10, /* likewise columns * tokens, for making tables */
-    TASKS_PER_THREAD = 8,
+    /* Less work than this many weights * tokens is done sooner than another thread takes its part of it: */
+    TEAM_WEIGHTS = 512 << 10,    /* a thread of PyTorch's team, mostly awake */
+    WORKER_WEIGHTS = 16 << 20,   /* a sleeping worker of our own */
+    TABLE_WEIGHTS = 32,          /* making the tables of a column takes as long as looking up so many weights */
+    TASKS_PER_THREAD = 4,
 };
 
 typedef struct {
@@ -166,14 +168,15 @@ static void finish_tiles(void *argument, int64_t index) {
 
 static void run_chunk(call *c, int threads) {
     int64_t work = c->matrix->rows * c->matrix->columns * num_planes(c) * c->tokens;
-    int64_t table_work = c->matrix->columns * num_planes(c) * c->tokens;
+    int64_t table_work = TABLE_WEIGHTS * c->matrix->columns * num_planes(c) * c->tokens;
+    int64_t least = sab_has_team() ? TEAM_WEIGHTS : WORKER_WEIGHTS;
     int64_t tiles = (c->matrix->rows + SAB_TILE - 1) / SAB_TILE, groups = (c->tokens + TASK_TOKENS - 1) / TASK_TOKENS;
-    int row_threads = work >= PARALLEL_WEIGHTS ? threads : 1;
+    int row_threads = work >= least ? threads : 1;
     c->tiles_per_task = tiles * groups / (row_threads * TASKS_PER_THREAD);
     if (c->tiles_per_task < 1) c->tiles_per_task = 1;
     if (c->tiles_per_task > tiles) c->tiles_per_task = tiles;
     c->tile_tasks = (tiles + c->tiles_per_task - 1) / c->tiles_per_task;
-    sab_parallel(make_tables, c, c->tokens, table_work >= PARALLEL_TABLES ? threads : 1);
+    sab_parallel(make_tables, c, c->tokens, table_work >= least ? threads : 1);
     sab_parallel(finish_tiles, c, c->tile_tasks * groups, row_threads);
 }
 

@@ -1,6 +1,10 @@
-/* Worker threads that sleep while there is nothing to do, and memory that a thread keeps between calls.
+/* Who shares the work of a call, and memory that a thread keeps between calls.
  *
- * The caller works too and never waits for a worker that has not woken up yet: indices are handed out one by one, so on a
+ * That is a team of the OpenMP runtime of PyTorch, where the caller of the library names it (sab_cpu_use_team): its threads
+ * are awake between the operations of a model, and threads of our own would contend with them for the same cores. Elsewhere,
+ * and in forked children, whose OpenMP threads are gone, it is worker threads that sleep while there is nothing to do.
+ *
+ * With workers, the caller works too and never waits for a worker that has not woken up yet: indices are handed out one by one, so on a
  * busy machine a late worker finds nothing left. It only waits, asleep, for workers in the middle of an index.
  */
 #include <pthread.h>
@@ -23,6 +27,9 @@ static struct {
 } job;
 static atomic_llong next_index;
 static int num_workers;
+
+typedef void (*start_team)(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
+static start_team _Atomic team;
 
 static void run_indices(void (*task)(void *, int64_t), void *argument, int64_t count) {
     for (int64_t i; (i = atomic_fetch_add(&next_index, 1)) < count;) task(argument, i);
@@ -55,11 +62,16 @@ static void forget_workers(void) {
     pthread_cond_init(&work_is_there, NULL);
     pthread_cond_init(&workers_left, NULL);
     num_workers = job.wanted = job.inside = 0;
+    team = NULL;
 }
 
+static pthread_once_t forks_once = PTHREAD_ONCE_INIT;
+static int watching_forks;
+
+static void watch_forks(void) { watching_forks = pthread_atfork(NULL, NULL, forget_workers) == 0; }
+
 static void start_workers(int wanted) {
-    static int watching_forks;
-    if (!watching_forks) watching_forks = pthread_atfork(NULL, NULL, forget_workers) == 0;
+    pthread_once(&forks_once, watch_forks);
     if (!watching_forks) return;
     while (num_workers < wanted && num_workers < MAX_WORKERS) {
         pthread_t thread;
@@ -69,8 +81,34 @@ static void start_workers(int wanted) {
     }
 }
 
+/* Share work through `start`, the function GOMP_parallel of an OpenMP runtime; NULL: through workers of our own. */
+void sab_cpu_use_team(start_team start) {
+    pthread_once(&forks_once, watch_forks);
+    team = watching_forks ? start : NULL;
+}
+
+int sab_has_team(void) { return team != NULL; }
+
+typedef struct {
+    void (*task)(void *, int64_t);
+    void *argument;
+    int64_t count;
+    atomic_llong next;
+} team_job;
+
+static void run_in_team(void *argument) {
+    team_job *mine = argument;
+    for (int64_t i; (i = atomic_fetch_add(&mine->next, 1)) < mine->count;) mine->task(mine->argument, i);
+}
+
 void sab_parallel(void (*task)(void *, int64_t), void *argument, int64_t count, int threads) {
     int helpers = (int)(threads < count ? threads : count) - 1;
+    start_team start = team;
+    if (helpers > 0 && start != NULL) {
+        team_job mine = {.task = task, .argument = argument, .count = count};
+        start(run_in_team, &mine, (unsigned)helpers + 1, 0);
+        return;
+    }
     if (helpers < 1 || pthread_mutex_trylock(&calling) != 0) { /* another thread uses the workers: do without */
         for (int64_t i = 0; i < count; i++) task(argument, i);
         return;

@@ -16,7 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SAB_CPU_ABI 1         /* must equal sab_hf.kernels.library.ABI; raise both when anything below changes */
+#define SAB_CPU_ABI 2         /* must equal sab_hf.kernels.library.ABI; raise both when anything below changes */
 #define SAB_TILE 64           /* rows of one tile of the kernel layout */
 #define SAB_BLOCK 16          /* column bytes (128 columns) that share one scale of the int8 tables */
 #define SAB_LUT_LIMIT 63      /* table entries are integers in [-63, 63], stored plus SAB_LUT_OFFSET */
@@ -73,14 +73,17 @@ SAB_HIDDEN const sab_kernels *sab_active_kernels(void);
 /* The column of each significant column, ascending: list [significant]. */
 SAB_HIDDEN void sab_list_significant(const sab_matrix *matrix, int32_t *list);
 SAB_HIDDEN int64_t sab_take_outliers(float *z, int64_t column_bytes, int32_t *list, float *values);
-/* Calls task(argument, i) for every i below count, on the caller and at most threads - 1 sleeping workers. */
+SAB_HIDDEN int sab_has_team(void);
+/* Calls task(argument, i) for every i below count, on the caller and at most threads - 1 others. */
 SAB_HIDDEN void sab_parallel(void (*task)(void *argument, int64_t i), void *argument, int64_t count, int threads);
 /* Memory of at least `bytes`, 64-byte aligned, owned by the calling thread until its next call; NULL if there is none. */
 SAB_HIDDEN void *sab_scratch(size_t bytes);
 
 SAB_EXPORT int sab_cpu_abi(void);
+SAB_EXPORT const char *sab_cpu_sources(void);
 SAB_EXPORT const char *sab_cpu_isa(void);
 SAB_EXPORT int sab_cpu_select(const char *name);
+SAB_EXPORT void sab_cpu_use_team(void (*start)(void (*function)(void *), void *argument, unsigned threads, unsigned flags));
 SAB_EXPORT int64_t sab_cpu_layout_bytes(int64_t rows, int64_t columns);
 SAB_EXPORT void sab_cpu_layout(const uint8_t *bits, int64_t rows, int64_t columns, uint8_t *codes, int threads);
 SAB_EXPORT int sab_cpu_linear(const sab_matrix *matrix, const void *x, int64_t x_stride, int dtype, int64_t tokens,

@@ -42,6 +42,12 @@ const sab_kernels *sab_active_kernels(void) {
 
 int sab_cpu_abi(void) { return SAB_CPU_ABI; }
 
+#define SAB_QUOTED(text) #text
+#define SAB_QUOTE(macro) SAB_QUOTED(macro)
+
+/* The digest of the sources that the build computed. */
+const char *sab_cpu_sources(void) { return SAB_QUOTE(SAB_SOURCES); }
+
 const char *sab_cpu_isa(void) { return sab_active_kernels()->name; }
 
 /* Choose "avx512", "avx2", "neon" or "portable"; NULL is the best. Returns 0, or 1 if this machine or build lacks it. */
