@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from . import charts
+from .report import size_in_words
 from .summary import NOT_SHOWN, spent
 
 _STYLE = """
@@ -93,14 +94,6 @@ def role_table(summary: dict[str, Any]) -> str:
         for name, role in summary["roles"].items()
     ]
     return _table(("part", "binarized weights", "bits per weight", "packed", "dense"), rows, numbers=True)
-
-
-def size_in_words(num_bytes: float) -> str:
-    """Return a size in KiB, MiB or GiB."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes / 2**10:.1f} KiB"
 
 
 def _lead(summary: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ def test_failure_is_exit_code_1_with_the_reason_on_stderr(capsys, vlm_dir):
     code, out, err = run(capsys, "inspect", vlm_dir)
     assert (code, out) == (1, "")
     assert err.startswith("sab-hf inspect: error: ")
-    assert "no checkpoint packed by sab_hf" in err
+    assert "holds dense weights, and a checkpoint packed by sab_hf is required" in err
 
 
 # ---- commands

@@ -99,7 +99,7 @@ def test_load_gives_model_and_processor(packed_dir, inputs):
 
 
 def test_load_refuses_what_is_not_packed(vlm_dir):
-    with pytest.raises(ValueError, match=r"holds dense weights; `sab_hf\.load` reads checkpoints packed by sab_hf"):
+    with pytest.raises(ValueError, match=r"holds dense weights, and a checkpoint packed by sab_hf is required"):
         sab_hf.load(vlm_dir)
 
 
