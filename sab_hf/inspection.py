@@ -119,7 +119,7 @@ def _download(name: str, revision: str | None) -> Path:
     """Return the folder into which a repository's weights and configs were downloaded."""
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise not_found(name, error) from error
 
 
@@ -128,7 +128,7 @@ def _raw_config(name: str, folder: Path | None, revision: str | None) -> dict[st
     try:
         file = folder / "config.json" if folder else hf_hub_download(name, "config.json", revision=revision)
         text = Path(file).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise not_found(name, error) from error
     try:
         return json.loads(text)

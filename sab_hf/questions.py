@@ -67,7 +67,10 @@ def read_questions(data: Any, num_samples: int, seed: int, with_images: bool) ->
     Raises:
         ValueError: the source has none of the accepted forms, or nothing is left.
     """
-    samples = read_samples(data, seed=seed, limit=num_samples, with_images=with_images)
+    try:
+        samples = list(read_samples(data, seed=seed, limit=num_samples, with_images=with_images))
+    except ValueError as error:
+        raise ValueError(str(error).replace("`calibration`", "`data`").replace("calibration ", "")) from error
     questions = [_question(sample) for sample in samples if with_images or not sample.num_media]
     if not questions:
         raise ValueError("an evaluation needs at least one sample without images for a text-only processor, got none")

@@ -25,7 +25,8 @@ def training_data(
 ) -> dict[str, Any]:
     """Read questions with answers, and return what `Trainer` needs to learn the answers.
 
-        Trainer(model, TrainingArguments(..., remove_unused_columns=False), **training_data("my_questions.jsonl", model, processor))
+        data = training_data("my_questions.jsonl", model, processor)
+        Trainer(model, TrainingArguments(..., remove_unused_columns=False), **data).train()
 
     Args:
         data: in any form that calibration takes, except processed batches; the last reply of a conversation is learnt, all text

@@ -25,10 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..card import find_license
-    from ..hub import publish_folder, read_summary, write_pages
+    from ..hub import check_login, publish_folder, read_summary, write_pages
     from ..summary import plain_evaluation
 
     folder = Path(args.checkpoint)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder `{folder}`; the card is written into the folder of a checkpoint")
+    if args.push:
+        check_login(args.repo_id or folder.resolve().name)
     evaluation = _read_evaluation(args.evaluation) if args.evaluation else None
     summary = read_summary(folder)
     if args.base_model:

@@ -20,8 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
-    from ..demo import Chat
+    from ..demo import Chat, check_image
 
+    if args.image:
+        check_image(args.image)
     model = load_packed(args.checkpoint, "auto", device_map(args))
     chat = Chat(model, args.checkpoint, args.image, args.max_new_tokens)
     prompts = [args.prompt] if args.prompt is not None else (line.strip() for line in sys.stdin)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..report import report
     from ..sources import quantization_method, read_config
 
-    config = quantization_config(args)
+    config, where_to = quantization_config(args), device_map(args)
     check_login(args.output) if args.push else check_target(args.output)  # mistakes show before hours are spent
     model_config = read_config(args.model, revision=args.revision)
     method = quantization_method(model_config)
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
             revision=args.revision,
             quantization_config=config,
             dtype=args.dtype,
-            device_map=device_map(args),
+            device_map=where_to,
         )
     where = save(
         model,

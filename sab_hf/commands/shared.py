@@ -26,9 +26,15 @@ def add_device_map(parser: argparse.ArgumentParser) -> None:
 
 
 def device_map(args: argparse.Namespace) -> str | None:
-    """Return where to load a model: as asked, else an accelerator if there is one."""
+    """Return where to load a model: as asked, else an accelerator if there is one.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
     import torch
 
+    if (args.device_map or "").startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device-map {args.device_map}: PyTorch {torch.__version__} sees no CUDA device here")
     return args.device_map or ("auto" if torch.cuda.is_available() else None)
 
 
