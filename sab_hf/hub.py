@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
@@ -194,6 +195,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             partial.rename(path)
+    except SafetensorError as error:  # says neither where, nor that it is the disk's fault
+        raise OSError(f"`{path}` could not be written, and nothing was left there: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -22,12 +22,14 @@ class LoopbackHub:
         url: for `HF_ENDPOINT`.
         repos: repo id → list of commits, each {path: content}; the last one is "main".
         requests: method and path of every request.
+        refused: name of an endpoint that answers "no quota", such as "commit"; None: all work.
     """
 
     def __init__(self):
         self.repos: dict[str, list[dict[str, bytes]]] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.refused: str | None = None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -77,6 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{method} {path}")
         for allowed, pattern, handle in _ROUTES:
             match = re.fullmatch(pattern, path)
+            if match and method in allowed and handle.__name__ == self.hub.refused:
+                return self._error(403, "Forbidden", "no quota")
             if match and method in allowed:
                 return handle(self, body, *match.groups())
         return self._error(404, "EntryNotFound", f"this hub does not speak {method} {path}")
