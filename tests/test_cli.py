@@ -197,6 +197,17 @@ def test_run_starts_a_program_with_the_method_registered(capsys, tmp_path, packe
     assert "sab --flag" in capsys.readouterr().out
 
 
+def test_run_starts_a_module_too(capsys, tmp_path, monkeypatch):
+    (tmp_path / "a_module.py").write_text("import sys; print(sys.argv[1:], __name__)")
+    monkeypatch.syspath_prepend(tmp_path)
+    for argv in (["run", "-m", "a_module", "-m", "--json"], ["run", "a_module", "-m", "--json"]):
+        assert main(argv) == 0
+        assert capsys.readouterr().out.strip() == "['-m', '--json'] __main__"
+    with pytest.raises(SystemExit) as stop:
+        main(["run"])
+    assert stop.value.code == 2
+
+
 # ---- as processes
 
 
