@@ -1,22 +1,25 @@
 """The command `sab-hf`: quantize, inspect, evaluate, export and publish from a shell. `optimum-cli sab` is the same.
 
-Exit codes: 0 done, 1 the task failed (the reason is on stderr), 2 wrong usage, 130 interrupted. With `--json`, stdout holds one
-JSON document and nothing else; progress bars and warnings go to stderr. Each command is a file in `commands/`.
+Exit codes: 0 done, 1 the task failed (the reason is on stderr), 2 wrong usage, 130 interrupted, 143 terminated. With `--json`,
+stdout holds one JSON document and nothing else; progress bars and warnings go to stderr. Each command is a file in `commands/`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .commands import COMMANDS
 from .version import __version__
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +56,8 @@ def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if args.sab_command == "run":  # another program: its errors and its exit code are its own
         return _exit_code(COMMANDS["run"].run(args))
     try:
-        plain, text = COMMANDS[args.sab_command].run(args)
+        with _cleaning_up_when_terminated():
+            plain, text = COMMANDS[args.sab_command].run(args)
         sys.stdout.write((json.dumps(plain, indent=1) if args.json else text) + "\n")
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -66,6 +70,19 @@ def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         sys.stderr.write(f"sab-hf {args.sab_command}: error: {error or type(error).__name__}\n")
         return FAILED
     return DONE
+
+
+@contextlib.contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """Let SIGTERM, which schedulers send, end the command with code 143 in a way that removes what is half written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -185,15 +186,20 @@ def test_a_full_disk_leaves_nothing(command, saved, vlm_dir, questions, tmp_path
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_an_interrupted_run_leaves_nothing_and_says_so(capsys, vlm_dir, questions, tmp_path, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_leaves_nothing(capsys, vlm_dir, questions, tmp_path, monkeypatch, number, code):
+    def stop(*args, **kwargs):
+        signal.raise_signal(number)
 
-    monkeypatch.setattr(hub_module, "html_report", interrupt)  # the last thing that is written
+    monkeypatch.setattr(hub_module, "html_report", stop)  # the last thing that is written
     (tmp_path / "out").mkdir()
     argv = ["quantize", vlm_dir, tmp_path / "out" / "folder", "--calibration", questions, *QUICK]
-    assert main([str(argument) for argument in argv]) == 130
-    assert "sab-hf quantize: interrupted" in capsys.readouterr().err
+    try:
+        found = main([str(argument) for argument in argv])
+        assert "sab-hf quantize: interrupted" in capsys.readouterr().err
+    except SystemExit as end:
+        found = end.code
+    assert found == code
     assert list((tmp_path / "out").iterdir()) == []
 
 
