@@ -41,8 +41,12 @@ def questions(tmp_path) -> str:
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+def hub(monkeypatch):
+    with running_hub() as running:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_loopback")
+        yield running
 
 
 def fails(capsys, *argv: str | Path) -> str:
@@ -72,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("empty", "the folder `empty` holds no checkpoint: it has no config.json"),
     ],
 )
-def test_wrong_names_are_told_apart(capsys, tmp_path, monkeypatch, offline, command, name, message):
+def test_wrong_names_are_told_apart(capsys, tmp_path, monkeypatch, hub, command, name, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a file").write_text("a file")
     (tmp_path / "empty").mkdir()
@@ -213,15 +217,6 @@ def test_a_reader_that_has_enough_is_no_error(saved):
 
 
 # ---- publishing
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with running_hub() as running:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_loopback")
-        yield running
 
 
 def test_publishing_needs_a_login_and_a_possible_name_before_work_is_done(capsys, vlm_dir, hub, monkeypatch):
