@@ -49,6 +49,17 @@ def hub(monkeypatch):
         yield running
 
 
+@pytest.fixture
+def offline(monkeypatch):
+    """No network: names that are no folders fail at once. Old clients keep sessions, which remember it."""
+    forget = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
 def fails(capsys, *argv: str | Path) -> str:
     """Run a command that must fail with exit code 1; return its message."""
     code = main([str(argument) for argument in argv])
@@ -76,7 +87,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("empty", "the folder `empty` holds no checkpoint: it has no config.json"),
     ],
 )
-def test_wrong_names_are_told_apart(capsys, tmp_path, monkeypatch, hub, command, name, message):
+def test_wrong_names_are_told_apart(capsys, tmp_path, monkeypatch, offline, command, name, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a file").write_text("a file")
     (tmp_path / "empty").mkdir()
