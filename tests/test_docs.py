@@ -171,6 +171,7 @@ def test_snippets_left_to_another_test_name_one_that_exists():
 OTHERS_SAY = (
     "Unknown quantization type, got sab",
     "You cannot perform fine-tuning on purely quantized models",
+    "You set `ignore_mismatched_sizes`",
     "Target module",
 )
 """Messages of transformers and PEFT that the questions and errors quote."""
