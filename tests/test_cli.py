@@ -47,7 +47,15 @@ def run(capsys, *argv: str | Path) -> tuple[int, str, str]:
 # ---- usage
 
 
-@pytest.mark.parametrize("argv", [["no-such-command"], ["inspect"], ["quantize", "a", "b", "--bits", "many"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["no-such-command"],
+        ["inspect"],
+        ["quantize", "a", "b", "--bits", "many"],
+        ["dequantize", "a", "b", "--max-shard-size", "big"],
+    ],
+)
 def test_wrong_usage_is_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .shared import DTYPES, load_packed
+from .shared import DTYPES, add_shard_size, load_packed
 
 SUMMARY = "write a dense checkpoint that needs no plugin"
 
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="packed checkpoint: a folder or Hub id")
     parser.add_argument("output", help="folder for the dense checkpoint")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the dense weights (default: as stored)")
-    parser.add_argument("--max-shard-size", default="5GB", help="of one weights file (default 5GB)")
+    add_shard_size(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:

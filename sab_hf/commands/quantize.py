@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from .shared import DTYPES, add_device_map, add_push, device_map, log_to_stderr
+from .shared import DTYPES, add_device_map, add_push, add_shard_size, device_map, log_to_stderr
 
 SUMMARY = "binarize a checkpoint and save it packed, with card and report"
 _WITH_OPTIONS = ("bits", "calibration", "num_samples", "refine_steps", "seed")
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the parts left dense (default: as stored)")
     add_device_map(parser)
     parser.add_argument("--revision", help="of the dense checkpoint on the Hub")
-    parser.add_argument("--max-shard-size", default="5GB", help="of one weights file (default 5GB)")
+    add_shard_size(parser)
     parser.add_argument("--license", help="for the card; default: that in the card of the original")
     add_push(parser)
 

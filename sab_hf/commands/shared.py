@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,17 @@ def add_push(parser: argparse.ArgumentParser) -> None:
     """Add the options for publishing."""
     parser.add_argument("--push", action="store_true", help="publish to the Hub (log in first: `hf auth login`)")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
+
+
+def add_shard_size(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the size of weights files; what is no size is wrong usage, and not found out after hours."""
+    parser.add_argument("--max-shard-size", type=_size, default="5GB", help="of one weights file (default 5GB)")
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)? *[KMGT]B", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"a size such as 5GB or 200MB is required, got {text!r}")
+    return text
 
 
 def add_device_map(parser: argparse.ArgumentParser) -> None:
