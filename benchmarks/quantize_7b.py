@@ -1,10 +1,9 @@
-"""Time, peak memory and file size of quantizing a Qwen2.5-VL-7B-shaped model on one GPU, and two blocks of the 72B shape.
+"""Time, peak memory and file size of quantizing a model of Qwen2.5-VL's shapes on one GPU, by stage.
 
-python benchmarks/quantize_7b.py --budget 3000 --output quantize_7b.json
+python benchmarks/quantize_7b.py --shape 7b --blocks 2 --output quantize.json
 
-Weights are random with the spread of trained ones: times, memory and sizes are those of the real model, errors are not.
-Two blocks are quantized first, with and without refinement; from their times follows how many of the 28 blocks fit into the
-budget, and what was not run is extrapolated block by block and marked so. The JSON is rewritten after every run.
+Weights are random with the spread of trained ones: times, memory and sizes are those of the real model, errors are not. With
+fewer blocks than the shape has, the rest is extrapolated block by block and marked so. Runs are added to what the JSON holds.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import datetime
 import json
 import logging
 import platform
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,9 @@ from sab_hf.stages import peak_ram_mib
 
 GIB = 2**30
 ONCE = "capture"
-"""The stage that does not grow with the number of blocks."""
+"""The stage that does not grow with the number of blocks; the others are taken to, which the logits of "sensitivity" do not."""
+REFINEMENT = "targets", "refinement"
+"""The stages that `refine_steps=0` leaves out."""
 
 
 def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_steps: int) -> dict[str, Any]:
@@ -73,37 +73,25 @@ def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_s
 def extrapolate(row: dict[str, Any]) -> dict[str, Any]:
     """Return minutes and GiB by role for all layers; equal to the measurement where all were run."""
     rest = row["of_layers"] - row["layers"]
-    per_block = {
-        role: row["roles"][role]["quantized_bytes"] / row["layers"] for role in ("language",) if role in row["roles"]
-    }
-    sizes = {
-        role: (r["quantized_bytes"] + r["dense_bytes"] + rest * per_block.get(role, 0.0)) / GIB
-        for role, r in row["roles"].items()
-    }
+    quantized = row["roles"]["language"]["quantized_bytes"]
+    sizes = {role: (r["quantized_bytes"] + r["dense_bytes"]) / GIB for role, r in row["roles"].items()}
+    sizes["language"] += rest * quantized / row["layers"] / GIB
+    refined = sum(stage["seconds"] for name, stage in row["stages"].items() if name in REFINEMENT)
+    fitted = row["seconds"] + rest * (row["seconds_per_block"] - refined / row["layers"]) - refined
     return {
         "extrapolated": rest > 0,
         "minutes": (row["seconds"] + rest * row["seconds_per_block"]) / 60,
+        "minutes_without_refinement": fitted / 60,
         "gib_by_role": sizes,
         "file_gib": sum(sizes.values()),
     }
 
 
-def layers_within(row: dict[str, Any], seconds: float) -> int:
-    """Return how many blocks fit into `seconds`, at least none and at most all."""
-    left = seconds - 1.2 * row["seconds_outside_of_blocks"]  # a larger model takes longer to build and to check
-    return max(0, min(row["of_layers"], int(left / max(row["seconds_per_block"], 1e-9))))
-
-
 def main() -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--budget", type=float, default=3000, help="seconds for everything; the two-block runs always run"
-    )
     parser.add_argument("--shape", default="7b", choices=sorted(shapes.SHAPES))
-    parser.add_argument(
-        "--large", default="72b", choices=[*sorted(shapes.SHAPES), "none"], help="two blocks of this shape"
-    )
+    parser.add_argument("--blocks", type=int, help="language blocks to build and quantize; all by default")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--refine-steps", type=int, default=400)
@@ -113,32 +101,16 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("sab_hf").setLevel(logging.INFO)
-    begin, runs = time.perf_counter(), {}
-
-    def add(name: str, shape: str, layers: int, refine_steps: int) -> dict[str, Any]:
-        try:
-            row = measure(shapes.SHAPES[shape], layers, args, refine_steps)
-            row["all_layers"] = extrapolate(row)
-        except Exception as error:  # the other runs are worth having
-            logging.exception("%s failed", name)
-            row = {"error": f"{type(error).__name__}: {error}"}
-        runs[name] = {"shape": shape} | row
-        args.output.write_text(json.dumps({"machine": machine(args), "runs": runs}, indent=1))
-        print(name, json.dumps(row.get("all_layers", row)), flush=True)
-        return row
-
-    trials = {
-        "fit": add(f"{args.shape}, 2 blocks, fit only", args.shape, 2, 0),
-        "refined": add(f"{args.shape}, 2 blocks, refined", args.shape, 2, args.refine_steps),
-    }
-    if args.large != "none":
-        add(f"{args.large}, 2 blocks, fit only", args.large, 2, 0)
-        add(f"{args.large}, 2 blocks, refined", args.large, 2, args.refine_steps)
-    for kind, steps in (("refined", args.refine_steps), ("fit", 0)):
-        left = args.budget - (time.perf_counter() - begin)
-        layers = layers_within(trials[kind], left) if "error" not in trials[kind] else 0
-        if layers > 2:
-            add(f"{args.shape}, {layers} blocks, {'refined' if steps else 'fit only'}", args.shape, layers, steps)
+    shape = shapes.SHAPES[args.shape]
+    blocks = min(args.blocks or shape.layers, shape.layers)
+    runs = json.loads(args.output.read_text())["runs"] if args.output.exists() else {}
+    row = measure(shape, blocks, args, args.refine_steps)
+    row["all_layers"] = extrapolate(row)
+    runs[f"{args.shape}, {blocks} blocks, {args.refine_steps} steps"] = row | {"machine": machine(args)}
+    args.output.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    print(json.dumps(row["all_layers"], indent=1))
+    for name, stage in row["stages"].items():
+        print(f"{name:20} {stage['seconds']:8.1f} s {stage['peak_gpu_mib'] or 0:8.0f} MiB on the GPU")
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ export PYTHONPATH=examples
 python -m tiny_vlm.export "$work/calibration" --samples 512 --seed calibration
 python -m tiny_vlm.export "$work/questions" --samples 330 --seed held-out
 python -m sab_hf.cli quantize examples/tiny_vlm/checkpoint "$work/tiny_vlm-sab" --calibration "$work/calibration/data.jsonl" \
-    --dtype float32 --license apache-2.0
+    --license apache-2.0
 python -m sab_hf.cli eval "$work/tiny_vlm-sab" --original examples/tiny_vlm/checkpoint --data "$work/questions/data.jsonl" \
     --num-samples 330 --dtype float32 --output "$work/evaluation.json"
 python -m sab_hf.cli card "$work/tiny_vlm-sab" --evaluation "$work/evaluation.json" --license apache-2.0

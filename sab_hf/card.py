@@ -8,7 +8,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from .html_report import evaluation_rows, size_in_words
+from .html_report import evaluation_rows
+from .report import size_in_words
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ("sab_hf", "binarized", "1-bit", "quantized")

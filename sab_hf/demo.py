@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,8 @@ class Chat:
     def __init__(self, model: nn.Module, processor: Any, image: Any = None, max_new_tokens: int = 128):
         if isinstance(processor, (str, os.PathLike)):
             processor = AutoProcessor.from_pretrained(processor)
+        if isinstance(image, str):
+            check_image(image)
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
         self.has_parts = hasattr(processor, "tokenizer")  # a tokenizer alone takes strings, a processor lists of parts
         if image is not None and not self.has_parts:
@@ -50,3 +53,9 @@ class Chat:
         image, self._image = self._image, None
         kind = "image" if not isinstance(image, str) else "url" if "://" in image else "path"
         return [{"type": "image", kind: image}, text]
+
+
+def check_image(image: str) -> None:
+    """Raise a FileNotFoundError unless `image` is a URL or a file that is there."""
+    if "://" not in image and not Path(image).is_file():
+        raise FileNotFoundError(f"there is no picture `{image}`; name a file or a URL")

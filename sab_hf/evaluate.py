@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 from transformers.utils.logging import tqdm
 
 from .calibration.chat import ChatEncoder, borrowed
 from .loading import model_class
 from .questions import QuestionBatch, encode_questions, read_questions
 from .scorers import SCORERS
+from .sources import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def _open(model: Any, processor: Any, load_kwargs: dict[str, Any]) -> tuple[nn.M
     """Load what is given as a path or id; a model in memory needs a processor, or a name to load one from."""
     if isinstance(model, (str, os.PathLike)):
         name = model
-        model = model_class(AutoConfig.from_pretrained(name)).from_pretrained(name, **load_kwargs)
+        model = model_class(read_config(name)).from_pretrained(name, **load_kwargs)
     else:
         name = getattr(model, "name_or_path", "")
     if processor is None:

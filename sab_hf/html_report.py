@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from . import charts
+from .report import size_in_words
 from .summary import NOT_SHOWN, spent
 
 _STYLE = """
@@ -49,7 +50,7 @@ def html_report(summary: dict[str, Any], title: str | None = None) -> str:
         *_section("Error by layer", pictures, "error", "Squared error of a layer's output after its fit, relative to "
                   "the output, under the calibration data; refinement comes after it."),
         *_section("Significance map", pictures, "significance", "Which input features have a residual plane, and which "
-                  "modality they matter to."),
+                  "modality they matter to. Grey: none has one."),
         *_section("Loss by stage", pictures, "loss", "Squared error of a block's output relative to the "
                   "full-precision block's, before and after refinement."),
         *_section("Time by stage", pictures, "time", ""),
@@ -93,14 +94,6 @@ def role_table(summary: dict[str, Any]) -> str:
         for name, role in summary["roles"].items()
     ]
     return _table(("part", "binarized weights", "bits per weight", "packed", "dense"), rows, numbers=True)
-
-
-def size_in_words(num_bytes: float) -> str:
-    """Return a size in KiB, MiB or GiB."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes / 2**10:.1f} KiB"
 
 
 def _lead(summary: dict[str, Any]) -> str:
@@ -268,7 +261,7 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _settings(summary: dict[str, Any]) -> str:
     rows = [(name, str(value)) for name, value in summary["config"].items() if name not in NOT_SHOWN]
     if summary["record"]:
-        rows.insert(0, ("calibration set", summary["record"]["calibration"]))
+        rows.insert(0, ("calibration set", summary["record"]["calibration"].removeprefix("calibration set: ")))
     return _table(("setting", "value"), rows)
 
 

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from .card import find_license, model_card
 from .html_report import html_report, plots
 from .inspection import inspect, saved_class
+from .sources import quantization_method
 from .summary import summarize
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,8 @@ def save(
 ) -> str:
     """Save a packed model with its processor, card, report and pictures to a folder, or publish it as a Hub repository.
 
-    A folder is complete or not there: everything is written beside it and then renamed. A repository gets one commit.
+    A folder is complete or not there: everything is written beside it and then renamed. A repository gets one commit; if that
+    fails, a message says where the checkpoint lies.
 
     Args:
         model: the packed model.
@@ -62,7 +66,7 @@ def save(
     Returns:
         The folder, or the URL of the repository.
     Raises:
-        ValueError: the model is not packed, has no processor, or the folder holds something that is no checkpoint.
+        ValueError: the model is not packed, has no processor, or the folder holds something that is no packed checkpoint.
     """
     summary = summarize(model, record, evaluation, base_model)
     license = license or find_license(summary["base_model"])
@@ -70,8 +74,9 @@ def save(
         summary["base_model"] = Path(summary["base_model"]).name  # no path, and nothing that looks like a Hub id
     processor = fresh_processor(model, processor)
     if push:
-        with tempfile.TemporaryDirectory() as folder:
-            _write(model, processor, Path(folder), summary, str(path_or_repo), license, max_shard_size)
+        folder = Path(tempfile.mkdtemp(prefix="sab_hf."))
+        _write(model, processor, folder, summary, str(path_or_repo), license, max_shard_size)
+        with _kept_unless_published(folder, str(path_or_repo)):
             return publish_folder(
                 folder,
                 str(path_or_repo),
@@ -118,22 +123,71 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
+def _kept_unless_published(folder: Path, repo_id: str) -> Iterator[None]:
+    """Remove a saved checkpoint after it was published; if publishing fails or is interrupted, say where it is."""
+    try:
+        yield
+    except BaseException:
+        logger.error(
+            "the checkpoint was not published; it is complete in %s. Publish it with `sab-hf card %s --push --repo-id %s`",
+            folder,
+            folder,
+            repo_id,
+        )
+        raise
+    shutil.rmtree(folder)
+
+
+def check_login(repo_id: str, token: str | bool | None = None) -> None:
+    """Check that a repository could be published, before work is done for it.
+
+    Raises:
+        ValueError: the name is none that a repository may have.
+        OSError: not logged in, or the Hub does not answer.
+    """
+    validate_repo_id(repo_id)
+    HfApi(token=token).whoami()
+
+
+def check_target(path: str | os.PathLike) -> None:
+    """Check that a checkpoint may be written to `path`: it is new, empty, or holds a packed checkpoint.
+
+    Raises:
+        ValueError: something else is there, which is not replaced.
+        OSError: the folder above cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        config = path / "config.json"
+        if not config.is_file():
+            raise ValueError(
+                f"`{path}` exists and is no checkpoint, so it is not replaced; choose another folder or remove it"
+            )
+        if quantization_method(json.loads(config.read_text(encoding="utf-8"))) != "sab":
+            raise ValueError(
+                f"`{path}` holds a checkpoint that sab_hf did not pack, so it is not replaced; choose another folder or remove it"
+            )
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OSError(f"`{path}` cannot be made: `{above}` is no folder that can be written")
+
+
+@contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Give an empty folder beside `path`, which becomes `path` at the end; on an error it is removed and `path` is as before.
 
     Raises:
-        ValueError: `path` is a file, or a folder with something in it but no `config.json`.
+        ValueError, OSError: see `check_target`.
     """
+    check_target(path)
     path = Path(path).absolute()
-    if path.exists() and not (path / "config.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(
-            f"`{path}` exists and is no checkpoint, so it is not replaced; choose another folder or remove it"
-        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         partial.chmod(0o777 & ~_umask())
         yield partial
+        for file in partial.glob("*.safetensors"):  # written readable for the owner alone
+            file.chmod(0o666 & ~_umask())
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             path.rename(old / path.name)
@@ -141,6 +195,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             partial.rename(path)
+    except SafetensorError as error:  # says neither where, nor that it is the disk's fault
+        raise OSError(f"`{path}` could not be written, and nothing was left there: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from .config import SABQuantizationConfig
 from .integrity import check_checksums
 from .report import Report, report
+from .sources import check_name, not_found, require_packed
 from .swap import swap_in_empty
 from .verify import PACKED_NAMES, check_entries, header_entries
 
@@ -69,24 +70,16 @@ def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: st
         OSError: there is no such checkpoint.
     """
     name = str(path_or_id)
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"there is no folder `{name}`")
-    if verify and not Path(name).is_dir():
-        path_or_id = snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
-    local = Path(path_or_id).is_dir()
-    config_file = Path(path_or_id) / "config.json" if local else hf_hub_download(name, "config.json", revision=revision)
-    raw = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    method = raw.get("quantization_config") or {}
-    if method.get("quant_method") != "sab":
-        raise ValueError(
-            f"`{name}` is no checkpoint packed by sab_hf: its quantization method is {method.get('quant_method')!r}"
-        )
-    config = SABQuantizationConfig.from_dict(method)
-    files = sorted(Path(path_or_id).glob("*.safetensors")) if local else []
-    if local and not files:
-        raise ValueError(f"`{name}` has no safetensors files")
-    entries = {str(file): header_entries(file) for file in files} if local else _remote_entries(name, revision)
-    model = skeleton(path_or_id, config, revision)
+    check_name(name)
+    folder = Path(path_or_id) if Path(path_or_id).is_dir() else _download(name, revision) if verify else None
+    raw = _raw_config(name, folder, revision)
+    require_packed(raw, name)
+    config = SABQuantizationConfig.from_dict(raw["quantization_config"])
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    if folder and not files:
+        raise ValueError(f"`{name}` has no safetensors files; download or quantize it again")
+    entries = {str(file): header_entries(file) for file in files} if folder else _remote_entries(name, revision)
+    model = skeleton(folder or path_or_id, config, revision)
     flat = [entry for of_file in entries.values() for entry in of_file]
     check_entries(model, flat)
     _check_sums(model, flat)
@@ -120,6 +113,27 @@ def saved_class(config: Any) -> Any:
             f"transformers {transformers.__version__} has no class {name!r}, which the config names; upgrade it"
         )
     return found
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Return the folder into which a repository's weights and configs were downloaded."""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise not_found(name, error) from error
+
+
+def _raw_config(name: str, folder: Path | None, revision: str | None) -> dict[str, Any]:
+    """Return the content of `config.json`."""
+    try:
+        file = folder / "config.json" if folder else hf_hub_download(name, "config.json", revision=revision)
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise not_found(name, error) from error
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: it is no JSON ({error}); download or quantize it again") from error
 
 
 def _remote_entries(name: str, revision: str | None) -> dict[str, list[tuple[str, str, tuple[int, ...]]]]:

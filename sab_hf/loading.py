@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 from transformers import __version__ as transformers_version
 from transformers.models.auto import modeling_auto
+
+from .sources import read_config, require_packed
 
 _HUB_OPTIONS = (
     "cache_dir",
@@ -34,14 +36,8 @@ def load(path_or_id: str | os.PathLike, **kwargs: Any) -> tuple[Any, Any]:
         OSError: there is no such checkpoint, or it lacks the processor's files.
     """
     hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-    config = AutoConfig.from_pretrained(path_or_id, **hub)
-    method = _quant_method(config)
-    if method != "sab":
-        found = "holds dense weights" if method is None else f"is quantized with {method!r}"
-        raise ValueError(
-            f"`{path_or_id}` {found}; `sab_hf.load` reads checkpoints packed by sab_hf. Load it with transformers; to binarize "
-            "a dense one, pass `quantization_config=SABQuantizationConfig()` to `from_pretrained`"
-        )
+    config = read_config(path_or_id, **hub)
+    require_packed(config, path_or_id)
     model = model_class(config).from_pretrained(path_or_id, **kwargs)
     try:
         processor = AutoProcessor.from_pretrained(path_or_id, **hub)
@@ -71,12 +67,3 @@ def model_class(config: Any) -> Any:
         f"transformers {transformers_version} has no generating model for a {type(config).__name__}; upgrade transformers, or "
         "load the checkpoint with the class that saved it"
     )
-
-
-def _quant_method(config: Any) -> str | None:
-    """Return the quantization method that a config names, or None."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    return str(getattr(method, "value", method))

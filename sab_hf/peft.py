@@ -15,6 +15,7 @@ not saved with the adapter. So this module enters its `LoraModel` in PEFT's tabl
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +26,11 @@ try:
     from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
     from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 except ImportError as error:
-    raise ImportError("adapters on packed models need PEFT: pip install 'sab_hf[peft]'") from error
+    if find_spec("peft") is None:
+        raise ImportError("adapters on packed models need PEFT: pip install 'sab_hf[peft]'") from error
+    raise ImportError(
+        f"adapters on packed models need PEFT, which is installed but cannot be imported: {error}"
+    ) from error
 
 from .linear import SABLinear
 

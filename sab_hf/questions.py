@@ -67,7 +67,10 @@ def read_questions(data: Any, num_samples: int, seed: int, with_images: bool) ->
     Raises:
         ValueError: the source has none of the accepted forms, or nothing is left.
     """
-    samples = read_samples(data, seed=seed, limit=num_samples, with_images=with_images)
+    try:
+        samples = list(read_samples(data, seed=seed, limit=num_samples, with_images=with_images))
+    except ValueError as error:
+        raise ValueError(str(error).replace("`calibration`", "`data`").replace("calibration ", "")) from error
     questions = [_question(sample) for sample in samples if with_images or not sample.num_media]
     if not questions:
         raise ValueError("an evaluation needs at least one sample without images for a text-only processor, got none")
@@ -92,23 +95,54 @@ def encode_questions(
             yield _encode(batch, encoder, model_config, answered)
 
 
+def encode_with_targets(
+    questions: list[Question], encoder: ChatEncoder, model_config: Any
+) -> tuple[dict[str, Any], Tensor]:
+    """Process whole conversations; questions and passages may be mixed, and where the processor allows it pictures and none.
+
+    Returns:
+        The model inputs, padded on the right, and the targets as in `QuestionBatch`.
+    """
+    whole = encoder([question.sample for question in questions], padding=len(questions) > 1)
+    targets = _passage_targets(whole, model_config)
+    answered = [row for row, question in enumerate(questions) if question.accepted]
+    if answered:
+        prompts = _encode_prompts([questions[row] for row in answered], encoder)
+        targets[answered] = _answer_targets(whole, prompts, answered)
+    return whole, targets
+
+
 def _encode(questions: list[Question], encoder: ChatEncoder, model_config: Any, answered: bool) -> QuestionBatch:
-    padding = len(questions) > 1
-    whole = encoder([question.sample for question in questions], padding=padding)
-    mask = whole.get("attention_mask", torch.ones_like(whole["input_ids"]))
+    whole = encoder([question.sample for question in questions], padding=len(questions) > 1)
     if not answered:
-        targets = token_modality(whole, model_config) == TEXT
-        targets[:, 0] = False  # nothing predicts the first token
-        return QuestionBatch(questions, whole, targets, None)
-    prompts = encoder([question.prompt for question in questions], padding=padding, padding_side="left", reply=True)
+        return QuestionBatch(questions, whole, _passage_targets(whole, model_config), None)
+    prompts = _encode_prompts(questions, encoder)
+    return QuestionBatch(questions, whole, _answer_targets(whole, prompts, list(range(len(questions)))), prompts)
+
+
+def _encode_prompts(questions: list[Question], encoder: ChatEncoder) -> dict[str, Any]:
+    prompts = [question.prompt for question in questions]
+    return encoder(prompts, padding=len(questions) > 1, padding_side="left", reply=True)
+
+
+def _passage_targets(whole: dict[str, Any], model_config: Any) -> Tensor:
+    """Return [batch, length] bool: all text but the first token, which nothing predicts."""
+    targets = token_modality(whole, model_config) == TEXT
+    targets[:, 0] = False
+    return targets
+
+
+def _answer_targets(whole: dict[str, Any], prompts: dict[str, Any], rows: list[int]) -> Tensor:
+    """Return [len(rows), length] bool: the answer and what ends its turn, in `rows` of `whole`, whose prompts are given."""
+    mask = whole.get("attention_mask", torch.ones_like(whole["input_ids"]))
     prompt_mask = prompts.get("attention_mask", torch.ones_like(prompts["input_ids"]))
-    targets = torch.zeros_like(mask, dtype=torch.bool)
-    for row in range(len(questions)):
+    targets = torch.zeros_like(mask[rows], dtype=torch.bool)
+    for i, row in enumerate(rows):
         length = int(mask[row].sum())
-        prompt = prompts["input_ids"][row][prompt_mask[row].bool()]
+        prompt = prompts["input_ids"][i][prompt_mask[i].bool()]
         start = _shared_prefix(prompt, whole["input_ids"][row, :length])
-        targets[row, start:length] = True
-    return QuestionBatch(questions, whole, targets, prompts)
+        targets[i, start:length] = True
+    return targets
 
 
 def _shared_prefix(prompt: Tensor, whole: Tensor) -> int:

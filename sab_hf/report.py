@@ -97,16 +97,15 @@ class Report:
         lines = [f"{'role':<12}{'quantized weights':>18}{'bits/weight':>13}{'packed':>12}{'dense':>12}"]
         for name, role in self.roles.items():
             bits = "–" if role.bits is None else f"{role.bits:.3f}"
-            lines.append(
-                f"{name:<12}{role.num_quantized:>18,}{bits:>13}{_size(role.quantized_bytes):>12}{_size(role.dense_bytes):>12}"
-            )
+            packed, dense = size_in_words(role.quantized_bytes), size_in_words(role.dense_bytes)
+            lines.append(f"{name:<12}{role.num_quantized:>18,}{bits:>13}{packed:>12}{dense:>12}")
         if self.modules and self.coverage.dense:
             lines.append(self.coverage.summary())
         if self.fallback_experts:
             lines.append(
                 f"{self.fallback_experts} experts saw too few tokens and were fitted to those of their whole layer"
             )
-        return "\n".join([*lines, f"whole checkpoint: {_size(self.total_bytes)}"])
+        return "\n".join([*lines, f"whole checkpoint: {size_in_words(self.total_bytes)}"])
 
 
 def report(model: nn.Module) -> Report:
@@ -153,5 +152,11 @@ def _coverage(model: nn.Module, roles: Roles) -> Coverage:
     return coverage(model, roles, linears, getattr(config, "modules_to_not_convert", None) or [])
 
 
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.2f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"
+def size_in_words(num_bytes: float) -> str:
+    """Return a size in KiB, MiB or GiB; "–" for nothing."""
+    if not num_bytes:
+        return "–"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes / 2**10:.1f} KiB"

@@ -16,6 +16,7 @@ launcher as usual and this module under it, `torchrun --module sab_hf.run my_scr
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import runpy
 import sys
@@ -23,6 +24,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 USAGE = "usage: python -m sab_hf.run PROGRAM [ARGS ...]\nPROGRAM: a .py file, a command of a package, or a module"
 
@@ -61,7 +64,10 @@ def _register() -> None:
     from . import quantizer  # noqa: F401
 
     if importlib.util.find_spec("peft"):
-        from . import peft  # noqa: F401
+        try:
+            from . import peft  # noqa: F401
+        except ImportError as error:  # the program may need no adapters
+            logger.warning("adapters on packed models will not load: %s", error)
 
 
 def _find_file(name: str) -> Callable[[], Any] | None:

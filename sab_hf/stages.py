@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,6 +38,8 @@ class StageClock:
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Add the time of the enclosed code to the stage `name`; stages do not nest."""
+        if name not in self.stages:
+            logger.info("%s …", name)  # once, not for every block
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.synchronize()

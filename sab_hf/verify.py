@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
@@ -45,10 +45,17 @@ def check_headers(model: nn.Module, checkpoint_files: Iterable[str | os.PathLike
 
 
 def header_entries(file: str | os.PathLike) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Read a file's header: name, dtype (as safetensors writes it) and shape of each tensor."""
-    with safe_open(file, framework="pt") as reader:
-        slices = [(name, reader.get_slice(name)) for name in reader.keys()]  # noqa: SIM118 (a reader is no dict)
-        return [(name, stored.get_dtype(), tuple(stored.get_shape())) for name, stored in slices]
+    """Read a file's header: name, dtype (as safetensors writes it) and shape of each tensor.
+
+    Raises:
+        ValueError: the file is cut off or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as reader:
+            slices = [(name, reader.get_slice(name)) for name in reader.keys()]  # noqa: SIM118 (a reader is no dict)
+            return [(name, stored.get_dtype(), tuple(stored.get_shape())) for name, stored in slices]
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut off ({error}); download or quantize it again") from error
 
 
 def check_entries(model: nn.Module, entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:

@@ -1,12 +1,17 @@
-"""A model hub on the loopback interface: the endpoints that huggingface_hub uses to create, upload, look at and download."""
+"""A model hub on the loopback interface: the endpoints that huggingface_hub uses to create, upload, look at and download.
+
+`python tests/loopback_hub.py` runs it alone, to try publishing without an account.
+"""
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,13 +27,15 @@ class LoopbackHub:
         url: for `HF_ENDPOINT`.
         repos: repo id → list of commits, each {path: content}; the last one is "main".
         requests: method and path of every request.
+        refused: name of an endpoint that answers "no quota", such as "commit"; None: all work.
     """
 
-    def __init__(self):
+    def __init__(self, port: int = 0):
         self.repos: dict[str, list[dict[str, bytes]]] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.refused: str | None = None
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def files(self, repo_id: str) -> dict[str, bytes]:
@@ -77,6 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{method} {path}")
         for allowed, pattern, handle in _ROUTES:
             match = re.fullmatch(pattern, path)
+            if match and method in allowed and handle.__name__ == self.hub.refused:
+                return self._error(403, "Forbidden", "no quota")
             if match and method in allowed:
                 return handle(self, body, *match.groups())
         return self._error(404, "EntryNotFound", f"this hub does not speak {method} {path}")
@@ -208,3 +217,18 @@ _ROUTES = (
     (("GET",), rf"/api/models/{_REPO}(?:/revision/([^/]+))?", _Handler.info),
     (("GET", "HEAD"), rf"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.resolve),
 )
+
+
+def main() -> None:
+    """Run the module as a script."""
+    parser = argparse.ArgumentParser(description="Run a model hub on this machine; it forgets everything when it ends.")
+    parser.add_argument("--port", type=int, default=8765)
+    hub = LoopbackHub(parser.parse_args().port)
+    sys.stdout.write(f"export HF_ENDPOINT={hub.url} HF_TOKEN=hf_any HF_HUB_DISABLE_XET=1\n")
+    sys.stdout.flush()
+    with contextlib.suppress(KeyboardInterrupt):
+        hub.server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -47,7 +47,15 @@ def run(capsys, *argv: str | Path) -> tuple[int, str, str]:
 # ---- usage
 
 
-@pytest.mark.parametrize("argv", [["no-such-command"], ["inspect"], ["quantize", "a", "b", "--bits", "many"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["no-such-command"],
+        ["inspect"],
+        ["quantize", "a", "b", "--bits", "many"],
+        ["dequantize", "a", "b", "--max-shard-size", "big"],
+    ],
+)
 def test_wrong_usage_is_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
@@ -66,7 +74,7 @@ def test_failure_is_exit_code_1_with_the_reason_on_stderr(capsys, vlm_dir):
     code, out, err = run(capsys, "inspect", vlm_dir)
     assert (code, out) == (1, "")
     assert err.startswith("sab-hf inspect: error: ")
-    assert "no checkpoint packed by sab_hf" in err
+    assert "holds dense weights, and a checkpoint packed by sab_hf is required" in err
 
 
 # ---- commands
@@ -197,6 +205,17 @@ def test_run_starts_a_program_with_the_method_registered(capsys, tmp_path, packe
         main(["run", str(tmp_path / "program.py"), str(packed_dir), "--flag"])
     assert stop.value.code == 5
     assert "sab --flag" in capsys.readouterr().out
+
+
+def test_run_starts_a_module_too(capsys, tmp_path, monkeypatch):
+    (tmp_path / "a_module.py").write_text("import sys; print(sys.argv[1:], __name__)")
+    monkeypatch.syspath_prepend(tmp_path)
+    for argv in (["run", "-m", "a_module", "-m", "--json"], ["run", "a_module", "-m", "--json"]):
+        assert main(argv) == 0
+        assert capsys.readouterr().out.strip() == "['-m', '--json'] __main__"
+    with pytest.raises(SystemExit) as stop:
+        main(["run"])
+    assert stop.value.code == 2
 
 
 # ---- as processes

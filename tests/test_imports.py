@@ -40,7 +40,8 @@ RUN = {
 }
 HEAVY = {"datasets", "PIL"}
 RUN |= {"card", "charts", "cli", "demo", "html_report", "hub", "inspection", "integrity", "summary"}
-RUN |= {"loading", "peft", "run"}
+RUN |= {"loading", "peft", "run", "sources"}
+RUN |= {name for name in MODULES if name == "commands" or name.startswith("commands.")}
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

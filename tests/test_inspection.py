@@ -50,7 +50,7 @@ def test_missing_dense_tensor_does_not_add_up(damage):
 
 
 def test_dense_checkpoint_is_refused(vlm_dir):
-    with pytest.raises(ValueError, match="no checkpoint packed by sab_hf: its quantization method is None"):
+    with pytest.raises(ValueError, match="holds dense weights, and a checkpoint packed by sab_hf is required"):
         inspect(vlm_dir)
 
 

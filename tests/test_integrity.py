@@ -248,10 +248,12 @@ def _letter(data: bytearray, rng: random.Random) -> None:
 CORRUPTIONS = (_flip, _replace, _delete, _insert, _truncate, _zero, _digit, _digit, _letter, _letter)
 
 
-def _sealed(model, path: Path, **kwargs) -> Path:
+def _sealed(model, path: Path, rest_bits: int, **kwargs) -> Path:
     with_images = hasattr(model.config, "vision_config")
     samples = build_samples(2) if with_images else ["Some text.", "Other text."]
-    config = SABQuantizationConfig(calibration=samples, num_samples=2, alternations=1, refine_steps=0)
+    config = SABQuantizationConfig(
+        calibration=samples, num_samples=2, alternations=1, refine_steps=0, rest_bits=rest_bits
+    )
     sab_hf.quantize(model, build_processor() if with_images else build_tokenizer(), None, config)
     model.save_pretrained(path, **kwargs)
     return path
@@ -266,12 +268,27 @@ def quiet_transformers():
     transformers_logging.enable_progress_bar()
 
 
-@pytest.mark.parametrize(("kind", "count"), [("llama", 700), ("llava", 300)])
-def test_a_thousand_corruptions_are_errors_or_identical(kind, count, tmp_path, inputs, quiet_transformers):
+@pytest.mark.parametrize(
+    ("kind", "rest_bits", "count"),
+    [
+        ("llama", 16, 500),
+        ("llava", 16, 200),
+        ("llama", 2, 100),  # packed embedding and head
+        ("tied llama", 2, 100),  # a head that uses the packed embedding
+        ("llava", 2, 100),  # a packed tower and projector too
+    ],
+)
+def test_a_thousand_corruptions_are_errors_or_identical(kind, rest_bits, count, tmp_path, inputs, quiet_transformers):
     """Of configs, indices and shards: bits, bytes, digits and letters changed, left out, put in, or zeroed."""
-    build, auto = (build_llama, AutoModelForCausalLM) if kind == "llama" else (build_llava, AutoModelForImageTextToText)
-    whole = _sealed(build(num_hidden_layers=1, attention_bias=True), tmp_path / "whole", max_shard_size="60KB")
-    inputs = {"input_ids": torch.arange(9)[None]} if kind == "llama" else inputs
+    if kind == "llava":
+        model, auto = build_llava(num_hidden_layers=1, attention_bias=True), AutoModelForImageTextToText
+    else:
+        model = build_llama(num_hidden_layers=1, attention_bias=True, tie_word_embeddings=kind == "tied llama")
+        auto, inputs = AutoModelForCausalLM, {"input_ids": torch.arange(9)[None]}
+    whole = _sealed(model, tmp_path / "whole", rest_bits, max_shard_size="60KB" if rest_bits == 16 else "5KB")
+    packed_rest = {name for name in model.config.quantization_config.modules if "layers" not in name}
+    assert bool(packed_rest) == (rest_bits < 16)
+    assert model.config.quantization_config.tied_head == (kind == "tied llama")
     reference = auto.from_pretrained(whole, dtype=torch.float32)
     expected, expected_logits = reference.state_dict(), logits(reference, inputs)
     victims = [whole / "config.json", whole / "model.safetensors.index.json", *files_of(whole)]

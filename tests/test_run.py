@@ -78,6 +78,19 @@ def test_command_of_an_installed_package(monkeypatch, tmp_path):
     assert sys.argv == before
 
 
+def test_a_peft_that_cannot_be_imported_stops_no_program(script, packed_dir, tmp_path):
+    (script.parent / "peft.py").write_text("raise ImportError('its own reasons')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-m", "sab_hf.run", str(script), str(packed_dir)],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.strip().endswith("True")
+    assert "adapters on packed models will not load" in done.stderr
+    assert "its own reasons" in done.stderr
+
+
 def test_usage(capsys):
     for arguments, code in (([], 2), (["--help"], 0)):
         with pytest.raises(SystemExit) as stop:
@@ -99,7 +112,7 @@ def test_load_gives_model_and_processor(packed_dir, inputs):
 
 
 def test_load_refuses_what_is_not_packed(vlm_dir):
-    with pytest.raises(ValueError, match=r"holds dense weights; `sab_hf\.load` reads checkpoints packed by sab_hf"):
+    with pytest.raises(ValueError, match=r"holds dense weights, and a checkpoint packed by sab_hf is required"):
         sab_hf.load(vlm_dir)
 
 

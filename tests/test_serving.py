@@ -125,14 +125,15 @@ def test_openai_client_asks_about_a_picture(server, packed, packed_dir, samples)
 
 
 @pytest.mark.skipif(not CAN_SERVE, reason="needs `transformers serve` and pip install 'sab_hf[serve]'")
-def test_client_of_the_guide_gets_an_answer(server, packed_dir, samples, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("page", "name"), [("serve.md", "packed"), ("walk.md", "me/tiny-sab")])
+def test_client_of_the_guide_gets_an_answer(page, name, server, packed_dir, samples, tmp_path, monkeypatch, capsys):
     samples[0][0]["content"][0]["image"].save(tmp_path / "0.png")
     (tmp_path / "packed").symlink_to(packed_dir)
     monkeypatch.chdir(tmp_path)
-    code = next(block.code for block in read_page("serve.md")[0] if "from openai import" in block.code)
-    for old, new in (("http://localhost:8000/v1", server), ('"packed"', repr(str(packed_dir)))):
+    code = next(block.code for block in read_page(page)[0] if "from openai import" in block.code)
+    for old, new in (("http://localhost:8000/v1", server), (f'"{name}"', repr(str(packed_dir)))):
         assert old in code
         code = code.replace(old, new)
     capsys.readouterr()
-    exec(compile(code, "docs/serve.md", "exec"), {})
+    exec(compile(code, page, "exec"), {})
     assert capsys.readouterr().out.strip()

@@ -1,0 +1,63 @@
+"""`sab-hf card`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .shared import add_push
+
+SUMMARY = "write card, report and pictures of a packed checkpoint anew"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", help="folder of a packed checkpoint; card, report and pictures in it are written anew"
+    )
+    parser.add_argument("--evaluation", help="JSON file from `sab-hf eval --output`")
+    parser.add_argument("--repo-id", help="what the loading snippet loads; default: the folder's name")
+    parser.add_argument("--base-model", help="Hub id of the original; default: as in the report that is there")
+    parser.add_argument("--license", help="for the metadata; default: as in the card that is there")
+    add_push(parser)
+
+
+def run(args: argparse.Namespace) -> tuple[Any, str]:
+    from ..card import find_license
+    from ..hub import check_login, publish_folder, read_summary, write_pages
+    from ..summary import plain_evaluation
+
+    folder = Path(args.checkpoint)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder `{folder}`; the card is written into the folder of a checkpoint")
+    if args.push:
+        check_login(args.repo_id or folder.resolve().name)
+    evaluation = _read_evaluation(args.evaluation) if args.evaluation else None
+    summary = read_summary(folder)
+    if args.base_model:
+        summary["base_model"] = args.base_model
+    if evaluation:
+        summary["evaluation"] = plain_evaluation(evaluation)
+    license = args.license or find_license(str(folder)) or find_license(summary["base_model"])
+    repo_id = args.repo_id or folder.resolve().name
+    write_pages(folder, summary, repo_id, license)
+    plain = {"card": str(folder / "README.md"), "report": str(folder / "report.html")}
+    if args.push:
+        plain["published"] = publish_folder(folder, repo_id, private=args.private or None)
+    return plain, "\n".join(f"{what}: {where}" for what, where in plain.items())
+
+
+def _read_evaluation(file: str) -> dict[str, Any]:
+    """Return the JSON that `sab-hf eval --output` wrote.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not {"data", "seed", "num_samples", "model"} <= content.keys():
+        raise ValueError(f"--evaluation must be a file that `sab-hf eval --output` wrote, `{file}` is none")
+    return content

@@ -1,0 +1,49 @@
+"""`sab-hf eval`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .shared import DTYPES, add_device_map, device_map
+
+SUMMARY = "score a model, and compare it with its original"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or Hub id, packed or dense")
+    parser.add_argument("--original", help="folder or Hub id to compare with: agreement and KL")
+    parser.add_argument(
+        "--data", default="builtin", help='questions: "builtin", a Hub dataset, a folder, or a JSONL file'
+    )
+    parser.add_argument("--num-samples", type=int, default=200, help="most samples (default 200)")
+    parser.add_argument("--seed", type=int, default=1, help="of their order and of the built-in set (default 1)")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples of a forward pass (default 8)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of weights and activations (default: as stored)"
+    )
+    add_device_map(parser)
+    parser.add_argument("--output", help="file for the result as JSON, for `sab-hf card --evaluation`")
+
+
+def run(args: argparse.Namespace) -> tuple[Any, str]:
+    from ..evaluate import evaluate
+
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"--output {args.output}: there is no folder `{Path(args.output).parent}`; make it first"
+        )
+    result = evaluate(
+        args.model,
+        data=args.data,
+        original=args.original,
+        num_samples=args.num_samples,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device_map=device_map(args),
+    )
+    if args.output:
+        Path(args.output).write_text(result.to_json(), encoding="utf-8")
+    return result.to_dict(), str(result)

@@ -1,0 +1,94 @@
+"""`sab-hf quantize`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from .shared import DTYPES, add_device_map, add_push, add_shard_size, device_map, log_to_stderr
+
+SUMMARY = "binarize a checkpoint and save it packed, with card and report"
+_WITH_OPTIONS = ("bits", "calibration", "num_samples", "refine_steps", "seed")
+_NOT_SET = {"modules", "tied_head", "checksums", "format_version", "processor"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="dense checkpoint: a folder or Hub id")
+    parser.add_argument("output", help="folder to write, or with --push a Hub repository")
+    parser.add_argument("--bits", type=float, help="stored bits per language weight; default: one plane and a tenth")
+    parser.add_argument("--calibration", help='"builtin" (default), a Hub dataset, a folder, or a JSONL file')
+    parser.add_argument("--num-samples", type=int, help="calibration samples")
+    parser.add_argument("--refine-steps", type=int, help="steps of block refinement; 0 turns it off")
+    parser.add_argument("--seed", type=int, help="of the calibration set")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE",
+        help="any other field of SABQuantizationConfig, value as JSON or text; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the parts left dense (default: as stored)")
+    add_device_map(parser)
+    parser.add_argument("--revision", help="of the dense checkpoint on the Hub")
+    add_shard_size(parser)
+    parser.add_argument("--license", help="for the card; default: that in the card of the original")
+    add_push(parser)
+
+
+def run(args: argparse.Namespace) -> tuple[Any, str]:
+    from transformers import AutoProcessor
+
+    from ..hub import check_login, check_target, save
+    from ..inspection import saved_class
+    from ..report import report
+    from ..sources import quantization_method, read_config
+
+    config, where_to = quantization_config(args), device_map(args)
+    check_login(args.output) if args.push else check_target(args.output)  # mistakes show before hours are spent
+    model_config = read_config(args.model, revision=args.revision)
+    method = quantization_method(model_config)
+    if method is not None:
+        raise ValueError(f"`{args.model}` is quantized already, with {method!r}; name the dense original")
+    config.processor = processor = AutoProcessor.from_pretrained(args.model, revision=args.revision)
+    with log_to_stderr():
+        model = saved_class(model_config).from_pretrained(
+            args.model,
+            revision=args.revision,
+            quantization_config=config,
+            dtype=args.dtype,
+            device_map=where_to,
+        )
+    where = save(
+        model,
+        processor,
+        args.output,
+        push=args.push,
+        private=args.private or None,
+        base_model=args.model,
+        license=args.license,
+        max_shard_size=args.max_shard_size,
+    )
+    sizes = report(model)
+    return {"saved": where, **sizes.to_dict()}, f"{sizes}\nsaved: {where}"
+
+
+def quantization_config(args: argparse.Namespace) -> Any:
+    """Return the `SABQuantizationConfig` that the options ask for.
+
+    Raises:
+        ValueError: a field does not exist, or its value is not accepted.
+    """
+    from ..config import SABQuantizationConfig
+
+    fields = {name: getattr(args, name) for name in _WITH_OPTIONS if getattr(args, name) is not None}
+    known = {field.name for field in dataclasses.fields(SABQuantizationConfig) if field.init} - _NOT_SET
+    for entry in args.set:
+        name, _, value = entry.partition("=")
+        if name not in known:
+            raise ValueError(
+                f"--set {entry}: `{name}` is no field of SABQuantizationConfig that can be set; those are {sorted(known)}"
+            )
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return SABQuantizationConfig(**fields)

@@ -1,0 +1,22 @@
+"""`sab-hf run`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+SUMMARY = "start another Python program in which packed checkpoints load"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", nargs=argparse.REMAINDER, dest="module", help="a module and its arguments")
+    parser.add_argument("program", nargs="?", help="a .py file, the command of an installed package, or a module")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
+
+
+def run(args: argparse.Namespace) -> Any:
+    from ..run import main
+
+    if args.module is not None:
+        return main(["-m", *args.module])
+    return main([] if args.program is None else [args.program, *args.arguments])

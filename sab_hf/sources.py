@@ -1,0 +1,72 @@
+"""Names of checkpoints, folders or Hub ids, with errors that say which of the two was looked for and what was found."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+
+def check_name(path_or_id: str | os.PathLike) -> None:
+    """Check, without a network, that a name can be that of a checkpoint.
+
+    Raises:
+        ValueError: it is a file.
+        FileNotFoundError: it is a folder without `config.json`, or looks like a path and is no folder.
+    """
+    name, path = str(path_or_id), Path(path_or_id)
+    if path.is_file():
+        raise ValueError(f"`{name}` is a file; name the folder of a checkpoint, or a Hub repository")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"the folder `{name}` holds no checkpoint: it has no config.json")
+    elif not name or name.startswith((".", os.sep, "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"there is no folder `{name}`")
+
+
+def read_config(path_or_id: str | os.PathLike, **kwargs: Any) -> Any:
+    """Read the config of a checkpoint, packed or dense.
+
+    Args:
+        path_or_id: a folder or a Hub repository.
+        kwargs: for `AutoConfig.from_pretrained`.
+    Raises:
+        ValueError: the name is that of a file, or transformers does not know the model.
+        OSError: there is no such checkpoint.
+    """
+    if not kwargs.get("subfolder"):
+        check_name(path_or_id)
+    try:
+        return AutoConfig.from_pretrained(path_or_id, **kwargs)
+    except (OSError, ValueError) as error:
+        if Path(path_or_id).is_dir():
+            raise
+        raise not_found(path_or_id, error) from error
+
+
+def not_found(path_or_id: str | os.PathLike, error: Exception) -> OSError:
+    """Return the error for a name that is no folder here and could not be read from the Hub."""
+    return OSError(f"there is no folder `{path_or_id}` here, and it could not be read from the Hub: {error}")
+
+
+def quantization_method(config: Any) -> str | None:
+    """Return the quantization method that a config names (as an object, or as the data of config.json), or None."""
+    get = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
+    quantization = get("quantization_config")
+    if not quantization:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return str(getattr(method, "value", method))
+
+
+def require_packed(config: Any, path_or_id: str | os.PathLike) -> None:
+    """Raise a ValueError unless a config is that of a checkpoint packed by this package."""
+    method = quantization_method(config)
+    if method != "sab":
+        found = "holds dense weights" if method is None else f"is quantized with {method!r}"
+        raise ValueError(
+            f"`{path_or_id}` {found}, and a checkpoint packed by sab_hf is required. To binarize a dense one: `sab-hf quantize`, "
+            "or `quantization_config=SABQuantizationConfig()` in `from_pretrained`"
+        )
