@@ -32,16 +32,16 @@ VARIANTS: dict[str, dict] = {
     "latent rate 1e-2": {"refine_latent_rate": 1e-2},
     "latent rate 4e-2": {"refine_latent_rate": 4e-2},
     "scale rate 1e-3": {"refine_scale_rate": 1e-3},
-    "refinement 1500 steps": {"refine_steps": 1500},
+    "refinement 800 steps": {"refine_steps": 800},
 }
 """Name → fields that differ from `DEFAULTS`."""
 DEFAULTS = {"refine_steps": 400}
 MANY_BITS = 3.1
 MANY_BITS_VARIANTS: dict[str, dict] = {
+    "3.1 bits, refinement 800 steps": {"refine_steps": 800},
     "3.1 bits": {},
     "3.1 bits, latent rate 1e-2": {"refine_latent_rate": 1e-2},
     "3.1 bits, latent rate 5e-3": {"refine_latent_rate": 5e-3},
-    "3.1 bits, refinement 1500 steps": {"refine_steps": 1500},
 }
 NUM_FIRST = 5  # variants that run before the first numbers of samples
 RESIDUAL_SHARES = (0.0, 0.1, 0.25)
@@ -56,6 +56,7 @@ def list_jobs(model: str, bits: float, seeds: Sequence[int]) -> list[Job]:
     for seed in seeds:
         variants = [Job(name, OURS, seed, bits, DEFAULTS | options) for name, options in VARIANTS.items()]
         samples = [Job(f"{count} samples", OURS, seed, bits, DEFAULTS, count) for count in SAMPLE_COUNTS]
+        samples.append(Job("4096 samples, 800 steps", OURS, seed, bits, {"refine_steps": 800}, 4096))
         jobs += variants[:NUM_FIRST] + samples[:2] + variants[NUM_FIRST:] + samples[2:]
         jobs += [Job(name, OURS, seed, MANY_BITS, DEFAULTS | more) for name, more in MANY_BITS_VARIANTS.items()]
         jobs += [Job(f"residual columns {100 * s:.0f} %", OURS, seed, b, DEFAULTS) for s, b in budgets.items()]
