@@ -1,12 +1,15 @@
 """Write a packed checkpoint with one transformers version, read it with another: `python cross_version.py write|read DIR`."""
 
 import argparse
+import os
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+os.environ["SAB_EXACT"] = "1"  # int8 look-ups turn the last bit, in which versions may differ, into tenths of a logit
 
-from sab_hf import SABQuantizationConfig
+import torch  # noqa: E402
+from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+
+from sab_hf import SABQuantizationConfig  # noqa: E402
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny_vlm" / "checkpoint"
 
