@@ -55,8 +55,10 @@ def kernels():
 
 @functools.cache
 def problem(size: tuple[int, int, int, int], device: str):
-    planes = random_planes(*size, seed=sum(size))
-    return kernels().planes(*operands(planes, device)), planes.dense().double()
+    from sab_hf.kernels.triton_planes import planes
+
+    random = random_planes(*size, seed=sum(size))
+    return planes(*operands(random, device)), random.dense().double()
 
 
 def hold_exact(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes, scaled_dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from . import cuda_tiles
 from .triton_bits import bits_kernel
 from .triton_dot import dot_kernel
 from .triton_int8 import int8_kernel
-from .triton_planes import Planes, planes  # noqa: F401  `planes` is for callers
+from .triton_planes import Planes
 from .triton_prepare import cut_kernel, quantize_kernel, scale_kernel
 from .triton_unpack import unpack_kernel
 

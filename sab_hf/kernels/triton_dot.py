@@ -67,14 +67,14 @@ def dot_kernel(
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     tiles: tl.constexpr = (NUM_WORDS + WORDS - 1) // WORDS
+    total = tl.zeros([ROWS, BATCH], tl.float32)
     for plane in tl.static_range(PLANES):
         acc = _plane_products(
             u_ptr + plane * 32 * batch * padded_words, signs_ptr + tl.full([], plane, tl.int64) * rows * STRIDE,
             row, rows, column, batch, padded_words, split * tiles // SPLITS, (split + 1) * tiles // SPLITS,
             STRIDE, NUM_WORDS, ROWS, WORDS, BATCH,
         )  # fmt: skip
-        acc *= tl.load(row_scale_ptr + plane * rows + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-        total = acc if plane == 0 else total + acc
+        total += acc * tl.load(row_scale_ptr + plane * rows + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     if RESIDUAL_WORDS:
         residual_tiles: tl.constexpr = (RESIDUAL_WORDS + WORDS - 1) // WORDS
         acc = _plane_products(

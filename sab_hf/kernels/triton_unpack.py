@@ -30,14 +30,15 @@ def unpack_kernel(
         local = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         row = first_row + local
         here = (local < rows)[:, None] & (byte < row_bytes)[None, :]
+        offset = row.to(tl.int64)[:, None] * row_bytes + byte[None, :]
+        w = tl.zeros([ROWS, BYTES, 8], tl.float32)
         for k in tl.static_range(PLANES):
-            start = signs_ptr + tl.full([], k, tl.int64) * all_rows * row_bytes
-            packed = tl.load(start + row.to(tl.int64)[:, None] * row_bytes + byte[None, :], mask=here, other=0)
+            packed = tl.load(signs_ptr + tl.full([], k, tl.int64) * all_rows * row_bytes + offset, mask=here, other=0)
             r = tl.load(row_scale_ptr + k * all_rows + row, mask=local < rows, other=0.0).to(tl.float32)
             c = tl.load(col_scale_ptr + k * in_features + column, mask=column < in_features, other=0.0).to(tl.float32)
-            i = tl.arange(0, 8)[None, None, :]
-            plane = _signed(c[None, :, :] * r[:, None, None], packed.to(tl.int32)[:, :, None], i)
-            w = plane if k == 0 else w + plane
+            w += _signed(
+                c[None, :, :] * r[:, None, None], packed.to(tl.int32)[:, :, None], tl.arange(0, 8)[None, None, :]
+            )
         inside = (local < rows)[:, None, None] & (column < in_features)[None, :, :]
         if RESIDUAL:
             rank = tl.load(rank_ptr + column, mask=column < in_features, other=-1)
