@@ -116,6 +116,8 @@ def check_all(size, dtype, batch, device):
     hold_exact(kernels().dense_product(x, planes), x, W, planes, dtype)
     if batch <= 16:
         hold_bits(kernels().bits_product(x, planes), x, W, planes)
+    if batch == 1 and planes.num_planes <= 2 and planes.num_words + 2 * planes.num_residual_words <= 128:
+        hold_int8(kernels().single_product(x, planes), x, W, planes)
     if batch <= 4:
         hold_int8(kernels().int8_product(x, planes), x, W, planes)
 
@@ -178,12 +180,25 @@ def test_programs_of_several_tiles_make_every_row(tiles):
 
 
 @interpreted
+@pytest.mark.parametrize("tiles", [(16, 16, 4, 4, 2, 1), (8, 32, 8, 8, 1, 3), (64, 16, 2, 4, 5, 2)])
+def test_programs_that_take_tiles_in_turn_make_every_row(tiles):
+    from sab_hf.kernels.cuda_tiles import SingleTiles
+
+    for size in [(37, 300, 1, 33), (37, 300, 2, 33), (37, 300, 1, 0)]:
+        planes, W = problem(size, "cpu")
+        x = inputs(1, 300)
+        if planes.num_residual_words <= tiles[2]:
+            hold_int8(kernels().single_product(x, planes, SingleTiles(*tiles)), x, W, planes)
+
+
+@interpreted
 def test_strided_inputs():
     planes, W = problem((9, 40, 2, 7), "cpu")
     x = inputs(40, 6).T[::2]
     hold_exact(kernels().dot_product(x, planes), x, W, planes, torch.float32)
     hold_int8(kernels().int8_product(x, planes), x, W, planes)
     hold_bits(kernels().bits_product(x, planes), x, W, planes)
+    hold_int8(kernels().single_product(x[1:2], planes), x[1:2], W, planes)
 
 
 @interpreted
@@ -194,6 +209,7 @@ def test_inputs_that_are_not_finite_never_give_finite_numbers(value):
     x[0, 3] = value
     assert not kernels().int8_product(x, planes).isfinite().any()
     assert not kernels().bits_product(x, planes).isfinite().any()
+    assert not kernels().single_product(x, planes).isfinite().any()
 
 
 @interpreted

@@ -6,6 +6,17 @@ import math
 from typing import NamedTuple
 
 
+class SingleTiles(NamedTuple):
+    """Tiles of the kernel of a single launch: rows, words, of these for the residual plane; warps, programs, tiles ahead."""
+
+    rows: int
+    words: int
+    residual: int
+    warps: int
+    programs: int
+    depth: int
+
+
 class BitsTiles(NamedTuple):
     """Tiles of the kernel on bits: warps of a program, warps that share rows, and tiles of rows that a program makes."""
 
@@ -34,28 +45,57 @@ class DotTiles(NamedTuple):
     stages: int
 
 
-BITS_BATCH = 16
+SINGLE_WORDS = 128
+"""Words of a row, the residual plane's included, that the kernel of a single launch holds; SINGLE_PLANES: planes."""
+SINGLE_PLANES = 2
+SINGLE_ROWS = 8192
+"""Rows up to which that kernel is the fastest for more than one plane."""
+BITS_BATCH = 8
 """Inputs up to which the kernel on bits is the fastest; INT8_BATCH: the int8 kernel, on devices that only emulate the former."""
 INT8_BATCH = 4
+DOT_ROWS = 32768
+"""Rows from which the tensor-core kernel keeps up with unpacking for a library's product at 512 and more inputs."""
 PROGRAMS_PER_PROCESSOR = 20
 PIECES_PER_WARP = 8
 """Pieces of 16 words that a warp of the kernel on bits holds at a time, for lack of registers."""
 
+# Measured on one H100 (132 processors), 2026-11-25: (processors, planes, rows, words, has a residual plane) → tiles.
+BITS_TILES = {
+    (132, 2, 37888, 112, False): BitsTiles(4, 4, 1),
+    (132, 2, 18944, 112, False): BitsTiles(2, 2, 1),
+    (132, 2, 3584, 592, False): BitsTiles(8, 8, 1),
+    (132, 4, 152064, 112, False): BitsTiles(8, 8, 1),
+}
 
-def kernel(batch: int, planes: int, itemsize: int, exact: bool, capability: tuple[int, int]) -> str:
-    """Return which kernel multiplies: bits, int8, dot or dense.
+
+def kernel(
+    batch: int, planes: int, rows: int, words: int, residual_words: int, itemsize: int, exact: bool, capability: tuple[int, int]
+) -> str:  # fmt: skip
+    """Return which kernel multiplies: single, bits, int8, dot or dense.
 
     Args:
+        words, residual_words: 32-bit words of a row of a plane and of the residual plane.
         itemsize: bytes of an activation.
         capability: of the device; tensor cores multiply bits on 8.x and 9.x.
     """
     if not exact:
+        fits = planes <= SINGLE_PLANES and _single_words(words, residual_words) <= SINGLE_WORDS
+        if batch == 1 and fits and (rows <= SINGLE_ROWS or (planes == 1 and not residual_words)):
+            return "single"
         if batch <= BITS_BATCH and (8, 0) <= capability < (10, 0):
             return "bits"
         if batch <= INT8_BATCH:
             return "int8"
-    most = 128 if itemsize == 4 or planes > 1 else 4096
-    return "dot" if batch <= most else "dense"
+    if itemsize == 4:
+        return "dot" if batch <= 128 else "dense"
+    if planes == 1 and not residual_words and rows >= DOT_ROWS:
+        return "dot" if batch <= 4096 else "dense"
+    return "dot" if batch <= 512 else "dense"
+
+
+def _single_words(words: int, residual_words: int) -> int:
+    """Return the words of a row of the kernel of a single launch: powers of two, the residual plane's at the end."""
+    return power_of_two(words + (power_of_two(residual_words, 1, 1 << 20) if residual_words else 0), 16, 1 << 20)
 
 
 def power_of_two(number: int, low: int, high: int) -> int:
@@ -63,11 +103,27 @@ def power_of_two(number: int, low: int, high: int) -> int:
     return min(high, max(low, 1 << max(0, number - 1).bit_length()))
 
 
+def single_tiles(rows: int, words: int, residual_words: int, processors: int) -> SingleTiles:
+    """Choose tiles of the kernel of a single launch: a tile for each program, or a program for each processor."""
+    lanes = _single_words(words, residual_words)
+    residual = power_of_two(residual_words, 1, lanes) if residual_words else 0
+    tile = 16 if rows <= 2048 else 32
+    if rows <= tile * processors:
+        return SingleTiles(tile, lanes, residual, 8, processors, 1)
+    return SingleTiles(tile, lanes, residual, 16, processors, 3)
+
+
 def bits_tiles(planes: int, rows: int, words: int, residual_words: int, processors: int) -> BitsTiles:
     """Choose tiles of the kernel on bits for `planes` planes of `rows` rows of `words` 32-bit words, and a residual plane."""
+    measured = BITS_TILES.get((processors, planes, rows, words, residual_words > 0))
+    if measured is not None:
+        return measured
     pieces = planes * math.ceil(words / 16) + math.ceil(residual_words / 16)
     split = power_of_two(math.ceil(pieces / PIECES_PER_WARP), 1, 16)
-    return BitsTiles(split, split, 1)
+    tiles = math.ceil(rows / 16)
+    if tiles < 4 * processors:  # few rows: more warps for each
+        split = max(split, min(power_of_two(16 * processors // tiles, 1, 16), power_of_two(pieces, 1, 16)))
+    return BitsTiles(4 if split == 1 else split, split, 1)
 
 
 def int8_tiles(planes: int, rows: int, words: int, residual_words: int, processors: int) -> Int8Tiles:
@@ -77,20 +133,23 @@ def int8_tiles(planes: int, rows: int, words: int, residual_words: int, processo
     return Int8Tiles(tile, power_of_two(words, 16, 128), power_of_two(residual_words, 16, 64), steps)
 
 
-def dot_tiles(rows: int, words: int, batch: int, processors: int, itemsize: int) -> DotTiles:
+def dot_tiles(rows: int, words: int, sums: int, batch: int, processors: int, itemsize: int) -> DotTiles:
     """Choose tiles of the tensor-core kernel; few rows are shared among several programs to fill the processors.
 
     Args:
+        sums: full planes and the residual one; several need registers for two sums.
         itemsize: bytes of an activation; float32 is not for tensor cores, and its tiles have to be smaller.
     """
     if itemsize == 4:
         tile = DotTiles(64, 1, power_of_two(batch, 16, 32), splits=1, warps=4, stages=3)
     elif batch <= 16:
         tile = DotTiles(64, 8, 16, splits=1, warps=4, stages=4)
+    elif batch <= 32:
+        tile = DotTiles(64, 8, 32, splits=1, warps=4, stages=3)
     elif batch <= 64:
-        tile = DotTiles(64, 4, power_of_two(batch, 16, 64), splits=1, warps=4, stages=4)
-    elif batch <= 512:
-        tile = DotTiles(128, 4, 128, splits=1, warps=4, stages=3)
+        tile = DotTiles(64, 4, 64, splits=1, warps=4, stages=3)
+    elif batch <= 512 or sums > 1:
+        tile = DotTiles(64, 4, 128, splits=1, warps=4, stages=3)
     else:
         tile = DotTiles(128, 2, 256, splits=1, warps=8, stages=3)
     programs = math.ceil(rows / tile.rows) * math.ceil(batch / tile.batch)

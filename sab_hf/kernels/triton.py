@@ -12,6 +12,7 @@ from .triton_dot import dot_kernel
 from .triton_int8 import int8_kernel
 from .triton_planes import Planes
 from .triton_prepare import cut_kernel, quantize_kernel, scale_kernel
+from .triton_single import single_kernel
 from .triton_unpack import unpack_kernel
 
 DENSE_BYTES = 512 * 2**20
@@ -21,8 +22,29 @@ DENSE_ROWS = 128
 
 def linear(x: Tensor, planes: Planes, exact: bool) -> Tensor:
     """Return x Wᵀ for x [batch ≥ 1, m] float16, bfloat16 or float32, by the kernel that suits the batch and the device."""
-    name = cuda_tiles.kernel(x.shape[0], planes.num_planes, x.element_size(), exact, _capability(x))
-    return {"bits": bits_product, "int8": int8_product, "dot": dot_product, "dense": dense_product}[name](x, planes)
+    sizes = x.shape[0], planes.num_planes, planes.rows, planes.num_words, planes.num_residual_words
+    name = cuda_tiles.kernel(*sizes, x.element_size(), exact, _capability(x))
+    products = {
+        "single": single_product, "bits": bits_product, "int8": int8_product, "dot": dot_product, "dense": dense_product
+    }  # fmt: skip
+    return products[name](x, planes)
+
+
+def single_product(x: Tensor, planes: Planes, tiles: cuda_tiles.SingleTiles | None = None) -> Tensor:
+    """Multiply one input, x [1, m], rounded to int8 with a scale for each 32 columns; see `triton_single.py`."""
+    _, (stride, num_words, residual) = x.shape, _word_sizes(planes)
+    tiles = tiles or cuda_tiles.single_tiles(planes.rows, num_words, residual, _processors(x))
+    programs = min(tiles.programs, triton.cdiv(planes.rows, tiles.rows))
+    y = x.new_empty(1, planes.rows)
+    x_, _, stride_column, *activation_arguments = _activation_arguments(x, planes)
+    _launch(
+        single_kernel, (programs,), x_, stride_column, *activation_arguments, *_weight_arguments(planes), y,
+        planes.in_features, planes.num_significant, planes.rows, triton.cdiv(planes.rows, tiles.rows * programs),
+        PLANES=planes.num_planes, NUM_WORDS=num_words, STRIDE=stride, RESIDUAL_WORDS=residual,
+        RESIDUAL_STRIDE=planes.residual_words.shape[-1] if residual else 0, ROWS=tiles.rows, WORDS=tiles.words,
+        RESIDUAL=tiles.residual, DEPTH=tiles.depth, PDL=_pdl(x), num_warps=tiles.warps,
+    )  # fmt: skip
+    return y
 
 
 def bits_product(x: Tensor, planes: Planes, tiles: cuda_tiles.BitsTiles | None = None) -> Tensor:
@@ -35,7 +57,7 @@ def bits_product(x: Tensor, planes: Planes, tiles: cuda_tiles.BitsTiles | None =
     scale = scale.view(torch.float32)
     _launch(
         cut_kernel, (pieces, total, batch), *_activation_arguments(x, planes), bits, scale, sums,
-        planes.in_features, planes.num_significant, pieces, PLANES=planes.num_planes, PDL=_pdl(x), num_warps=4,
+        planes.in_features, planes.num_significant, pieces, PLANES=planes.num_planes, PDL=_pdl(x), num_warps=16,
     )  # fmt: skip
     y = x.new_empty(batch, planes.rows)
     height = 16 * (tiles.warps // tiles.split)
@@ -43,7 +65,7 @@ def bits_product(x: Tensor, planes: Planes, tiles: cuda_tiles.BitsTiles | None =
         bits_kernel, (triton.cdiv(planes.rows, height * tiles.steps),), bits, scale, sums, *_weight_arguments(planes), y,
         batch, planes.rows, pieces, tiles.steps, PLANES=planes.num_planes, NUM_WORDS=num_words, STRIDE=stride,
         RESIDUAL_WORDS=residual, RESIDUAL_STRIDE=planes.residual_words.shape[-1] if residual else 0,
-        WARPS=tiles.warps, SPLIT=tiles.split, PDL=_pdl(x), num_warps=tiles.warps,
+        INPUTS=cuda_tiles.power_of_two(batch, 1, 4), WARPS=tiles.warps, SPLIT=tiles.split, PDL=_pdl(x), num_warps=tiles.warps,
     )  # fmt: skip
     return y
 
@@ -72,8 +94,8 @@ def int8_product(x: Tensor, planes: Planes, tiles: cuda_tiles.Int8Tiles | None =
 def dot_product(x: Tensor, planes: Planes, tiles: cuda_tiles.DotTiles | None = None) -> Tensor:
     """Multiply in the dtype of x, the scaled activations rounded to it once; see `triton_dot.py`."""
     batch, (stride, num_words, residual) = x.shape[0], _word_sizes(planes)
-    tiles = tiles or cuda_tiles.dot_tiles(planes.rows, num_words, batch, _processors(x), x.element_size())
     total, padded = planes.num_planes + (residual > 0), _padded(planes)
+    tiles = tiles or cuda_tiles.dot_tiles(planes.rows, num_words, total, batch, _processors(x), x.element_size())
     grid = (triton.cdiv(planes.rows, tiles.rows), triton.cdiv(batch, tiles.batch), tiles.splits)
     u = x.new_empty(total, batch, padded, 32)
     counters = x.new_empty(grid[0] * grid[1], dtype=torch.int32)

@@ -133,13 +133,13 @@ def bits_kernel(
     batch, rows, pieces, steps,
     PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
     RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
-    WARPS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    INPUTS: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[b, i] = Σ over planes k of r_k[i] (B_k u_k)[i, b]; each program makes `steps` tiles of 16 WARPS / SPLIT rows.
 
     Activations: see `triton_prepare.cut_kernel`. signs: [PLANES, rows, STRIDE] int32, of which NUM_WORDS count; residual:
     [rows, RESIDUAL_STRIDE], RESIDUAL_WORDS. A tile of words is under way while the one before is computed; the first one
-    is, before the activations are there.
+    is, before the activations are there. INPUTS inputs are computed side by side.
     """
     height: tl.constexpr = 16 * (WARPS // SPLIT)
     mine: tl.constexpr = ((NUM_WORDS + 15) // 16 + SPLIT - 1) // SPLIT
@@ -160,22 +160,26 @@ def bits_kernel(
             signs_ptr, residual_ptr, row + height, tl.where(step + 1 < steps, rows, 0), rows, thread,
             PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE, SPLIT,
         )  # fmt: skip
-        for b in range(batch):
-            low = tl.zeros([32 * WARPS], tl.float32)
-            high = tl.zeros([32 * WARPS], tl.float32)
-            for k in tl.static_range(PLANES + (RESIDUAL_WORDS > 0)):
-                low_sum = tl.zeros([32 * WARPS], tl.float32)
-                high_sum = tl.zeros([32 * WARPS], tl.float32)
-                base = (k * batch + b) * pieces
-                for i in tl.static_range(mine if k < PLANES else mine_residual):
-                    low_sum, high_sum = _piece_products(
-                        now[k * mine + i], bits_ptr + base * 256, scale_ptr + base, sum_ptr + base,
-                        i * SPLIT + thread // 32 % SPLIT, pieces, thread, low_sum, high_sum, WARPS,
-                    )  # fmt: skip
-                r_ptr = row_scale_ptr + k * rows if k < PLANES else residual_row_scale_ptr
-                low += low_sum * tl.load(r_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
-                high += high_sum * tl.load(r_ptr + row + 8, mask=row + 8 < rows, other=0.0).to(tl.float32)
-            _store_sums(y_ptr + b * rows, low, first_row, rows, WARPS, SPLIT)
-            _store_sums(y_ptr + b * rows, high, first_row + 8, rows, WARPS, SPLIT)
+        for index in range((batch + INPUTS - 1) // INPUTS):
+            for j in tl.static_range(INPUTS):
+                b = index * INPUTS + j
+                limit = tl.where(b < batch, pieces, 0)
+                low = tl.zeros([32 * WARPS], tl.float32)
+                high = tl.zeros([32 * WARPS], tl.float32)
+                for k in tl.static_range(PLANES + (RESIDUAL_WORDS > 0)):
+                    low_sum = tl.zeros([32 * WARPS], tl.float32)
+                    high_sum = tl.zeros([32 * WARPS], tl.float32)
+                    base = (k * batch + b) * pieces
+                    for i in tl.static_range(mine if k < PLANES else mine_residual):
+                        low_sum, high_sum = _piece_products(
+                            now[k * mine + i], bits_ptr + base * 256, scale_ptr + base, sum_ptr + base,
+                            i * SPLIT + thread // 32 % SPLIT, limit, thread, low_sum, high_sum, WARPS,
+                        )  # fmt: skip
+                    r_ptr = row_scale_ptr + k * rows if k < PLANES else residual_row_scale_ptr
+                    low += low_sum * tl.load(r_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
+                    high += high_sum * tl.load(r_ptr + row + 8, mask=row + 8 < rows, other=0.0).to(tl.float32)
+                end = tl.where(b < batch, rows, 0)
+                _store_sums(y_ptr + b * rows, low, first_row, end, WARPS, SPLIT)
+                _store_sums(y_ptr + b * rows, high, first_row + 8, end, WARPS, SPLIT)
         row += height
         first_row += height

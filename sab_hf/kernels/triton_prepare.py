@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def _scaled_words(
@@ -23,7 +25,6 @@ def _scaled_words(
     """
     if PDL:
         cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
     plane, batch = tl.program_id(1), tl.program_id(2)
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
@@ -35,6 +36,8 @@ def _scaled_words(
         inside = column < num_significant
         source = tl.load(columns_ptr + column, mask=inside, other=0)
         c = tl.load(residual_col_scale_ptr + column, mask=inside, other=0.0)
+    if PDL:
+        cuda.gdc_wait()
     x = tl.load(x_ptr + batch * stride_batch + source * stride_column, mask=inside, other=0.0)
     return plane, batch, word, x.to(tl.float32) * c.to(tl.float32)
 
@@ -78,33 +81,60 @@ def quantize_kernel(
 
 
 @triton.jit
+def _ballot(bit, thread):
+    """Return in every thread the word of its warp's bits, [512] int32; `bit` is 0 or 1."""
+    if INTERPRETED:
+        words = tl.sum(tl.reshape(bit << thread % 32, [16, 32]), axis=1)
+        return tl.reshape(tl.broadcast_to(words[:, None], [16, 32]), [512])
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }",
+            "=r,r", [bit], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def cut_kernel(
     x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
     bits_ptr, scale_ptr, sum_ptr, in_features, num_significant, pieces, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Round c ⊙ x to 16 bits with one scale for 16 words, a piece, and cut the integers into rows of bits.
 
-    Writes for each plane, input and piece of `pieces`:
+    A program makes a piece with 16 warps: a warp is a word, a thread a column. Writes for each plane, input and piece:
         bits: [8, 4, 2, 4] int32; (g, t, i, j) are the bits of weight 2^(8i + g) of the columns of the piece's word 4t + j.
         scale: float32, the step; NaN where the inputs are not finite.
         sum: int32, the sum of the integers.
     """
-    plane, batch, word, u = _scaled_words(
-        x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-        in_features, num_significant, PLANES, 16, PDL,
-    )  # fmt: skip
-    step = tl.max(tl.max(tl.abs(u), axis=1), axis=0) / 32767 + tl.sum(tl.sum(u * 0, axis=1), axis=0)
-    inverse = tl.where(step > 0, 1 / step, 0.0)
-    q = tl.floor(u * inverse + 0.5).to(tl.int32)
-    weight = tl.arange(0, 16)
-    bits = ((q[:, None, :] >> weight[None, :, None]) & 1) << tl.arange(0, 32)[None, None, :]
-    packed = tl.sum(bits, axis=2).to(tl.int32)  # [word, weight]; the bits do not overlap
+    if PDL:
+        cuda.gdc_launch_dependents()
+    thread = tl.arange(0, 512)
+    plane, batch = tl.program_id(1), tl.program_id(2)
+    column = tl.program_id(0) * 512 + thread
+    if plane < PLANES:
+        inside = column < in_features
+        source = column
+        c = tl.load(col_scale_ptr + plane * in_features + column, mask=inside, other=0.0)
+    else:
+        inside = column < num_significant
+        source = tl.load(columns_ptr + column, mask=inside, other=0)
+        c = tl.load(residual_col_scale_ptr + column, mask=inside, other=0.0)
+    if PDL:
+        cuda.gdc_wait()
+    x = tl.load(x_ptr + batch * stride_batch + source * stride_column, mask=inside, other=0.0)
+    u = x.to(tl.float32) * c.to(tl.float32)
+    finite = tl.abs(u) < float("inf")
+    step = tl.max(tl.where(finite, tl.abs(u), float("inf")), axis=0) / 32767
+    inverse = tl.where((step > 0) & (step < float("inf")), 1 / step, 0.0)
+    q = tl.where(finite, tl.floor(u * inverse + 0.5), 0.0).to(tl.int32)
+    packed = tl.zeros([512], tl.int32)
+    for weight in tl.static_range(16):  # thread `weight` of a warp keeps its word's bits of that weight
+        packed = tl.where(thread % 32 == weight, _ballot(q >> weight & 1, thread), packed)
     base = (plane * tl.num_programs(2) + batch) * pieces + tl.program_id(0)
-    local = word % 16
-    place = (weight % 8 * 32 + weight // 8 * 4)[None, :] + (local // 4 * 8 + local % 4)[:, None]
-    tl.store(bits_ptr + base * 256 + place, packed)
-    tl.store(scale_ptr + base, step)
-    tl.store(sum_ptr + base, tl.sum(tl.sum(q, axis=1), axis=0))
+    word, weight = thread // 32, thread % 32
+    place = weight % 8 * 32 + word // 4 * 8 + weight // 8 * 4 + word % 4
+    tl.store(bits_ptr + base * 256 + place, packed, mask=weight < 16)
+    tl.store(scale_ptr + base, tl.where(step < float("inf"), step, float("nan")))
+    tl.store(sum_ptr + base, tl.sum(q, axis=0))
 
 
 @triton.jit
