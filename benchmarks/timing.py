@@ -77,7 +77,7 @@ class Turns:
         patience: seconds to wait for the others to be ready.
     """
 
-    def __init__(self, folder: str | None, count: int, patience: float = 300):
+    def __init__(self, folder: str | None, count: int, patience: float = 100):
         self.folder, self.count, self.patience = None if folder is None else Path(folder), count, patience
         self._round, self._lock = 0, None
 
