@@ -12,6 +12,20 @@ from triton.language.extra import cuda
 
 from .triton_int8 import load_words
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_BFLOAT16_SIGNS = tl.constexpr("lop3.b32 $0, $1, 0x80008000, 0xBF80BF80, 0x6A;")
+_FLOAT16_SIGNS = tl.constexpr("lop3.b32 $0, $1, 0x80008000, 0xBC00BC00, 0x6A;")
+
+
+@triton.jit
+def _pairs(bits, dtype: tl.constexpr):
+    """Return -1 in each half of the words `bits`, with the halves' highest bits exclusive-ored to the signs."""
+    if INTERPRETED:
+        return (bits & -0x7FFF8000) ^ (-0x407F4080 if dtype == tl.bfloat16 else -0x43FF4400)
+    else:  # one instruction; the compiler makes two
+        asm: tl.constexpr = _BFLOAT16_SIGNS if dtype == tl.bfloat16 else _FLOAT16_SIGNS
+        return tl.inline_asm_elementwise(asm, "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1)
+
 
 @triton.jit
 def _weights(words, dtype: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
@@ -21,9 +35,8 @@ def _weights(words, dtype: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
         low = ((words[:, :, None] >> i) & 1) * 2 - 1
         high = ((words[:, :, None] >> (i + 16)) & 1) * 2 - 1
         return tl.reshape(tl.join(low, high), [ROWS, 32 * WORDS]).to(dtype)
-    else:  # -1 in each half, and the bits at the places of its signs
-        minus_one: tl.constexpr = -0x407F4080 if dtype == tl.bfloat16 else -0x43FF4400
-        pair = ((words[:, :, None] << (15 - i)) & -0x7FFF8000) ^ minus_one
+    else:
+        pair = _pairs(words[:, :, None] << (15 - i), dtype)
         low = pair.to(tl.int16).to(dtype, bitcast=True)
         high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
         return tl.reshape(tl.join(low, high), [ROWS, 32 * WORDS])
