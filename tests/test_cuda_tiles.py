@@ -35,9 +35,11 @@ def test_a_single_launch_is_for_one_input_of_rows_that_fit():
     assert kernel(1, words=112, residual_words=20) != "single"  # 112 + 32 lanes
 
 
-def test_float32_leaves_tensor_cores_early():
-    assert kernel(300) == "dot"
-    assert kernel(300, itemsize=4) == "dense"
+def test_long_prefill_is_unpacked():
+    assert kernel(256) == "dot"
+    assert kernel(5000, rows=37888) == "dense"
+    assert kernel(256, itemsize=4) == "dense"  # float32 does not use tensor cores
+    assert kernel(256, planes=2) == "dense"  # a product for each plane
 
 
 shapes = st.tuples(

@@ -45,27 +45,20 @@ class DotTiles(NamedTuple):
     stages: int
 
 
-SINGLE_WORDS = 128
-"""Words of a row, the residual plane's included, that the kernel of a single launch holds; SINGLE_PLANES: planes."""
-SINGLE_PLANES = 2
-SINGLE_ROWS = 8192
-"""Rows up to which that kernel is the fastest for more than one plane."""
-BITS_BATCH = 8
-"""Inputs up to which the kernel on bits is the fastest; INT8_BATCH: the int8 kernel, on devices that only emulate the former."""
+# Measured on one H100, 2026-11-25 (`benchmarks/results/speed_gpu_sweeps.json`):
+SINGLE_WORDS, SINGLE_PLANES, SINGLE_ROWS = 128, 2, 4096
+"""Words of a row (the residual plane's included), planes and rows up to which a single launch is the fastest for one input."""
+BITS_BATCH, WIDE_BITS_BATCH, WIDE = 4, 8, 256
+"""Inputs up to which the kernel on bits is the fastest; the same for rows of more than WIDE words."""
 INT8_BATCH = 4
-DOT_ROWS = 32768
-"""Rows from which the tensor-core kernel keeps up with unpacking for a library's product at 512 and more inputs."""
+"""Inputs up to which the int8 kernel is used where tensor cores do not multiply bits."""
+MANY_ROWS = 16384
+"""Rows from which unpacking for a library's product pays late; see `_dot_batch`."""
 PROGRAMS_PER_PROCESSOR = 20
 PIECES_PER_WARP = 8
 """Pieces of 16 words that a warp of the kernel on bits holds at a time, for lack of registers."""
-
-# Measured on one H100 (132 processors), 2026-11-25: (processors, planes, rows, words, has a residual plane) → tiles.
-BITS_TILES = {
-    (132, 2, 37888, 112, False): BitsTiles(4, 4, 1),
-    (132, 2, 18944, 112, False): BitsTiles(2, 2, 1),
-    (132, 2, 3584, 592, False): BitsTiles(8, 8, 1),
-    (132, 4, 152064, 112, False): BitsTiles(8, 8, 1),
-}
+BITS_TILES = {(132, 1, 18944, 112, False): BitsTiles(4, 4, 1)}
+"""(processors, planes, rows, words, has a residual plane) → tiles, where the rule is not the best."""
 
 
 def kernel(
@@ -80,17 +73,24 @@ def kernel(
     """
     if not exact:
         fits = planes <= SINGLE_PLANES and _single_words(words, residual_words) <= SINGLE_WORDS
-        if batch == 1 and fits and (rows <= SINGLE_ROWS or (planes == 1 and not residual_words)):
+        if batch == 1 and fits and rows <= SINGLE_ROWS:
             return "single"
-        if batch <= BITS_BATCH and (8, 0) <= capability < (10, 0):
-            return "bits"
-        if batch <= INT8_BATCH:
+        if (8, 0) <= capability < (10, 0):
+            if batch <= (WIDE_BITS_BATCH if words > WIDE else BITS_BATCH):
+                return "bits"
+        elif batch <= INT8_BATCH:
             return "int8"
-    if itemsize == 4:
-        return "dot" if batch <= 128 else "dense"
-    if planes == 1 and not residual_words and rows >= DOT_ROWS:
-        return "dot" if batch <= 4096 else "dense"
-    return "dot" if batch <= 512 else "dense"
+    most = 128 if itemsize == 4 else _dot_batch(planes, rows, residual_words)
+    return "dot" if batch <= most else "dense"
+
+
+def _dot_batch(planes: int, rows: int, residual_words: int) -> int:
+    """Return the inputs up to which products of packed planes beat unpacking: each plane costs a product of its own."""
+    if planes > 1:
+        return 128
+    if rows < MANY_ROWS:
+        return 256
+    return 512 if residual_words else 4096
 
 
 def _single_words(words: int, residual_words: int) -> int:
@@ -104,13 +104,10 @@ def power_of_two(number: int, low: int, high: int) -> int:
 
 
 def single_tiles(rows: int, words: int, residual_words: int, processors: int) -> SingleTiles:
-    """Choose tiles of the kernel of a single launch: a tile for each program, or a program for each processor."""
+    """Choose tiles of the kernel of a single launch."""
     lanes = _single_words(words, residual_words)
     residual = power_of_two(residual_words, 1, lanes) if residual_words else 0
-    tile = 16 if rows <= 2048 else 32
-    if rows <= tile * processors:
-        return SingleTiles(tile, lanes, residual, 8, processors, 1)
-    return SingleTiles(tile, lanes, residual, 16, processors, 3)
+    return SingleTiles(16 if rows <= 2048 else 32, lanes, residual, 8, 2 * processors, 1)
 
 
 def bits_tiles(planes: int, rows: int, words: int, residual_words: int, processors: int) -> BitsTiles:
@@ -119,11 +116,10 @@ def bits_tiles(planes: int, rows: int, words: int, residual_words: int, processo
     if measured is not None:
         return measured
     pieces = planes * math.ceil(words / 16) + math.ceil(residual_words / 16)
-    split = power_of_two(math.ceil(pieces / PIECES_PER_WARP), 1, 16)
-    tiles = math.ceil(rows / 16)
-    if tiles < 4 * processors:  # few rows: more warps for each
-        split = max(split, min(power_of_two(16 * processors // tiles, 1, 16), power_of_two(pieces, 1, 16)))
-    return BitsTiles(4 if split == 1 else split, split, 1)
+    if pieces <= PIECES_PER_WARP and math.ceil(rows / 16) >= 4 * processors:
+        return BitsTiles(1, 1, 1)
+    split = max(power_of_two(pieces, 1, 8), power_of_two(math.ceil(pieces / PIECES_PER_WARP / 2), 1, 16))
+    return BitsTiles(split, split, 1)
 
 
 def int8_tiles(planes: int, rows: int, words: int, residual_words: int, processors: int) -> Int8Tiles:
