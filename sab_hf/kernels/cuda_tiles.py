@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 
 class SingleTiles(NamedTuple):
-    """Tiles of the kernel of a single launch: rows, words, of these for the residual plane; warps, programs, tiles ahead."""
+    """Tiles of the kernel of a single launch: rows, words, of these for the residual plane; warps, programs."""
 
     rows: int
     words: int
     residual: int
     warps: int
     programs: int
-    depth: int
 
 
 class BitsTiles(NamedTuple):
@@ -107,7 +106,7 @@ def single_tiles(rows: int, words: int, residual_words: int, processors: int) ->
     """Choose tiles of the kernel of a single launch."""
     lanes = _single_words(words, residual_words)
     residual = power_of_two(residual_words, 1, lanes) if residual_words else 0
-    return SingleTiles(16 if rows <= 2048 else 32, lanes, residual, 8, 2 * processors, 1)
+    return SingleTiles(16 if rows <= 2048 else 32, lanes, residual, 8, 2 * processors)
 
 
 def bits_tiles(planes: int, rows: int, words: int, residual_words: int, processors: int) -> BitsTiles:

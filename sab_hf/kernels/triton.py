@@ -42,7 +42,7 @@ def single_product(x: Tensor, planes: Planes, tiles: cuda_tiles.SingleTiles | No
         planes.in_features, planes.num_significant, planes.rows, triton.cdiv(planes.rows, tiles.rows * programs),
         PLANES=planes.num_planes, NUM_WORDS=num_words, STRIDE=stride, RESIDUAL_WORDS=residual,
         RESIDUAL_STRIDE=planes.residual_words.shape[-1] if residual else 0, ROWS=tiles.rows, WORDS=tiles.words,
-        RESIDUAL=tiles.residual, DEPTH=tiles.depth, PDL=_pdl(x), num_warps=tiles.warps,
+        RESIDUAL=tiles.residual, PDL=_pdl(x), num_warps=tiles.warps,
     )  # fmt: skip
     return y
 

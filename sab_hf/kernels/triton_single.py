@@ -63,25 +63,21 @@ def single_kernel(
     in_features, num_significant, rows, steps,
     PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
     RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, RESIDUAL: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[i] = Σ over planes k of r_k[i] (B_k u_k)[i]; programs take tiles of ROWS rows in turn, `steps` each.
 
     signs: [PLANES, rows, STRIDE] int32, of which NUM_WORDS count; residual: [rows, RESIDUAL_STRIDE], RESIDUAL_WORDS, which
-    take the last RESIDUAL of the WORDS lanes. DEPTH tiles are under way while one is computed.
+    take the last RESIDUAL of the WORDS lanes. A tile is under way while the one before is computed.
     """
     FIRST: tl.constexpr = WORDS - RESIDUAL
     lane = tl.arange(0, WORDS)
     advance = ROWS * tl.num_programs(0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ahead = ()
-    for d in tl.static_range(DEPTH):
-        limit = tl.where(d < steps, rows, 0)
-        tile = _load_tile(
-            signs_ptr, residual_ptr, row + d * advance, limit, rows, lane,
-            PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE, FIRST,
-        )  # fmt: skip
-        ahead = ahead + (tile,)
+    ahead = _load_tile(
+        signs_ptr, residual_ptr, row, rows, rows, lane,
+        PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE, FIRST,
+    )  # fmt: skip
     column = lane[:, None] * 32 + tl.arange(0, 32)[None, :]
     scales = ()
     for k in tl.static_range(PLANES):
@@ -102,12 +98,10 @@ def single_kernel(
         joined = _joined(activations[0], _activations(picked * residual_c), lane, FIRST, WORDS, RESIDUAL)
     for step in range(steps):
         here = row < rows
-        tile = ahead[0]
-        ahead = ahead[1:] + (
-            _load_tile(
-                signs_ptr, residual_ptr, row + DEPTH * advance, tl.where(step + DEPTH < steps, rows, 0), rows, lane,
-                PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE, FIRST,
-            ),
+        tile = ahead
+        ahead = _load_tile(
+            signs_ptr, residual_ptr, row + advance, tl.where(step + 1 < steps, rows, 0), rows, lane,
+            PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE, FIRST,
         )  # fmt: skip
         acc = tl.zeros([ROWS, WORDS], tl.float32)
         for k in tl.static_range(PLANES):
