@@ -1,12 +1,16 @@
-"""Which GPU kernel a product gets, and tiles that fit any shape. The tables are plain Python: no Triton, no GPU."""
+"""Which GPU kernel a product gets, tiles that fit any shape, and whether Triton can compile: no Triton, no GPU here."""
 
+import importlib.util
 import math
+import sys
+import types
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sab_hf.kernels import cuda_tiles
+from sab_hf.kernels.cuda import triton_problem
 
 HOPPER, TURING, BLACKWELL = (9, 0), (7, 5), (10, 0)
 
@@ -61,3 +65,15 @@ def test_tiles_fit_any_shape(shape):
             dot = cuda_tiles.dot_tiles(rows, words, planes + (residual_words > 0), batch, processors, itemsize)
             assert 16 % dot.words == 0  # activations are padded to 16 words
             assert dot.splits < 2 * math.ceil(words / dot.words)
+
+
+def test_an_old_or_missing_triton_is_named(monkeypatch):
+    old = types.ModuleType("triton")
+    old.__version__ = "3.1.0"
+    monkeypatch.setitem(sys.modules, "triton", old)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: old)
+    assert "3.1.0 is too old" in triton_problem()
+    old.knobs = None
+    assert triton_problem() is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in triton_problem()

@@ -85,8 +85,19 @@ def why_no_kernel(device: int, dtype: torch.dtype) -> str | None:
         )
     if dtype == torch.bfloat16 and capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} has no bfloat16; load the model with dtype float16"
+    return triton_problem()
+
+
+def triton_problem() -> str | None:
+    """Return why this installation's Triton cannot compile the kernels, or None; features tell, not version numbers."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (`pip install triton`)"
+    import triton
+
+    if not hasattr(triton, "knobs"):
+        return (
+            f"Triton {triton.__version__} is too old; the kernels need 3.4 or newer, which PyTorch 2.8 and newer bring"
+        )
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
+from triton.language.extra import cuda
 
 from . import cuda_tiles
 from .triton_bits import bits_kernel
@@ -176,7 +177,7 @@ def _launch(kernel, grid, *args, **options) -> None:
 
 
 def _pdl(x: Tensor) -> bool:
-    return x.is_cuda and _capability(x) >= (9, 0)
+    return x.is_cuda and _capability(x) >= (9, 0) and hasattr(cuda, "gdc_wait")  # Triton 3.4 lacks it
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
