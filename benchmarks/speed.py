@@ -4,7 +4,7 @@ import argparse
 import sys
 
 import torch
-from timing import provenance, write_json
+from timing import Turns, provenance, write_json
 
 
 def main() -> None:
@@ -15,6 +15,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["op", "model"], default=["op", "model"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of the model")
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--variants", nargs="+", help="of the model; all by default")
+    parser.add_argument("--turns", help="folder shared by processes that measure models on one GPU and take turns")
+    parser.add_argument("--processes", type=int, default=1, help="that share --turns")
     parser.add_argument("--output", default="speed.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -26,25 +29,30 @@ def main() -> None:
         results["op"] = speed_gpu.run(lambda partial: write_json(options.output, results | {"op": partial}), print)
     if "model" in options.parts:
         results["model"] = []
-        for row in model_rows(options.batches, options.tokens):
+        for row in model_rows(options):
             results["model"].append(row)
             print(row)
             write_json(options.output, results)
     write_json(options.output, results)
 
 
-def model_rows(batches: list[int], tokens: int):
-    """Yield one row for each variant and batch; a variant that fails gives a row with its error."""
+def model_rows(options: argparse.Namespace):
+    """Yield one row for each variant and batch; what fails puts its error into the row."""
     import speed_gpu_model
 
-    for variant in speed_gpu_model.VARIANTS:
+    turns = Turns(options.turns, options.processes)
+    for variant in options.variants or speed_gpu_model.VARIANTS:
         model = speed_gpu_model.build(variant)
-        for batch in batches:
-            torch.compiler.reset()
-            try:
-                yield {"variant": variant, "batch": batch} | speed_gpu_model.measure(model, batch, tokens, repeats=3)
-            except Exception as error:  # the other rows are still worth having
-                yield {"variant": variant, "batch": batch, "error": repr(error)}
+        for batch in options.batches:
+            row = {"variant": variant, "batch": batch}
+            for measure in (speed_gpu_model.measure_steps, speed_gpu_model.measure):
+                torch.compiler.reset()
+                try:
+                    with turns.given_back():
+                        row |= measure(model, batch, options.tokens, repeats=3, ready=turns.take)
+                except Exception as error:  # the others are still worth having
+                    row[f"error of {measure.__name__}"] = repr(error)
+            yield row
         del model
         torch.cuda.empty_cache()
 

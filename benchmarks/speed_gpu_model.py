@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from speed_gpu import random_operands
-from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, StaticCache
 
 from sab_hf.linear import SABLinear, replace_module
 
@@ -128,3 +128,43 @@ def measure(model: Any, batch: int, tokens: int, repeats: int, ready: Any = None
         "peak_GiB": torch.cuda.max_memory_allocated() / 2**30,
         "first_generations_s": compiling,
     }
+
+
+@torch.inference_mode()
+def measure_steps(model: Any, batch: int, tokens: int, repeats: int, ready: Any = None) -> dict[str, float]:
+    """Return the speed of greedy decoding steps alone, which stay on the device: what `generate` adds on the host is left out.
+
+    The model's forward pass and the choice of the next token are compiled into one graph (`fullgraph`, CUDA graphs), with a
+    static cache; the host does not wait between steps.
+
+    Args:
+        ready: called after compilation, before anything is timed.
+    """
+    prompt = torch.randint(0, 150000, (batch, 32), device="cuda")
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=32 + (repeats + 1) * tokens)
+
+    def forward(ids: Tensor, positions: Tensor) -> Tensor:
+        places = positions.expand(3, batch, -1)
+        logits = model(input_ids=ids, position_ids=places, past_key_values=cache, use_cache=True).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    ids = forward(prompt, torch.arange(32, device="cuda"))
+    position = torch.full((1,), 32, device="cuda")
+    step = torch.compile(forward, mode="reduce-overhead", fullgraph=True)
+
+    def run() -> float:
+        nonlocal ids
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(tokens):
+            torch.compiler.cudagraph_mark_step_begin()
+            ids = step(ids, position).clone()
+            position.add_(1)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / tokens
+
+    run()
+    if ready is not None:
+        ready()
+    seconds = statistics.median([run() for _ in range(repeats)])
+    return {"step_ms": seconds * 1e3, "steps_tokens_per_second": batch / seconds}

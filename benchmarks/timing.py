@@ -1,11 +1,14 @@
 """What the speed benchmarks share: medians, where and when a number was measured, the machine's own limit."""
 
+import contextlib
+import fcntl
 import json
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,47 @@ def median_graph_us(calls: list[Callable[[], Any]], repeats: int = 21, passes: i
             times.append(start.elapsed_time(end) * 1e3 / (passes * len(calls)))
     del graph
     return statistics.median(times)
+
+
+class Turns:
+    """Let several processes compile at the same time for one GPU, and time one after the other.
+
+    Args:
+        folder: shared by the processes, empty at the start; None for a process that is alone.
+        count: processes.
+        patience: seconds to wait for the others to be ready.
+    """
+
+    def __init__(self, folder: str | None, count: int, patience: float = 100):
+        self.folder, self.count, self.patience = None if folder is None else Path(folder), count, patience
+        self._round, self._lock = 0, None
+
+    def take(self) -> None:
+        """Wait until all processes have come to this point, then for this one's turn."""
+        if self.folder is None:
+            return
+        self._round += 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{self._round}.{os.getpid()}").touch()
+        end = time.monotonic() + self.patience
+        while len(list(self.folder.glob(f"{self._round}.*"))) < self.count and time.monotonic() < end:
+            time.sleep(0.1)
+        self._lock = (self.folder / "lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    @contextlib.contextmanager
+    def given_back(self) -> Iterator[None]:
+        """Give the turn back at the end, also after an error, and count an error before `take` as having come to it."""
+        before = self._round
+        try:
+            yield
+        finally:
+            if self.folder is not None and self._round == before:
+                self._round += 1
+                (self.folder / f"{self._round}.{os.getpid()}").touch()
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
 
 def copy_bandwidth(device: str, nbytes: int) -> float:

@@ -31,8 +31,8 @@ def linear_reference(
             col_scale: [K, in_features] float16: the full planes, as in `packing.py`.
         significant_columns: [⌈in_features/8⌉] uint8, residual_signs: [out_features, ⌈k/8⌉] uint8,
             residual_row_scale: [out_features] float16, residual_col_scale: [k] float16: the residual plane, or None.
-        exact: compute in the dtype of `x`; otherwise a device's kernel may round the scaled activations to int8 (with a
-            scale per small group of columns) where that is faster. This implementation is exact either way.
+        exact: compute in the dtype of `x`; otherwise a device's kernel may round the scaled activations to integers (with
+            a scale per small group of columns) where that is faster. This implementation is exact either way.
     Returns:
         [..., out_features], dtype of `x`; a fresh tensor, never a view, which callers may write into.
     """

@@ -6,10 +6,10 @@ from pathlib import Path
 
 os.environ["SAB_EXACT"] = "1"  # int8 look-ups turn the last bit, in which versions may differ, into tenths of a logit
 
-import torch  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sab_hf import SABQuantizationConfig  # noqa: E402
+from sab_hf import SABQuantizationConfig
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny_vlm" / "checkpoint"
 

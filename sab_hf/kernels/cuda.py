@@ -42,9 +42,10 @@ def linear(
     if 0 in inputs.shape or 0 in signs.shape:
         return linear_reference(x, *operands)
     from . import triton as kernels
+    from .triton_planes import planes
 
     with torch.cuda.device(x.device):
-        y = kernels.linear(inputs, kernels.planes(*operands), exact)
+        y = kernels.linear(inputs, planes(*operands), exact)
     # not `reshape`: writing into a view that a custom op returns is an error where gradients are recorded
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], signs.shape[1]))
 
@@ -85,8 +86,19 @@ def why_no_kernel(device: int, dtype: torch.dtype) -> str | None:
         )
     if dtype == torch.bfloat16 and capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} has no bfloat16; load the model with dtype float16"
+    return triton_problem()
+
+
+def triton_problem() -> str | None:
+    """Return why this installation's Triton cannot compile the kernels, or None; features tell, not version numbers."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (`pip install triton`)"
+    import triton
+
+    if not hasattr(triton, "knobs"):
+        return (
+            f"Triton {triton.__version__} is too old; the kernels need 3.4 or newer, which PyTorch 2.8 and newer bring"
+        )
     return None
 
 

@@ -6,6 +6,24 @@ import math
 from typing import NamedTuple
 
 
+class SingleTiles(NamedTuple):
+    """Tiles of the kernel of a single launch: rows, words, of these for the residual plane; warps, programs."""
+
+    rows: int
+    words: int
+    residual: int
+    warps: int
+    programs: int
+
+
+class BitsTiles(NamedTuple):
+    """Tiles of the kernel on bits: warps of a program, warps that share rows, and tiles of rows that a program makes."""
+
+    warps: int
+    split: int
+    steps: int
+
+
 class Int8Tiles(NamedTuple):
     """Tiles of the int8 kernel (one warp a program): rows, words, and tiles of rows that a program makes."""
 
@@ -16,7 +34,7 @@ class Int8Tiles(NamedTuple):
 
 
 class DotTiles(NamedTuple):
-    """Tiles of the tensor-core kernel: rows, words, inputs; programs that share a row; warps, stages, bits a round."""
+    """Tiles of the tensor-core kernel: rows, words, inputs; programs that share a row; warps, stages."""
 
     rows: int
     words: int
@@ -24,25 +42,59 @@ class DotTiles(NamedTuple):
     splits: int
     warps: int
     stages: int
-    bits: int
 
 
+# Measured on one H100, 2026-11-25 (`benchmarks/results/speed_gpu_sweeps.json`):
+SINGLE_WORDS, SINGLE_PLANES, SINGLE_ROWS = 128, 2, 4096
+"""Words of a row (the residual plane's included), planes and rows up to which a single launch is the fastest for one input."""
+BITS_BATCH, WIDE_BITS_BATCH, WIDE = 4, 8, 256
+"""Inputs up to which the kernel on bits is the fastest; the same for rows of more than WIDE words."""
 INT8_BATCH = 4
-"""Inputs up to which the int8 kernel is the fastest."""
-DOT_BATCH = 128
-"""Inputs up to which products of packed planes beat unpacking them for a library's product."""
+"""Inputs up to which the int8 kernel is used where tensor cores do not multiply bits."""
+MANY_ROWS = 16384
+"""Rows from which unpacking for a library's product pays late; see `_dot_batch`."""
 PROGRAMS_PER_PROCESSOR = 20
+PIECES_PER_WARP = 8
+"""Pieces of 16 words that a warp of the kernel on bits holds at a time, for lack of registers."""
+BITS_TILES = {(132, 1, 18944, 112, False): BitsTiles(4, 4, 1)}
+"""(processors, planes, rows, words, has a residual plane) → tiles, where the rule is not the best."""
 
-# Measured on one H100 (132 processors), 2026-11-25: (processors, planes, rows, words, has a residual plane) → steps.
-INT8_STEPS = {
-    (132, 1, 37888, 112, False): 4,
-    (132, 1, 37888, 112, True): 3,
-    (132, 2, 37888, 112, False): 3,
-    (132, 1, 18944, 112, False): 2,
-    (132, 1, 18944, 112, True): 3,
-    (132, 2, 18944, 112, False): 2,
-    (132, 4, 152064, 112, False): 9,
-}
+
+def kernel(
+    batch: int, planes: int, rows: int, words: int, residual_words: int, itemsize: int, exact: bool, capability: tuple[int, int]
+) -> str:  # fmt: skip
+    """Return which kernel multiplies: single, bits, int8, dot or dense.
+
+    Args:
+        words, residual_words: 32-bit words of a row of a plane and of the residual plane.
+        itemsize: bytes of an activation.
+        capability: of the device; tensor cores multiply bits on 8.x and 9.x.
+    """
+    if not exact:
+        fits = planes <= SINGLE_PLANES and _single_words(words, residual_words) <= SINGLE_WORDS
+        if batch == 1 and fits and rows <= SINGLE_ROWS:
+            return "single"
+        if (8, 0) <= capability < (10, 0):
+            if batch <= (WIDE_BITS_BATCH if words > WIDE else BITS_BATCH):
+                return "bits"
+        elif batch <= INT8_BATCH:
+            return "int8"
+    most = 128 if itemsize == 4 else _dot_batch(planes, rows, residual_words)
+    return "dot" if batch <= most else "dense"
+
+
+def _dot_batch(planes: int, rows: int, residual_words: int) -> int:
+    """Return the inputs up to which products of packed planes beat unpacking: each plane costs a product of its own."""
+    if planes > 1:
+        return 128
+    if rows < MANY_ROWS:
+        return 256
+    return 512 if residual_words else 4096
+
+
+def _single_words(words: int, residual_words: int) -> int:
+    """Return the words of a row of the kernel of a single launch: powers of two, the residual plane's at the end."""
+    return power_of_two(words + (power_of_two(residual_words, 1, 1 << 20) if residual_words else 0), 16, 1 << 20)
 
 
 def power_of_two(number: int, low: int, high: int) -> int:
@@ -50,26 +102,51 @@ def power_of_two(number: int, low: int, high: int) -> int:
     return min(high, max(low, 1 << max(0, number - 1).bit_length()))
 
 
+def single_tiles(rows: int, words: int, residual_words: int, processors: int) -> SingleTiles:
+    """Choose tiles of the kernel of a single launch."""
+    lanes = _single_words(words, residual_words)
+    residual = power_of_two(residual_words, 1, lanes) if residual_words else 0
+    return SingleTiles(16 if rows <= 2048 else 32, lanes, residual, 8, 2 * processors)
+
+
+def bits_tiles(planes: int, rows: int, words: int, residual_words: int, processors: int) -> BitsTiles:
+    """Choose tiles of the kernel on bits for `planes` planes of `rows` rows of `words` 32-bit words, and a residual plane."""
+    measured = BITS_TILES.get((processors, planes, rows, words, residual_words > 0))
+    if measured is not None:
+        return measured
+    pieces = planes * math.ceil(words / 16) + math.ceil(residual_words / 16)
+    if pieces <= PIECES_PER_WARP and math.ceil(rows / 16) >= 4 * processors:
+        return BitsTiles(1, 1, 1)
+    split = max(power_of_two(pieces, 1, 8), power_of_two(math.ceil(pieces / PIECES_PER_WARP / 2), 1, 16))
+    return BitsTiles(split, split, 1)
+
+
 def int8_tiles(planes: int, rows: int, words: int, residual_words: int, processors: int) -> Int8Tiles:
     """Choose tiles of the int8 kernel for `planes` planes of `rows` rows of `words` 32-bit words, and a residual plane."""
     tile = 4
-    steps = INT8_STEPS.get((processors, planes, rows, words, residual_words > 0))
-    if steps is None:
-        steps = min(8, max(1, round(rows / (tile * PROGRAMS_PER_PROCESSOR * processors))))
+    steps = min(8, max(1, round(rows / (tile * PROGRAMS_PER_PROCESSOR * processors))))
     return Int8Tiles(tile, power_of_two(words, 16, 128), power_of_two(residual_words, 16, 64), steps)
 
 
-def dot_tiles(rows: int, words: int, batch: int, processors: int, itemsize: int) -> DotTiles:
+def dot_tiles(rows: int, words: int, sums: int, batch: int, processors: int, itemsize: int) -> DotTiles:
     """Choose tiles of the tensor-core kernel; few rows are shared among several programs to fill the processors.
 
     Args:
-        itemsize: bytes of an activation; tiles of float32 have to be smaller.
+        sums: full planes and the residual one; several need registers for two sums.
+        itemsize: bytes of an activation; float32 is not for tensor cores, and its tiles have to be smaller.
     """
-    word_tile = power_of_two(words, 16, 32)
-    if itemsize == 4 or batch > 16:
-        tile = DotTiles(64, word_tile, power_of_two(batch, 16, 64), splits=1, warps=4, stages=3, bits=1)
+    if itemsize == 4:
+        tile = DotTiles(64, 1, power_of_two(batch, 16, 32), splits=1, warps=4, stages=3)
+    elif batch <= 16:
+        tile = DotTiles(64, 8, 16, splits=1, warps=4, stages=4)
+    elif batch <= 32:
+        tile = DotTiles(64, 8, 32, splits=1, warps=4, stages=3)
+    elif batch <= 64:
+        tile = DotTiles(64, 4, 64, splits=1, warps=4, stages=3)
+    elif batch <= 512 or sums > 1:
+        tile = DotTiles(64, 4, 128, splits=1, warps=4, stages=3)
     else:
-        tile = DotTiles(64, word_tile, 16, splits=1, warps=4, stages=3, bits=16)
+        tile = DotTiles(128, 2, 256, splits=1, warps=8, stages=3)
     programs = math.ceil(rows / tile.rows) * math.ceil(batch / tile.batch)
     most = math.ceil(words / tile.words)
     return tile._replace(splits=power_of_two(2 * processors // programs, 1, power_of_two(most, 1, 8)))

@@ -1,7 +1,7 @@
 """Triton: the product of packed planes with activations in the model's dtype, on tensor cores.
 
-For one bit of a tile of words the weights ±1 are a matrix [rows, words]; 32 such products make a tile. Two neighbouring
-words are cut into pairs of 16-bit halves once, so that a shift and one logical operation give a pair of weights.
+A tile of words [rows, words] is unpacked in registers, straight into the order of the tensor cores' left operand: one
+shift and one logical operation make a pair of weights ±1. Each weight is unpacked once for all inputs of a tile.
 """
 
 from __future__ import annotations
@@ -13,43 +13,49 @@ from triton.language.extra import cuda
 from .triton_int8 import load_words
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_BFLOAT16_PAIR = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, %d; lop3.b32 $0, t, 0x80008000, 0xBF80BF80, 0x6A; }")
-_FLOAT16_PAIR = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, %d; lop3.b32 $0, t, 0x80008000, 0xBC00BC00, 0x6A; }")
+_BFLOAT16_SIGNS = tl.constexpr("lop3.b32 $0, $1, 0x80008000, 0xBF80BF80, 0x6A;")
+_FLOAT16_SIGNS = tl.constexpr("lop3.b32 $0, $1, 0x80008000, 0xBC00BC00, 0x6A;")
 
 
 @triton.jit
-def _signs(half, bit: tl.constexpr, u_ptr):
-    """Return bit `bit` of the 16-bit integers `half` as ±1 of the dtype of `u_ptr`."""
-    if INTERPRETED or u_ptr.dtype.element_ty == tl.float32:
-        return (((half.to(tl.int32) >> bit) & 1) * 2 - 1).to(u_ptr.dtype.element_ty)
+def _pairs(bits, dtype: tl.constexpr):
+    """Return -1 in each half of the words `bits`, with the halves' highest bits exclusive-ored to the signs."""
+    if INTERPRETED:
+        return (bits & -0x7FFF8000) ^ (-0x407F4080 if dtype == tl.bfloat16 else -0x43FF4400)
+    else:  # one instruction; the compiler makes two
+        asm: tl.constexpr = _BFLOAT16_SIGNS if dtype == tl.bfloat16 else _FLOAT16_SIGNS
+        return tl.inline_asm_elementwise(asm, "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _weights(words, dtype: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """Return the bits of `words` [ROWS, WORDS] as ±1, [ROWS, 32 WORDS]; place 2i + s of a word is its bit i + 16s."""
+    i = tl.arange(0, 16)[None, None, :]
+    if dtype == tl.float32:
+        low = ((words[:, :, None] >> i) & 1) * 2 - 1
+        high = ((words[:, :, None] >> (i + 16)) & 1) * 2 - 1
+        return tl.reshape(tl.join(low, high), [ROWS, 32 * WORDS]).to(dtype)
     else:
-        asm: tl.constexpr = _BFLOAT16_PAIR if u_ptr.dtype.element_ty == tl.bfloat16 else _FLOAT16_PAIR
-        return tl.inline_asm_elementwise(
-            asm % (15 - bit), "=r,r", [half], dtype=u_ptr.dtype.element_ty, is_pure=True, pack=2
-        )
+        pair = _pairs(words[:, :, None] << (15 - i), dtype)
+        low = pair.to(tl.int16).to(dtype, bitcast=True)
+        high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+        return tl.reshape(tl.join(low, high), [ROWS, 32 * WORDS])
 
 
 @triton.jit
 def _plane_products(
-    acc, u_ptr, start, row, rows, column, batch, padded_words, first, last,
-    STRIDE: tl.constexpr, NUM_WORDS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr,
+    u_ptr, start, row, rows, column, batch, padded_words, first, last,
+    STRIDE: tl.constexpr, NUM_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
-    """Add to `acc` [ROWS, BATCH] the products of one plane's tiles of words `first` to `last` - 1, BITS bits a round."""
-    rounds: tl.constexpr = 16 // BITS
-    for step in range(first * rounds, last * rounds):
-        word = step // rounds * WORDS + tl.arange(0, WORDS)
+    """Return the products [ROWS, BATCH] of one plane's tiles of words `first` to `last` - 1."""
+    place = tl.arange(0, 32 * WORDS)
+    u = u_ptr + column[None, :] * (padded_words * 32) + place[:, None]
+    acc = tl.zeros([ROWS, BATCH], tl.float32)
+    for tile in range(first, last):
+        word = tile * WORDS + tl.arange(0, WORDS)
         words = load_words(start, row, word, rows, word < NUM_WORDS, STRIDE)
-        if rounds > 1:
-            words >>= step % rounds * BITS
-        low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
-        inside = (word < NUM_WORDS)[:, None] & (column < batch)[None, :]
-        u = u_ptr + column[None, :] * padded_words + word[:, None]
-        for i in tl.static_range(BITS):
-            bit = step % rounds * BITS + i
-            u_low = tl.load(u + bit * batch * padded_words, mask=inside, other=0.0)
-            u_high = tl.load(u + (bit + 16) * batch * padded_words, mask=inside, other=0.0)
-            acc = tl.dot(_signs(low, i, u_ptr), u_low, acc, input_precision="ieee")
-            acc = tl.dot(_signs(high, i, u_ptr), u_high, acc, input_precision="ieee")
+        inputs = tl.load(u + tile * (32 * WORDS), mask=(column < batch)[None, :], other=0.0)
+        acc = tl.dot(_weights(words, u_ptr.dtype.element_ty, ROWS, WORDS), inputs, acc, input_precision="ieee")
     return acc
 
 
@@ -59,12 +65,13 @@ def dot_kernel(
     batch, rows, padded_words,
     PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
     RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[b, i] = Σ over planes k of r_k[i] (B_k u_k)[i, b], the words of each plane shared among SPLITS programs.
 
     The last program of a tile to arrive adds the partial sums [SPLITS, batch, rows] float32 in the order of the splits:
-    the order of arrival decides who adds, not what.
+    the order of arrival decides who adds, not what. `padded_words` is a multiple of WORDS, and words that do not exist
+    meet zeros there.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
@@ -72,22 +79,21 @@ def dot_kernel(
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
-    total = tl.zeros([ROWS, BATCH], tl.float32)
     tiles: tl.constexpr = (NUM_WORDS + WORDS - 1) // WORDS
+    total = tl.zeros([ROWS, BATCH], tl.float32)
     for plane in tl.static_range(PLANES):
         acc = _plane_products(
-            tl.zeros([ROWS, BATCH], tl.float32), u_ptr + plane * 32 * batch * padded_words,
-            signs_ptr + tl.full([], plane, tl.int64) * rows * STRIDE, row, rows, column, batch, padded_words,
-            split * tiles // SPLITS, (split + 1) * tiles // SPLITS, STRIDE, NUM_WORDS, WORDS, BITS,
+            u_ptr + plane * 32 * batch * padded_words, signs_ptr + tl.full([], plane, tl.int64) * rows * STRIDE,
+            row, rows, column, batch, padded_words, split * tiles // SPLITS, (split + 1) * tiles // SPLITS,
+            STRIDE, NUM_WORDS, ROWS, WORDS, BATCH,
         )  # fmt: skip
         total += acc * tl.load(row_scale_ptr + plane * rows + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     if RESIDUAL_WORDS:
         residual_tiles: tl.constexpr = (RESIDUAL_WORDS + WORDS - 1) // WORDS
         acc = _plane_products(
-            tl.zeros([ROWS, BATCH], tl.float32), u_ptr + PLANES * 32 * batch * padded_words, residual_ptr,
-            row, rows, column, batch, padded_words,
+            u_ptr + PLANES * 32 * batch * padded_words, residual_ptr, row, rows, column, batch, padded_words,
             split * residual_tiles // SPLITS, (split + 1) * residual_tiles // SPLITS,
-            RESIDUAL_STRIDE, RESIDUAL_WORDS, WORDS, BITS,
+            RESIDUAL_STRIDE, RESIDUAL_WORDS, ROWS, WORDS, BATCH,
         )  # fmt: skip
         total += acc * tl.load(residual_row_scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     inside = (row < rows)[:, None] & (column < batch)[None, :]

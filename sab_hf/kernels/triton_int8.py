@@ -29,7 +29,7 @@ def _dp4a(a, b, c):
 
 @triton.jit
 def _activations(q_ptr, start_ptr, scale_ptr, plane, padded_words, word, inside):
-    """Return what `_products` needs of the words `word`: eight rows of int8 activations, starts and scales."""
+    """Return what `products` needs of the words `word`: eight rows of int8 activations, starts and scales."""
     q_ptr += plane * 8 * padded_words + word
     q0 = tl.load(q_ptr, mask=inside, other=0)
     q1 = tl.load(q_ptr + padded_words, mask=inside, other=0)
@@ -45,7 +45,7 @@ def _activations(q_ptr, start_ptr, scale_ptr, plane, padded_words, word, inside)
 
 
 @triton.jit
-def _products(words, activations):
+def products(words, activations):
     """Return for each word of a tile [ROWS, WORDS] the product of its 32 signs and activations, float32."""
     q0, q1, q2, q3, q4, q5, q6, q7, start, scale = activations
     low = words << 4
@@ -130,12 +130,12 @@ def int8_kernel(
                         )
                     r = tl.load(row_scale_ptr + (t // tiles) * rows + row, mask=here, other=0.0).to(tl.float32)
                     if merged:
-                        part = _products(ahead[t] | words_r, activations)
+                        part = products(ahead[t] | words_r, activations)
                         acc += part * tl.where((lane < NUM_WORDS)[None, :], r[:, None], r_residual[:, None])
                     elif PLANES == 1:
-                        acc += _products(ahead[t], activations)
+                        acc += products(ahead[t], activations)
                     else:
-                        acc += _products(ahead[t], activations) * r[:, None]
+                        acc += products(ahead[t], activations) * r[:, None]
                 ahead = following
             else:
                 words = load_words(signs_ptr, row, lane, rows, lane < NUM_WORDS, STRIDE)
@@ -150,7 +150,7 @@ def int8_kernel(
                         q, qstart, qscale, (tile // tiles) * batch, padded_words, word, word < NUM_WORDS
                     )
                     r = tl.load(row_scale_ptr + (tile // tiles) * rows + row, mask=here, other=0.0).to(tl.float32)
-                    acc += _products(now, activations) * r[:, None]
+                    acc += products(now, activations) * r[:, None]
             y = tl.sum(acc, axis=1)
             if rolling and PLANES == 1 and not merged:
                 y *= tl.load(row_scale_ptr + row, mask=here, other=0.0).to(tl.float32)
@@ -163,7 +163,7 @@ def int8_kernel(
                     extra = _activations(
                         q, qstart, qscale, PLANES * batch, padded_words, word_r, word_r < RESIDUAL_WORDS
                     )
-                    acc_r += _products(now_r, extra)
+                    acc_r += products(now_r, extra)
                 y += tl.sum(acc_r, axis=1) * r_residual
             tl.store(y_ptr + b * rows + row, y.to(y_ptr.dtype.element_ty), mask=here)
 

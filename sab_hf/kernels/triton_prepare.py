@@ -10,13 +10,23 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
-def _scaled(
+def _scaled_words(
     x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-    plane, batch, word, in_features, num_significant, PLANES: tl.constexpr,
+    in_features, num_significant, PLANES: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Return c ⊙ x of the columns of words `word`, [WORDS, 32] float32; the plane after the full ones is the residual."""
+    """Return the program's plane, input and words, and c ⊙ x of these, [WORDS, 32] float32.
+
+    The plane after the full ones is the residual. What runs next may load weights meanwhile: it waits for this kernel
+    before it reads activations, as this one waits for what ran before.
+    """
+    if PDL:
+        cuda.gdc_launch_dependents()
+    plane, batch = tl.program_id(1), tl.program_id(2)
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
     if plane < PLANES:
         inside = column < in_features
@@ -26,8 +36,28 @@ def _scaled(
         inside = column < num_significant
         source = tl.load(columns_ptr + column, mask=inside, other=0)
         c = tl.load(residual_col_scale_ptr + column, mask=inside, other=0.0)
+    if PDL:
+        cuda.gdc_wait()
     x = tl.load(x_ptr + batch * stride_batch + source * stride_column, mask=inside, other=0.0)
-    return x.to(tl.float32) * c.to(tl.float32)
+    return plane, batch, word, x.to(tl.float32) * c.to(tl.float32)
+
+
+@triton.jit
+def quantized(u):
+    """Round `u` [WORDS, 32] float32 to int8, with one scale for the 32 columns of a word.
+
+    Returns:
+        packed: [WORDS, 8] int32; byte i of (w, j) is column 32w + j + 8i, the order of `(word >> j) & 0x01010101`.
+        start: [WORDS] int32, -64 times the sum of the word's 32 integers: turns sums over set bits into sums over ±1.
+        scale: [WORDS] float32, an eighth of the step; NaN where the inputs are not finite.
+    """
+    step = tl.max(tl.abs(u), axis=1) / 127 + tl.sum(u * 0, axis=1)
+    inverse = tl.where(step > 0, 1 / step, 0.0)
+    q = tl.floor(u * inverse[:, None] + 0.5).to(tl.int32)
+    shift = tl.arange(0, 4) * 8
+    bytes_ = (tl.reshape(q, [q.shape[0], 4, 8]) & 0xFF) << shift[None, :, None]
+    packed = tl.sum(bytes_, axis=1).to(tl.int32)  # the bytes do not overlap
+    return packed, -64 * tl.sum(q, axis=1), step / 8
 
 
 @triton.jit
@@ -36,36 +66,75 @@ def quantize_kernel(
     q_ptr, start_ptr, scale_ptr, in_features, num_significant, padded_words,
     PLANES: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Round c ⊙ x to int8 with one scale for the 32 columns of a word.
+    """Write c ⊙ x as `quantized` gives it, for each plane and input: q [8, P] int32, start [P] and scale [P], P padded words."""
+    plane, batch, word, u = _scaled_words(
+        x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
+        in_features, num_significant, PLANES, WORDS, PDL,
+    )  # fmt: skip
+    packed, start, scale = quantized(u)
+    base = plane * tl.num_programs(2) + batch
+    inside = word < padded_words
+    pointers = q_ptr + (base * 8 + tl.arange(0, 8)[None, :]) * padded_words + word[:, None]
+    tl.store(pointers, packed, mask=inside[:, None])
+    tl.store(start_ptr + base * padded_words + word, start, mask=inside)
+    tl.store(scale_ptr + base * padded_words + word, scale, mask=inside)
 
-    Writes for each plane and input, with padded_words = P:
-        q: [8, P] int32; byte i of (j, w) is column 32w + j + 8i, the order of `(word >> j) & 0x01010101`.
-        start: [P] int32, -64 times the sum of the word's 32 integers: turns sums over set bits into sums over ±1.
-        scale: [P] float32, an eighth of the step; NaN where the inputs are not finite.
+
+@triton.jit
+def _ballot(bit, thread):
+    """Return in every thread the word of its warp's bits, [512] int32; `bit` is 0 or 1."""
+    if INTERPRETED:
+        words = tl.sum(tl.reshape(bit << thread % 32, [16, 32]), axis=1)
+        return tl.reshape(tl.broadcast_to(words[:, None], [16, 32]), [512])
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }",
+            "=r,r", [bit], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def cut_kernel(
+    x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
+    bits_ptr, scale_ptr, sum_ptr, in_features, num_significant, pieces, PLANES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Round c ⊙ x to 16 bits with one scale for 16 words, a piece, and cut the integers into rows of bits.
+
+    A program makes a piece with 16 warps: a warp is a word, a thread a column. Writes for each plane, input and piece:
+        bits: [8, 4, 2, 4] int32; (g, t, i, j) are the bits of weight 2^(8i + g) of the columns of the piece's word 4t + j.
+        scale: float32, the step; NaN where the inputs are not finite.
+        sum: int32, the sum of the integers.
     """
     if PDL:
-        cuda.gdc_launch_dependents()  # the product may load weights meanwhile; it waits for this kernel before activations
-        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    thread = tl.arange(0, 512)
     plane, batch = tl.program_id(1), tl.program_id(2)
-    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    u = _scaled(
-        x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-        plane, batch, word, in_features, num_significant, PLANES,
-    )  # fmt: skip
-    step = tl.max(tl.abs(u), axis=1) / 127 + tl.sum(u * 0, axis=1)
-    inverse = tl.where(step > 0, 1 / step, 0.0)
-    q = tl.floor(u * inverse[:, None] + 0.5).to(tl.int32)
-    shift = tl.arange(0, 4) * 8
-    bytes_ = (tl.reshape(q, [WORDS, 4, 8]) & 0xFF) << shift[None, :, None]
-    packed = tl.sum(bytes_, axis=1).to(tl.int32)  # [WORDS, 8]; the bytes do not overlap
-    base = plane * tl.num_programs(2) + batch
-    tl.store(
-        q_ptr + (base * 8 + tl.arange(0, 8)[None, :]) * padded_words + word[:, None],
-        packed,
-        mask=word[:, None] < padded_words,
-    )
-    tl.store(start_ptr + base * padded_words + word, -64 * tl.sum(q, axis=1), mask=word < padded_words)
-    tl.store(scale_ptr + base * padded_words + word, step / 8, mask=word < padded_words)
+    column = tl.program_id(0) * 512 + thread
+    if plane < PLANES:
+        inside = column < in_features
+        source = column
+        c = tl.load(col_scale_ptr + plane * in_features + column, mask=inside, other=0.0)
+    else:
+        inside = column < num_significant
+        source = tl.load(columns_ptr + column, mask=inside, other=0)
+        c = tl.load(residual_col_scale_ptr + column, mask=inside, other=0.0)
+    if PDL:
+        cuda.gdc_wait()
+    x = tl.load(x_ptr + batch * stride_batch + source * stride_column, mask=inside, other=0.0)
+    u = x.to(tl.float32) * c.to(tl.float32)
+    finite = tl.abs(u) < float("inf")
+    step = tl.max(tl.where(finite, tl.abs(u), float("inf")), axis=0) / 32767
+    inverse = tl.where((step > 0) & (step < float("inf")), 1 / step, 0.0)
+    q = tl.where(finite, tl.floor(u * inverse + 0.5), 0.0).to(tl.int32)
+    packed = tl.zeros([512], tl.int32)
+    for weight in tl.static_range(16):  # thread `weight` of a warp keeps its word's bits of that weight
+        packed = tl.where(thread % 32 == weight, _ballot(q >> weight & 1, thread), packed)
+    base = (plane * tl.num_programs(2) + batch) * pieces + tl.program_id(0)
+    word, weight = thread // 32, thread % 32
+    place = weight % 8 * 32 + word // 4 * 8 + weight // 8 * 4 + word % 4
+    tl.store(bits_ptr + base * 256 + place, packed, mask=weight < 16)
+    tl.store(scale_ptr + base, tl.where(step < float("inf"), step, float("nan")))
+    tl.store(sum_ptr + base, tl.sum(q, axis=0))
 
 
 @triton.jit
@@ -74,18 +143,18 @@ def scale_kernel(
     u_ptr, counter_ptr, in_features, num_significant, padded_words, num_counters,
     PLANES: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write c ⊙ x in the dtype of u: [plane, bit, input, word], and set the counters of the product's splits to zero."""
-    if PDL:
-        cuda.gdc_launch_dependents()  # the product may load weights meanwhile; it waits for this kernel before activations
-        cuda.gdc_wait()
-    plane, batch = tl.program_id(1), tl.program_id(2)
-    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    u = _scaled(
+    """Write c ⊙ x in the dtype of u: [plane, input, word, 32], and set the counters of the product's splits to zero.
+
+    Place 2i + s of a word is its bit i + 16s, the order in which `triton_dot.py` takes weights out of it.
+    """
+    plane, batch, word, u = _scaled_words(
         x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-        plane, batch, word, in_features, num_significant, PLANES,
+        in_features, num_significant, PLANES, WORDS, PDL,
     )  # fmt: skip
-    bit = plane * 32 + tl.arange(0, 32)
-    target = u_ptr + (bit[None, :] * tl.num_programs(2) + batch) * padded_words + word[:, None]
+    bit = tl.arange(0, 32)
+    place = bit % 16 * 2 + bit // 16
+    first = (plane * tl.num_programs(2) + batch) * padded_words
+    target = u_ptr + (first + word[:, None]) * 32 + place[None, :]
     tl.store(target, u.to(u_ptr.dtype.element_ty), mask=word[:, None] < padded_words)
     if (plane == 0) & (batch == 0):
         counter = tl.program_id(0) * 32 + tl.arange(0, 32)
