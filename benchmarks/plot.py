@@ -26,7 +26,7 @@ def points(rows: list[dict]) -> dict[str, list[tuple[float, float, float, float]
         raise SystemExit("the results hold no full-precision row, above which the gap is measured")
     gaps: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in done:
-        if row["method"] != FULL_PRECISION:
+        if row["method"] != FULL_PRECISION and "rest_bits" not in row["options"]:  # its bits are of the whole model
             gap = max(row["nll"] - full, LEAST_GAP)
             gaps.setdefault((_series(row), row["label"]), []).append((row["bits"], gap))
     series: dict[str, list] = {}
@@ -40,8 +40,6 @@ def points(rows: list[dict]) -> dict[str, list[tuple[float, float, float, float]
 def _series(row: dict) -> str:
     if row["method"] != OURS:
         return row["label"]
-    if "rest_bits" in row["options"]:
-        return "sab_hf, all else at 4 bits"
     return "sab_hf" if row["options"].get("refine_steps") else "sab_hf, not refined"
 
 

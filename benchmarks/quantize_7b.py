@@ -121,7 +121,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "sab_hf": sab_hf.__version__,
         "date": datetime.date.today().isoformat(),
-        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "arguments": {key: str(value) for key, value in vars(args).items() if key != "output"},
     }
 
 

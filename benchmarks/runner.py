@@ -196,7 +196,7 @@ def circumstances(settings: Settings) -> dict[str, Any]:
 
     cuda = settings.device == "cuda"
     return {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *(_short(word) for word in sys.argv[1:])]),
         "date": date.today().isoformat(),
         "machine": {
             "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -206,6 +206,10 @@ def circumstances(settings: Settings) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "settings": asdict(settings) | {"model": Path(settings.model).name},
     }
+
+
+def _short(word: str) -> str:
+    return Path(word).name if os.path.isabs(word) else word
 
 
 def _version(package: str) -> str | None:
