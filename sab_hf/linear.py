@@ -134,7 +134,7 @@ class SABLinear(SABModule):
 
 
 def exact_by_default() -> bool:
-    """Return whether the environment variable `SAB_EXACT` asks for products without int8 activations."""
+    """Return whether the environment variable `SAB_EXACT` asks for products without rounded activations."""
     return os.environ.get("SAB_EXACT", "0") == "1"
 
 
