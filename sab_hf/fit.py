@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .hessian import feedback_factor
-from .kernels.cuda import why_no_kernel
+from .kernels.cuda import can_fit
 from .levels import nearest_choice, sign_combinations, signs_of
 from .planes import SignPlanes, signs_to
 
@@ -239,7 +239,7 @@ def sweep_signs(W: Tensor, U: Tensor, state: PlaneState, block_size: int) -> Non
     m = W.shape[1]
     combinations = sign_combinations(state.c.shape[0], W.device)  # [2^K, K]
     choose = _sweep_block
-    if W.is_cuda and why_no_kernel(W.device.index, W.dtype) is None:
+    if can_fit(W):
         from .kernels import triton_sweep
 
         choose, block_size = triton_sweep.sweep_block, min(block_size, triton_sweep.MAX_COLUMNS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels.cuda import why_no_kernel
+from .kernels.cuda import can_fit
 
 
 def sign_combinations(K: int, device: torch.device) -> Tensor:
@@ -53,7 +53,7 @@ class NearestLevel(torch.autograd.Function):
             latent, unit: [out_features, in_features] float32; unit takes no gradient.
             r, c: [K, out_features] and [K, in_features] float32.
         """
-        if latent.is_cuda and why_no_kernel(latent.device.index, latent.dtype) is None:
+        if can_fit(latent):
             from .kernels import triton_levels
 
             W, choice, inside = triton_levels.nearest_level(latent, unit, r, c)
@@ -65,7 +65,7 @@ class NearestLevel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         choice, inside, unit, r, c = ctx.saved_tensors
-        if gradient.is_cuda and why_no_kernel(gradient.device.index, gradient.dtype) is None:
+        if can_fit(gradient):
             from .kernels import triton_levels
 
             at_latent, at_r, at_c = triton_levels.gradients(gradient.contiguous(), choice, inside, unit, r, c)

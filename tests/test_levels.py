@@ -1,10 +1,12 @@
 """The level nearest to each weight, and the gradients through it: brute force, autograd, finite values everywhere."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sab_hf.kernels import cuda
 from sab_hf.levels import NearestLevel, nearest_choice, sign_combinations, signs_of
 
 
@@ -56,3 +58,15 @@ def test_gradients_are_those_of_autograd_for_the_chosen_signs(planes):
     assert 0 < int(inside.sum()) < inside.numel()
     for mine, expected in zip(found, (latent.grad, r.grad, c.grad), strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+def test_a_gpu_without_kernels_for_fitting_is_named_once(monkeypatch, caplog):
+    monkeypatch.setattr(cuda, "why_no_kernel", lambda device, dtype: "planted reason")
+    matrix = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float32)
+    with caplog.at_level("WARNING", logger="sab_hf"):
+        assert not cuda.can_fit(matrix)
+        assert not cuda.can_fit(matrix)
+    assert [record.getMessage() for record in caplog.records] == [
+        "quantizing runs on PyTorch's operations, slowly: planted reason"
+    ]
+    assert not cuda.can_fit(torch.ones(1))

@@ -103,6 +103,16 @@ def triton_problem() -> str | None:
 
 
 @cache
-def warn_once(reason: str) -> None:
+def warn_once(reason: str, what: str = "sab::linear") -> None:
     """Say once for each reason that the slow path is taken."""
-    logger.warning("sab::linear runs on PyTorch's operations, slowly: %s", reason)
+    logger.warning("%s runs on PyTorch's operations, slowly: %s", what, reason)
+
+
+def can_fit(tensor: Tensor) -> bool:
+    """Tell whether fitting and refinement of matrices like `tensor` have kernels; on a GPU that has none, say so once."""
+    if not tensor.is_cuda:
+        return False
+    reason = why_no_kernel(tensor.device.index, tensor.dtype)
+    if reason is not None:
+        warn_once(reason, "quantizing")
+    return reason is None

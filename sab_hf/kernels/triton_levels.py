@@ -98,6 +98,7 @@ def gradients(
 
 def _launch(kernel: triton.JITFunction, planes: int, matrix: Tensor, *operands: Tensor) -> None:
     rows, columns = matrix.shape
-    kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))](
-        matrix, *operands, rows, columns, PLANES=planes, ROWS=_ROWS, COLUMNS=_COLUMNS
-    )
+    with torch.cuda.device_of(matrix):  # Triton launches on the current device
+        kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))](
+            matrix, *operands, rows, columns, PLANES=planes, ROWS=_ROWS, COLUMNS=_COLUMNS
+        )

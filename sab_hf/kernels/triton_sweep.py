@@ -70,8 +70,9 @@ def sweep_block(rest: Tensor, U: Tensor, r: Tensor, c: Tensor, start: int, end: 
     columns, rows = rest.shape
     errors = torch.empty(end - start, rows, device=rest.device)
     choices = torch.empty(end - start, rows, dtype=torch.long, device=rest.device)
-    sweep_kernel[(triton.cdiv(rows, _ROWS),)](
-        rest, U, r.contiguous(), c.contiguous(), errors, choices, start, end - start, rows, columns,
-        PLANES=r.shape[0], WIDTH=MAX_COLUMNS, ROWS=_ROWS, num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(rest):  # Triton launches on the current device
+        sweep_kernel[(triton.cdiv(rows, _ROWS),)](
+            rest, U, r.contiguous(), c.contiguous(), errors, choices, start, end - start, rows, columns,
+            PLANES=r.shape[0], WIDTH=MAX_COLUMNS, ROWS=_ROWS, num_warps=1,
+        )  # fmt: skip
     return choices, errors
