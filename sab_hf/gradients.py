@@ -6,7 +6,6 @@ the model's own log-likelihood at all outputs, block by block: only one block's 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +18,7 @@ from .calibration import PADDING, CalibrationBatch
 from .capture import BlockInputs, observing
 from .hessian import SecondMoments, damp, inverse
 from .placement import check_finite
-from .recording import output_of_last_block
+from .recording import makes_some_logits, output_of_last_block
 from .routing import RowLabels
 from .sensitivity import LinearSensitivity, Sensitivity, UnmeasurableError
 from .states import BatchState, block_output
@@ -260,9 +259,10 @@ def _gradient_at_output(
 def positions_at_once(model: nn.Module, batch: CalibrationBatch) -> int:
     """Return for how many positions of each sample of a batch the gradient of the loss is taken at once."""
     samples, length = batch.modality.shape
-    takes = "logits_to_keep" in inspect.signature(model.forward).parameters and batch.inputs.get("labels") is None
+    if not makes_some_logits(model, batch.inputs):
+        return length
     width = model.get_input_embeddings().weight.shape[0]
-    return min(length, max(1, int(LOGIT_BYTES / (BYTES_PER_LOGIT * samples * width)))) if takes else length
+    return min(length, max(1, int(LOGIT_BYTES / (BYTES_PER_LOGIT * samples * width))))
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def record(
     """
     inputs = model_inputs(model, batch.inputs, state.workspace.placement.input_device)
     options: list[dict[str, Any]] = [{}]
-    if "logits_to_keep" in inspect.signature(model.forward).parameters and inputs.get("labels") is None:
+    if makes_some_logits(model, inputs):
         options.insert(0, {"logits_to_keep": 1})  # nobody reads the logits, which may be larger than all hidden states
     for option in options:
         state.hidden, state.others = None, None
@@ -88,6 +88,11 @@ def output_of_last_block(
     with _replaced(blocks, lambda *_: lambda *args, **kwargs: _returned(hidden.clone(), state.others)):
         inputs = model_inputs(model, batch.inputs, state.workspace.placement.input_device)
         return model(**inputs, **options, use_cache=False)
+
+
+def makes_some_logits(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Tell whether the model can be asked, with `logits_to_keep`, for the logits of some positions of these inputs only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters and inputs.get("labels") is None
 
 
 def model_inputs(model: nn.Module, inputs: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:

@@ -134,7 +134,9 @@ def significant_columns(W: Tensor, H: Tensor, num_columns: int) -> Tensor:
     Returns:
         [in_features] bool with k entries set.
     """
+    mask = torch.zeros(W.shape[1], dtype=torch.bool, device=W.device)
+    if num_columns == 0:
+        return mask
     score = W.square().sum(0) / inverse(H).diagonal()
-    mask = torch.zeros_like(score, dtype=torch.bool)
     mask[score.argsort(descending=True, stable=True)[:num_columns]] = True
     return mask

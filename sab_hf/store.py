@@ -43,7 +43,6 @@ class StateStore:
             self.room = {"device": _free_on(device) if device_limit is None else device_limit} | self.room
         self.used = dict.fromkeys([*self.room, "disk"], 0)
         self._folder, self._files = folder, None
-        self._tiers: dict[int, str] = {}
 
     def put(self, tensor: Tensor) -> Tensor:
         """Return `tensor` where there is room for it.

@@ -8,9 +8,11 @@ import shutil
 import struct
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from loopback_hub import running_hub
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -27,6 +29,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+import sab_hf
 from sab_hf import SABLinear, SABQuantizationConfig
 
 torch.set_num_threads(1)
@@ -302,3 +305,29 @@ def file_entries(path: Path) -> dict[str, dict]:
 def file_bytes(path: Path) -> int:
     """Return the tensor bytes of all safetensors files in a folder, read from their headers."""
     return sum(end - start for start, end in (entry["data_offsets"] for entry in file_entries(path).values()))
+
+
+@pytest.fixture(scope="module")
+def saved(packed_dir, tmp_path_factory) -> Path:
+    """A packed checkpoint with processor, card and report."""
+    path = tmp_path_factory.mktemp("saved") / "tiny-sab"
+    sab_hf.save(load(packed_dir), build_processor(), path)
+    return path
+
+
+@pytest.fixture
+def questions(tmp_path) -> str:
+    """A file of questions with answers."""
+    rows = [{"question": f"Say {i}.", "answer": f"It is {i}, as you wished."} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path / "data.jsonl")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine, and the client of this process pointed at it."""
+    with running_hub() as running:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_loopback")
+        yield running

@@ -9,11 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from conftest import build_processor, load, logits, packed_linears
-from loopback_hub import running_hub
+from conftest import load, logits, packed_linears
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -21,21 +19,6 @@ import sab_hf
 from sab_hf.cli import main
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def saved(packed_dir, tmp_path_factory) -> Path:
-    """A packed checkpoint with card and report."""
-    path = tmp_path_factory.mktemp("saved") / "tiny-sab"
-    sab_hf.save(load(packed_dir), build_processor(), path)
-    return path
-
-
-@pytest.fixture
-def calibration(tmp_path) -> str:
-    rows = [{"question": f"Say {i}.", "answer": f"It is {i}, as you wished."} for i in range(4)]
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return str(tmp_path / "data.jsonl")
 
 
 def run(capsys, *argv: str | Path) -> tuple[int, str, str]:
@@ -89,7 +72,7 @@ def test_inspect_prints_a_table_or_json(capsys, packed_dir):
     assert json.loads(out)["checksums"] == "verified"
 
 
-def test_quantize_writes_what_the_python_api_writes(capsys, vlm_dir, calibration, tmp_path, inputs):
+def test_quantize_writes_what_the_python_api_writes(capsys, vlm_dir, questions, tmp_path, inputs):
     options = [
         "--set",
         "alternations=2",
@@ -101,13 +84,13 @@ def test_quantize_writes_what_the_python_api_writes(capsys, vlm_dir, calibration
         "allow_low_coverage=true",
     ]
     code, out, _ = run(
-        capsys, "quantize", vlm_dir, tmp_path / "out", "--bits", "2.5", "--calibration", calibration,
+        capsys, "quantize", vlm_dir, tmp_path / "out", "--bits", "2.5", "--calibration", questions,
         "--refine-steps", "0", "--seed", "3", "--num-samples", "3", "--dtype", "float32", "--json", *options,
     )  # fmt: skip
     assert code == 0
     assert json.loads(out)["saved"] == str(tmp_path / "out")
     config = sab_hf.SABQuantizationConfig(
-        bits=2.5, calibration=calibration, refine_steps=0, seed=3, num_samples=3, alternations=2, allow_text_only=True,
+        bits=2.5, calibration=questions, refine_steps=0, seed=3, num_samples=3, alternations=2, allow_text_only=True,
         modules_to_not_convert=["layers.1"], allow_low_coverage=True,
     )  # fmt: skip
     expected = load(vlm_dir, quantization_config=config)
@@ -155,14 +138,10 @@ def test_card_takes_an_evaluation_and_keeps_the_report(capsys, saved, tmp_path):
     assert (saved / "model.safetensors").read_bytes() == weights
 
 
-def test_card_can_be_published(capsys, saved, monkeypatch):
-    with running_hub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_loopback")
-        code, out, _ = run(capsys, "card", saved, "--push", "--repo-id", "me/from-shell", "--json")
-        assert (code, json.loads(out)["published"]) == (0, f"{hub.url}/me/from-shell")
-        assert hub.files("me/from-shell")["model.safetensors"] == (saved / "model.safetensors").read_bytes()
+def test_card_can_be_published(capsys, saved, hub):
+    code, out, _ = run(capsys, "card", saved, "--push", "--repo-id", "me/from-shell", "--json")
+    assert (code, json.loads(out)["published"]) == (0, f"{hub.url}/me/from-shell")
+    assert hub.files("me/from-shell")["model.safetensors"] == (saved / "model.safetensors").read_bytes()
 
 
 def test_demo_answers_about_a_picture(capsys, saved, tmp_path, monkeypatch):
@@ -183,9 +162,9 @@ def test_demo_refuses_a_dense_checkpoint(capsys, vlm_dir):
     assert run(capsys, "demo", vlm_dir, "--prompt", "Hello")[0] == 1
 
 
-def test_eval_compares_with_the_original(capsys, saved, vlm_dir, calibration, tmp_path):
+def test_eval_compares_with_the_original(capsys, saved, vlm_dir, questions, tmp_path):
     code, out, _ = run(
-        capsys, "eval", saved, "--original", vlm_dir, "--data", calibration, "--num-samples", "2", "--json",
+        capsys, "eval", saved, "--original", vlm_dir, "--data", questions, "--num-samples", "2", "--json",
         "--output", tmp_path / "eval.json", "--dtype", "float32",
     )  # fmt: skip
     assert code == 0

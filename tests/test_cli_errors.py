@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,39 +13,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import build_processor, file_bytes, load
-from loopback_hub import running_hub
+from conftest import file_bytes
 
-import sab_hf
 from sab_hf import hub as hub_module
 from sab_hf.cli import main
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("--set", "alternations=1", "--set", "refine_steps=0", "--set", "allow_text_only=true")
-
-
-@pytest.fixture(scope="module")
-def saved(packed_dir, tmp_path_factory) -> Path:
-    """A packed checkpoint with processor, card and report."""
-    path = tmp_path_factory.mktemp("saved") / "tiny-sab"
-    sab_hf.save(load(packed_dir), build_processor(), path)
-    return path
-
-
-@pytest.fixture
-def questions(tmp_path) -> str:
-    rows = [{"question": f"Say {i}.", "answer": f"It is {i}, as you wished."} for i in range(4)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return str(tmp_path / "data.jsonl")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with running_hub() as running:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_loopback")
-        yield running
 
 
 @pytest.fixture

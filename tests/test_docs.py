@@ -12,11 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from docs_reader import DOCS, PAGES, Block, links, read_page
-from loopback_hub import running_hub
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import sab_hf
@@ -77,16 +75,6 @@ def run_bash(block: Block) -> str:
             assert program == "sab-hf", line
             assert cli.main(arguments) == 0, line
     return out.getvalue()
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub on this machine, for pages that publish."""
-    with running_hub() as running:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_loopback")
-        yield running
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -10,12 +10,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from conftest import build_llava, build_processor, load, logits
 from huggingface_hub import ModelCard
-from loopback_hub import running_hub
 from transformers import AutoProcessor
 
 import sab_hf
@@ -30,16 +28,6 @@ ROOT = Path(__file__).parents[1]
 def quantized(vlm_dir, make_config):
     """A model that was quantized while it loaded, so that it carries its record."""
     return load(vlm_dir, quantization_config=make_config(refine_steps=2))
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub, and the client of this process pointed at it."""
-    with running_hub() as running:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_loopback")
-        yield running
 
 
 # ---- folders

@@ -23,7 +23,6 @@ from .common import (
 )
 
 NUM_PATCHES = (SIDE // PATCH) ** 2
-IDS = {"image_token_id": IMAGE, "image_token_index": IMAGE}
 
 
 def _siglip(**changes):
@@ -34,7 +33,7 @@ def _llama(**changes):
     return get("LlamaConfig")(**text(**changes))
 
 
-def _one_image(model, count, *shape, **extra) -> Family:
+def one_image(model, count, *shape, **extra) -> Family:
     """Return a family whose batches hold one image that becomes `count` tokens."""
     return Family(
         model,
@@ -47,7 +46,7 @@ def llava() -> Family:
         vision_config=_siglip(), text_config=_llama(), image_token_index=IMAGE, vision_feature_layer=-1,
         vision_feature_select_strategy="full", image_seq_length=NUM_PATCHES,
     )  # fmt: skip
-    return _one_image(build("LlavaForConditionalGeneration", config), NUM_PATCHES, 1, 3, SIDE, SIDE)
+    return one_image(build("LlavaForConditionalGeneration", config), NUM_PATCHES, 1, 3, SIDE, SIDE)
 
 
 def llava_next() -> Family:
@@ -97,7 +96,7 @@ def vipllava() -> Family:
         vision_config=get("CLIPVisionConfig")(**vision()), text_config=_llama(), image_token_index=IMAGE,
         vision_feature_layers=[-1, -2], image_seq_length=NUM_PATCHES,
     )  # fmt: skip
-    return _one_image(build("VipLlavaForConditionalGeneration", config), NUM_PATCHES, 1, 3, SIDE, SIDE)
+    return one_image(build("VipLlavaForConditionalGeneration", config), NUM_PATCHES, 1, 3, SIDE, SIDE)
 
 
 def paligemma() -> Family:
@@ -137,7 +136,7 @@ def aya_vision() -> Family:
         vision_config=_siglip(), text_config=get("Cohere2Config")(**text(sliding_window=4)), image_token_index=IMAGE,
         downsample_factor=2, adapter_layer_norm_eps=1e-6, vision_feature_layer=-1, vision_feature_select_strategy="full",
     )  # fmt: skip
-    return _one_image(build("AyaVisionForConditionalGeneration", config), 1, 1, 3, SIDE, SIDE)
+    return one_image(build("AyaVisionForConditionalGeneration", config), 1, 1, 3, SIDE, SIDE)
 
 
 def mistral3() -> Family:
@@ -145,7 +144,7 @@ def mistral3() -> Family:
         vision_config=get("PixtralVisionConfig")(**vision(head_dim=12, patch_size=4)), text_config=get("MistralConfig")(**text()),
         image_token_index=IMAGE, spatial_merge_size=2, vision_feature_layer=-1,
     )  # fmt: skip
-    return _one_image(build("Mistral3ForConditionalGeneration", config), 4, 1, 3, SIDE, SIDE, image_sizes=_sizes())
+    return one_image(build("Mistral3ForConditionalGeneration", config), 4, 1, 3, SIDE, SIDE, image_sizes=_sizes())
 
 
 def internvl() -> Family:
@@ -153,7 +152,7 @@ def internvl() -> Family:
         vision_config=vision(image_size=[SIDE, SIDE], patch_size=[PATCH, PATCH]), text_config=get("Qwen2Config")(**text()),
         image_token_id=IMAGE, image_seq_length=1, downsample_ratio=0.5, vision_feature_layer=-1,
     )  # fmt: skip
-    return _one_image(build("InternVLForConditionalGeneration", config), 1, 1, 3, SIDE, SIDE)
+    return one_image(build("InternVLForConditionalGeneration", config), 1, 1, 3, SIDE, SIDE)
 
 
 def idefics2() -> Family:
@@ -163,21 +162,21 @@ def idefics2() -> Family:
                           "resampler_head_dim": 16, "num_key_value_heads": 1, "initializer_range": INIT},
         pad_token_id=0,
     )  # fmt: skip
-    return _one_image(build("Idefics2ForConditionalGeneration", config), 3, 1, 1, 3, SIDE, SIDE)
+    return one_image(build("Idefics2ForConditionalGeneration", config), 3, 1, 1, 3, SIDE, SIDE)
 
 
 def idefics3() -> Family:
     config = get("Idefics3Config")(
         vision_config=vision(), text_config=_llama(), image_token_id=IMAGE, scale_factor=2, pad_token_id=0
     )
-    return _one_image(build("Idefics3ForConditionalGeneration", config), 1, 1, 1, 3, SIDE, SIDE)
+    return one_image(build("Idefics3ForConditionalGeneration", config), 1, 1, 1, 3, SIDE, SIDE)
 
 
 def smolvlm() -> Family:
     config = get("SmolVLMConfig")(
         vision_config=vision(), text_config=_llama(), image_token_id=IMAGE, scale_factor=2, pad_token_id=0
     )
-    return _one_image(build("SmolVLMForConditionalGeneration", config), 1, 1, 1, 3, SIDE, SIDE)
+    return one_image(build("SmolVLMForConditionalGeneration", config), 1, 1, 1, 3, SIDE, SIDE)
 
 
 def deepseek_vl() -> Family:
@@ -186,7 +185,7 @@ def deepseek_vl() -> Family:
         vision_config=vision(model_type="siglip_vision_model", vision_use_head=False),
         image_token_id=IMAGE,
     )
-    return _one_image(build("DeepseekVLForConditionalGeneration", config), NUM_PATCHES, 1, 3, SIDE, SIDE)
+    return one_image(build("DeepseekVLForConditionalGeneration", config), NUM_PATCHES, 1, 3, SIDE, SIDE)
 
 
 def janus() -> Family:
@@ -197,7 +196,7 @@ def janus() -> Family:
                    "num_res_blocks": 1, "num_patches": 2, "projection_dim": HIDDEN, "image_token_embed_dim": HIDDEN},
         image_token_id=IMAGE,
     )  # fmt: skip
-    return _one_image(build("JanusForConditionalGeneration", config), NUM_PATCHES, 1, 3, SIDE, SIDE)
+    return one_image(build("JanusForConditionalGeneration", config), NUM_PATCHES, 1, 3, SIDE, SIDE)
 
 
 def kosmos2() -> Family:

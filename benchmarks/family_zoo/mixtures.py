@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from .common import END, IMAGE, INIT, START, VIDEO, Family, batches, build, get, pixels, text, tokens, vision
 from .grids import GLM_IDS, GLM_ROPE, GLM_VISION, MROPE, QWEN3_VISION, QWEN_IDS, _grid, _images_only
-from .images import NUM_PATCHES, SIDE
-from .images import _one_image as one_image
+from .images import NUM_PATCHES, SIDE, one_image
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 

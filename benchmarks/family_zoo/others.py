@@ -24,7 +24,7 @@ from .common import (
     vision,
 )
 from .grids import MROPE, QWEN_VISION
-from .images import _one_image as one_image
+from .images import one_image
 
 
 def mllama() -> Family:

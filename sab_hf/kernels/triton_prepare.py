@@ -14,11 +14,11 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _scaled_words(
+def _scaled(
     x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-    in_features, num_significant, PLANES: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
+    in_features, num_significant, column, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Return the program's plane, input and words, and c ⊙ x of these, [WORDS, 32] float32.
+    """Return the program's plane and input, and c ⊙ x of its columns, float32 in the shape of `column`.
 
     The plane after the full ones is the residual. What runs next may load weights meanwhile: it waits for this kernel
     before it reads activations, as this one waits for what ran before.
@@ -26,8 +26,6 @@ def _scaled_words(
     if PDL:
         cuda.gdc_launch_dependents()
     plane, batch = tl.program_id(1), tl.program_id(2)
-    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
     if plane < PLANES:
         inside = column < in_features
         source = column
@@ -39,7 +37,7 @@ def _scaled_words(
     if PDL:
         cuda.gdc_wait()
     x = tl.load(x_ptr + batch * stride_batch + source * stride_column, mask=inside, other=0.0)
-    return plane, batch, word, x.to(tl.float32) * c.to(tl.float32)
+    return plane, batch, x.to(tl.float32) * c.to(tl.float32)
 
 
 @triton.jit
@@ -67,9 +65,10 @@ def quantize_kernel(
     PLANES: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write c ⊙ x as `quantized` gives it, for each plane and input: q [8, P] int32, start [P] and scale [P], P padded words."""
-    plane, batch, word, u = _scaled_words(
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    plane, batch, u = _scaled(
         x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-        in_features, num_significant, PLANES, WORDS, PDL,
+        in_features, num_significant, word[:, None] * 32 + tl.arange(0, 32)[None, :], PLANES, PDL,
     )  # fmt: skip
     packed, start, scale = quantized(u)
     base = plane * tl.num_programs(2) + batch
@@ -105,23 +104,11 @@ def cut_kernel(
         scale: float32, the step; NaN where the inputs are not finite.
         sum: int32, the sum of the integers.
     """
-    if PDL:
-        cuda.gdc_launch_dependents()
     thread = tl.arange(0, 512)
-    plane, batch = tl.program_id(1), tl.program_id(2)
-    column = tl.program_id(0) * 512 + thread
-    if plane < PLANES:
-        inside = column < in_features
-        source = column
-        c = tl.load(col_scale_ptr + plane * in_features + column, mask=inside, other=0.0)
-    else:
-        inside = column < num_significant
-        source = tl.load(columns_ptr + column, mask=inside, other=0)
-        c = tl.load(residual_col_scale_ptr + column, mask=inside, other=0.0)
-    if PDL:
-        cuda.gdc_wait()
-    x = tl.load(x_ptr + batch * stride_batch + source * stride_column, mask=inside, other=0.0)
-    u = x.to(tl.float32) * c.to(tl.float32)
+    plane, batch, u = _scaled(
+        x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
+        in_features, num_significant, tl.program_id(0) * 512 + thread, PLANES, PDL,
+    )  # fmt: skip
     finite = tl.abs(u) < float("inf")
     step = tl.max(tl.where(finite, tl.abs(u), float("inf")), axis=0) / 32767
     inverse = tl.where((step > 0) & (step < float("inf")), 1 / step, 0.0)
@@ -147,9 +134,10 @@ def scale_kernel(
 
     Place 2i + s of a word is its bit i + 16s, the order in which `triton_dot.py` takes weights out of it.
     """
-    plane, batch, word, u = _scaled_words(
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    plane, batch, u = _scaled(
         x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-        in_features, num_significant, PLANES, WORDS, PDL,
+        in_features, num_significant, word[:, None] * 32 + tl.arange(0, 32)[None, :], PLANES, PDL,
     )  # fmt: skip
     bit = tl.arange(0, 32)
     place = bit % 16 * 2 + bit // 16
