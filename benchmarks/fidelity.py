@@ -143,7 +143,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder of a trained model")
     parser.add_argument("--output", type=Path, default=Path("results.json"), help="JSON; a table goes beside it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--questions", type=int, default=1100, help="held-out samples, skills in turn")
+    parser.add_argument("--questions", type=int, default=2200, help="held-out samples, skills in turn")
     parser.add_argument("--samples", type=int, default=1024, help="calibration samples")
     parser.add_argument("--batch-size", type=int, default=16, help="calibration samples a forward pass")
     parser.add_argument("--eval-batch", type=int, default=128, help="questions a forward pass")

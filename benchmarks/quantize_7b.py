@@ -1,9 +1,11 @@
 """Time, peak memory and file size of quantizing a model of Qwen2.5-VL's shapes on one GPU, by stage.
 
-python benchmarks/quantize_7b.py --shape 7b --blocks 2 --output quantize.json
+    python benchmarks/quantize_7b.py --shape 7b --blocks 2 --output quantize.json
+    torchrun --nproc-per-node 2 benchmarks/quantize_7b.py --shape 7b --blocks 2 --output quantize.json
 
 Weights are random with the spread of trained ones: times, memory and sizes are those of the real model, errors are not. With
-fewer blocks than the shape has, the rest is extrapolated block by block and marked so. Runs are added to what the JSON holds.
+fewer blocks than the shape has, each of the others is taken to cost what the last one did, and the result is marked so. Runs are
+added to what the JSON holds; of several processes, the first one's are.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import datetime
 import json
 import logging
+import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +28,8 @@ import sab_hf
 from sab_hf.stages import peak_ram_mib
 
 GIB = 2**30
-ONCE = "capture"
-"""The stage that does not grow with the number of blocks; the others are taken to, which the logits of "sensitivity" do not."""
+ONCE = "capture", "sensitivity"
+"""Stages that come once for all blocks. The first hardly grows with their number; the second does, see `extrapolate`."""
 REFINEMENT = "targets", "refinement"
 """The stages that `refine_steps=0` leaves out."""
 
@@ -48,7 +51,7 @@ def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_s
     record = sab_hf.quantize(model, None, given, config)
     report = sab_hf.report(model)
     stages = {name: asdict(stage) for name, stage in record.stages.stages.items()}
-    in_blocks = sum(stage["seconds"] for name, stage in stages.items() if name != ONCE)
+    in_blocks = sum(stage["seconds"] for name, stage in stages.items() if name not in ONCE)
     return {
         "layers": layers,
         "of_layers": shape.layers,
@@ -57,7 +60,9 @@ def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_s
         "batch_size": args.batch_size,
         "tokens": sum(batch["input_ids"].numel() for batch in given),
         "seconds": record.seconds,
+        "processes": sab_hf.distributed.size(),
         "seconds_per_block": in_blocks / layers,
+        "seconds_of_the_last_block": sum(s["last_seconds"] for name, s in stages.items() if name not in ONCE),
         "seconds_outside_of_blocks": record.seconds - in_blocks,
         "stages": stages,
         "peak_gpu_gib": max(stage["peak_gpu_mib"] or 0.0 for stage in stages.values()) / 1024,
@@ -71,17 +76,24 @@ def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_s
 
 
 def extrapolate(row: dict[str, Any]) -> dict[str, Any]:
-    """Return minutes and GiB by role for all layers; equal to the measurement where all were run."""
+    """Return minutes and GiB by role for all layers; equal to the measurement where all were run.
+
+    "sensitivity" is taken to grow with the blocks as a whole, which its logits and compilation do not: the minutes are an
+    upper bound of what such blocks would take.
+    """
     rest = row["of_layers"] - row["layers"]
+    stages = row["stages"]
     quantized = row["roles"]["language"]["quantized_bytes"]
     sizes = {role: (r["quantized_bytes"] + r["dense_bytes"]) / GIB for role, r in row["roles"].items()}
     sizes["language"] += rest * quantized / row["layers"] / GIB
-    refined = sum(stage["seconds"] for name, stage in row["stages"].items() if name in REFINEMENT)
-    fitted = row["seconds"] + rest * (row["seconds_per_block"] - refined / row["layers"]) - refined
+    per_block = row["seconds_of_the_last_block"] + stages.get("sensitivity", {"seconds": 0})["seconds"] / row["layers"]
+    seconds = row["seconds"] + rest * per_block
+    refined = [stages[name] for name in REFINEMENT if name in stages]
+    refining = sum(stage["seconds"] + rest * stage["last_seconds"] for stage in refined)
     return {
         "extrapolated": rest > 0,
-        "minutes": (row["seconds"] + rest * row["seconds_per_block"]) / 60,
-        "minutes_without_refinement": fitted / 60,
+        "minutes": seconds / 60,
+        "minutes_without_refinement": (seconds - refining) / 60,
         "gib_by_role": sizes,
         "file_gib": sum(sizes.values()),
     }
@@ -96,7 +108,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--refine-steps", type=int, default=400)
     parser.add_argument("--bits", type=float, default=None)
-    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    parser.add_argument("--device", default=own_gpu if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("quantize_7b.json"))
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -105,8 +118,11 @@ def main() -> None:
     blocks = min(args.blocks or shape.layers, shape.layers)
     runs = json.loads(args.output.read_text())["runs"] if args.output.exists() else {}
     row = measure(shape, blocks, args, args.refine_steps)
+    if sab_hf.distributed.rank() > 0:
+        return
     row["all_layers"] = extrapolate(row)
-    runs[f"{args.shape}, {blocks} blocks, {args.refine_steps} steps"] = row | {"machine": machine(args)}
+    several = f", {row['processes']} processes" if row["processes"] > 1 else ""
+    runs[f"{args.shape}, {blocks} blocks, {args.refine_steps} steps{several}"] = row | {"machine": machine(args)}
     args.output.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     print(json.dumps(row["all_layers"], indent=1))
     for name, stage in row["stages"].items():

@@ -20,11 +20,13 @@ class Stage:
 
     Attributes:
         seconds: wall time.
+        last_seconds: of it, the last block's.
         peak_ram_mib: most resident memory of the process up to the end of the stage, MiB; None where the system does not tell.
         peak_gpu_mib: most GPU memory allocated during the stage, MiB; None without a GPU.
     """
 
     seconds: float = 0.0
+    last_seconds: float = 0.0
     peak_ram_mib: float | None = None
     peak_gpu_mib: float | None = None
 
@@ -51,7 +53,8 @@ class StageClock:
             if gpu:
                 torch.cuda.synchronize()
             stage = self.stages.setdefault(name, Stage())
-            stage.seconds += time.perf_counter() - start
+            stage.last_seconds = time.perf_counter() - start
+            stage.seconds += stage.last_seconds
             stage.peak_ram_mib = peak_ram_mib()
             if gpu:
                 stage.peak_gpu_mib = max(stage.peak_gpu_mib or 0.0, torch.cuda.max_memory_allocated() / 2**20)
