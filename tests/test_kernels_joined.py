@@ -1,12 +1,14 @@
 """Products of one input in shared launches: bit for bit what the products alone give, in the interpreter and on a GPU."""
 
+import functools
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from test_kernels_triton import GPU_DTYPES, interpreted, kernels, problem
-from test_ops import inputs, operands, several
+from test_ops import inputs, operands
 from test_planes import random_planes
 
 from sab_hf.kernels import cuda_tiles
@@ -115,23 +117,28 @@ def test_products_with_other_numbers_of_warps_have_launches_of_their_own(launche
     assert_same_bits(found, [kernels().linear(x, one, False) for one in planes])
 
 
+@functools.cache
+def on_gpu(size: tuple[int, int, int, int]):
+    return operands(random_planes(*size, seed=sum(size)), "cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 4, 16, 300])
 @pytest.mark.parametrize("dtype", GPU_DTYPES)
 @pytest.mark.parametrize("group", GPU_GROUPS.values(), ids=GPU_GROUPS)
 def test_joined_products_are_the_products_alone_on_a_gpu(group, dtype, batch, exact):
-    planes = [random_planes(*size, seed=sum(size)) for size in group]
+    packed = [on_gpu(size) for size in group]
     x = inputs(batch, group[0][1], dtype=dtype).cuda()
-    found = sab_linears(x, *several(*planes, device="cuda"), exact)
-    assert_same_bits(found, [sab_linear(x, *operands(one, "cuda"), exact) for one in planes])
+    found = sab_linears(x, *map(list, zip(*packed, strict=True)), exact)
+    assert_same_bits(found, [sab_linear(x, *one, exact) for one in packed])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", ["q, k, v", "gate, up"])
 def test_joined_products_follow_each_other_in_a_cuda_graph(group):
     """Each launch overlaps with the one before it: inputs that the one before makes must be there."""
-    planes = several(*[random_planes(*size, seed=sum(size)) for size in GPU_GROUPS[group]], device="cuda")
+    planes = [list(same) for same in zip(*map(on_gpu, GPU_GROUPS[group]), strict=True)]
     x = inputs(1, 3584, dtype=torch.bfloat16).cuda()
 
     def several_times():
