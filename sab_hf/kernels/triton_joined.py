@@ -42,7 +42,9 @@ def joined_single_kernel(x_ptr, stride_column, in_features, classes, SIZES: tl.c
 
 
 @triton.jit
-def _single_of_class(program, x_ptr, stride_column, in_features, matrices, SIZES: tl.constexpr, CLASS: tl.constexpr, PDL: tl.constexpr):
+def _single_of_class(
+    program, x_ptr, stride_column, in_features, matrices, SIZES: tl.constexpr, CLASS: tl.constexpr, PDL: tl.constexpr
+):
     PROGRAMS: tl.constexpr = SIZES[CLASS][0]
     NUM_ROWS: tl.constexpr = SIZES[CLASS][1]
     STEPS: tl.constexpr = SIZES[CLASS][2]
