@@ -151,7 +151,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of a process")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; what has not ended then is named")
-    parser.add_argument("--only", nargs="+", help="run only rows whose label contains one of these")
+    parser.add_argument("--only", nargs="+", help="run only rows whose label contains one of these, and full precision")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --output holds, run the others")
     parser.add_argument("--list", action="store_true", help="print the rows that would run, and end")
     return parser
@@ -162,6 +162,8 @@ def run(jobs: list[Job], args: argparse.Namespace) -> list[dict]:
     chosen = [job for job in jobs if not args.only or any(part in job.label for part in args.only)]
     if not chosen:
         raise SystemExit(f"no row has a label with one of {args.only}; `--list` prints the labels")
+    reference = [job for job in jobs if job.method == FULL_PRECISION]  # what the others are compared with
+    chosen = [*reference, *(job for job in chosen if job not in reference)]
     settings = Settings(
         args.model,
         args.device,

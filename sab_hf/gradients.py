@@ -231,7 +231,7 @@ def _gradient_at_output(
     """
     device = state.workspace.device
     leaf = state.hidden.detach().to(device).requires_grad_(True)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator: torch.Generator | None = None
     length = batch.modality.shape[1]
     step = positions_at_once(model, batch)
     total = torch.zeros_like(leaf)
@@ -248,6 +248,8 @@ def _gradient_at_output(
                     f"{type(model).__name__} gives logits for {logits.shape[1]} of {part.stop - part.start} positions"
                 )
             counted = (batch.modality[:, part] != PADDING).flatten().to(logits.device)
+            if generator is None:
+                generator = torch.Generator(logits.device).manual_seed(seed)  # a head with hooks may run elsewhere
             if counted.any():
                 logits = logits.flatten(0, 1)[counted].float()
                 drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]

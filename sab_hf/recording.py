@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from .calibration import PADDING, TEXT, CalibrationBatch
 from .states import BatchState
+from .store import map_tensors
 
 
 class _OtherRowsError(Exception):
@@ -124,8 +124,7 @@ def _recording(blocks: list[nn.Module], state: BatchState, to_the_end: bool) -> 
                 )
             if state.hidden is None:
                 state.hidden = hidden.clone()
-                output = original(hidden.clone(), *args, **_apart(kwargs))
-                state.others = output[1:] if isinstance(output, tuple) else None
+                state.others = _others(original, state.workspace.device, hidden.clone(), args, kwargs)
             state.injections[index] = None if sent is None or torch.equal(sent, hidden) else hidden - sent
             state.calls[index] = (args, kwargs)
             if index + 1 == len(blocks) and not to_the_end:
@@ -139,9 +138,17 @@ def _recording(blocks: list[nn.Module], state: BatchState, to_the_end: bool) -> 
         yield
 
 
-def _apart(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments with dicts of their own: what a block leaves there is not one of its arguments."""
-    return {name: copy.copy(v) if isinstance(v, MutableMapping) else v for name, v in kwargs.items()}
+def _others(
+    forward: Callable, device: torch.device, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+) -> tuple | None:
+    """Run a block, which is on `device` wherever its caller is, and return what it gives beside the hidden states.
+
+    What it leaves in dicts among its arguments stays there: it gets copies.
+    """
+    home = hidden.device
+    hidden, args, kwargs = map_tensors((hidden, args, kwargs), lambda tensor: tensor.to(device))
+    output = forward(hidden, *args, **kwargs)
+    return map_tensors(output[1:], lambda tensor: tensor.to(home)) if isinstance(output, tuple) else None
 
 
 def _returned(hidden: Tensor, others: tuple | None) -> Tensor | tuple:

@@ -410,6 +410,7 @@ def main() -> None:
     )
     amount.add_argument("--minutes", type=float, help="measure the rate, then train for as many samples as fit")
     parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, help="at its peak (default: the recipe's)")
     parser.add_argument("--workers", type=int, default=14, help="processes that draw data")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--eval-samples", type=int, default=2200)
@@ -426,7 +427,7 @@ def main() -> None:
     logger.info(f"{args.size}: {model.num_parameters():,} parameters, on {device}")
 
     num_steps = (args.samples or recipe.samples) // args.batch_size
-    trainer = Trainer(model, recipe.learning_rate, num_steps, args.compile)
+    trainer = Trainer(model, args.learning_rate or recipe.learning_rate, num_steps, args.compile)
     if args.minutes:
         begun = time.perf_counter()
         per_step = measure_seconds_per_step(trainer, args.batch_size, args.seed, args.workers, seconds=15)
