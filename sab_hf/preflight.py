@@ -9,10 +9,12 @@ measured, V the vocabulary, E bytes of an activation):
     refine   = Σ n m (25 (P + s R) + 20) + 4 T Σ (n + 2 m)
     record   = everything beside the blocks + 3 E T max (n + m)
     measure  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
-    device   = block's dense weights + max(record, measure, moments + fit, refine) + hidden states kept there
+    device   = block's dense weights + max(record, measure + further states, moments + fit, refine) + states, both as far as
+               they are kept there
     RAM      = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a fifth of
                it for what the allocator keeps)
-    states   = hidden_size E max(T_all (2 with refinement, else 1), T_all + T_s × blocks) + masks and positions
+    states   = hidden_size E T_all (2 with refinement, else 1) + masks and positions
+    further  = hidden_size E (T_all + T_s × blocks) + masks and positions − states, if more: while sensitivity is measured
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Estimate:
         working: bytes on the compute device by step: "record", "measure", "fit", "refine" (steps follow each other).
         weights: bytes of the model's weights in RAM; those of memory-mapped files can be dropped by the system.
         packed: bytes of the packed result.
-        states: bytes of hidden states by place: "device", "ram", "disk".
+        states: bytes of hidden states by place: "device" (those of the "measure" step alone count as its working set), "ram",
+            "disk".
         operations: floating-point operations by step: "passes", "moments", "fit", "refine".
     """
 
@@ -117,13 +120,16 @@ def estimate_run(
     working["fit"] = moved * dearest.dense + _moments(dearest, data) + _fit(dearest, data)
     if refine_steps:
         working["refine"] = _refine(dearest, data)
+    states, most = (_places(size, workspace) for size in (data.state_bytes, data.most_state_bytes))
+    if measured:
+        working["measure"] += most["device"] - states["device"]
     in_ram = sum(p.nbytes for p in model.parameters() if p.device.type == "cpu")
     return Estimate(
         workspace.device,
         working,
         in_ram,
         sum(block.packed for block in blocks),
-        _places(data.state_bytes, workspace),
+        most | {"device": states["device"]},
         _operations(blocks, data, config, refine_steps),
     )
 
@@ -146,7 +152,11 @@ def log_estimate(estimate: Estimate) -> None:
 
 @dataclass(frozen=True)
 class _Data:
-    """The calibration set in numbers: tokens in all and in the largest pass, modalities, bytes of an activation."""
+    """The calibration set in numbers: tokens in all and in the largest pass, modalities, bytes of an activation.
+
+    Attributes:
+        state_bytes, most_state_bytes: hidden states, while blocks are binarized and at most.
+    """
 
     tokens: int
     largest: int
@@ -155,6 +165,7 @@ class _Data:
     modalities: int
     activation_bytes: int
     state_bytes: float
+    most_state_bytes: float
     logit_bytes: float
 
     @classmethod
@@ -176,14 +187,15 @@ class _Data:
         arguments = sum(batch * length * (length + 512 * size) for batch, length in shapes)  # mask, rotary factors
         first = calibration.batches[: count_first((batch for batch, _ in shapes), measured)]
         kept = sum(batch.modality.numel() for batch in first) * num_blocks
-        states = width * size * max(tokens * (2 if refine_steps else 1), tokens + kept) + arguments
+        states = width * size * tokens * (2 if refine_steps else 1) + arguments
+        most = max(states, width * size * (tokens + kept) + arguments)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         logits = max(
             (BYTES_PER_LOGIT * vocabulary * positions_at_once(model, b) * b.modality.shape[0] for b in first), default=0
         )
         longest = max(length for _, length in shapes)
         samples = sum(batch for batch, _ in shapes)
-        return cls(tokens, largest, longest, samples, len(calibration.tokens), size, states, logits)
+        return cls(tokens, largest, longest, samples, len(calibration.tokens), size, states, most, logits)
 
 
 @dataclass(frozen=True)
