@@ -1,9 +1,12 @@
-"""The custom op `sab::linear`: schema, fake and the PyTorch implementation, which specifies every kernel."""
+"""The custom ops `sab::linear` and `sab::linears`: schema, fake and the PyTorch implementation, which specifies every kernel."""
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
 from .packing import unpack_bits
@@ -82,7 +85,53 @@ def _(
     exact=False,
 ) -> Tensor:
     check_width(x, col_scale)
+    if TracingContext.try_get() is not None:  # a compiler looks at the model: let it join products of one input
+        with contextlib.suppress(ImportError):  # a torch whose compiler takes no passes
+            from .joining import register
+
+            register()
     return x.new_empty(*x.shape[:-1], signs.shape[1])
+
+
+def linears_reference(
+    x: Tensor,
+    signs: list[Tensor],
+    row_scale: list[Tensor],
+    col_scale: list[Tensor],
+    significant_columns: list[Tensor | None],
+    residual_signs: list[Tensor | None],
+    residual_row_scale: list[Tensor | None],
+    residual_col_scale: list[Tensor | None],
+    exact: bool = False,
+) -> list[Tensor]:
+    """Multiply one input by several matrices of sign planes: the results of `sab::linear`, one after the other.
+
+    `joining.py` puts the op into inference graphs. It records no gradient.
+
+    Args:
+        x: [..., in_features] floating point.
+        signs, row_scale, col_scale, significant_columns, residual_signs, residual_row_scale, residual_col_scale: for each
+            matrix what `linear_reference` takes, lists of one length.
+        exact: as in `linear_reference`.
+    Returns:
+        For each matrix [..., out_features], dtype of `x`, a fresh tensor.
+    Raises:
+        ValueError: the lists differ in length.
+    """
+    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
+    return [sab_linear(x, *one, exact) for one in zip(signs, row_scale, col_scale, *residual, strict=True)]
+
+
+_NAME_OF_SEVERAL = "sab::linears"
+torch.library.define(
+    _NAME_OF_SEVERAL,
+    "(Tensor x, Tensor[] signs, Tensor[] row_scale, Tensor[] col_scale, Tensor?[] significant_columns, "
+    "Tensor?[] residual_signs, Tensor?[] residual_row_scale, Tensor?[] residual_col_scale, bool exact=False) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl(_NAME_OF_SEVERAL, "default", linears_reference)
+torch.library.register_fake(_NAME_OF_SEVERAL, linears_reference)
+sab_linears = torch.ops.sab.linears.default
 
 
 def _keep_planes(ctx, inputs, output) -> None:

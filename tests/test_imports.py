@@ -23,6 +23,7 @@ RUN = {
     "config",
     "embedding",
     "experts",
+    "joining",
     "kernels",
     "kernels.cuda",
     "kernels.layouts",

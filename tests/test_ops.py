@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_planes import random_planes, sizes
 
-from sab_hf.ops import sab_linear
+from sab_hf.ops import sab_linear, sab_linears
 from sab_hf.packing import to_tensors
 from sab_hf.planes import SignPlanes
 
@@ -20,6 +20,11 @@ def operands(planes: SignPlanes, device: torch.device | str = "cpu") -> tuple[to
         for name, tensor in to_tensors(planes).items()
     }
     return tuple(tensors[name].to(device) if name in tensors else None for name in SignPlanes.__dataclass_fields__)
+
+
+def several(*matrices: SignPlanes, device: torch.device | str = "cpu") -> tuple[list[torch.Tensor | None], ...]:
+    """The operands of several matrices in the order of the arguments of `sab::linears`."""
+    return tuple(list(same) for same in zip(*[operands(planes, device) for planes in matrices], strict=True))
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -43,6 +48,29 @@ def assert_is_matmul(y: torch.Tensor, x: torch.Tensor, planes: SignPlanes) -> No
 def test_sab_linear_passes_opcheck(device, num_significant, dtype):
     planes = random_planes(6, 13, 2, num_significant)
     torch.library.opcheck(sab_linear, (inputs(2, 3, 13, dtype=dtype).to(device), *operands(planes, device)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sab_linears_passes_opcheck(device, dtype):
+    matrices = random_planes(6, 13, 2, 5), random_planes(9, 13, 1, 0)
+    torch.library.opcheck(sab_linears, (inputs(2, 3, 13, dtype=dtype).to(device), *several(*matrices, device=device)))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("shape", [(19,), (1, 19), (0, 19), (2, 3, 19), (70, 19)])
+def test_sab_linears_are_the_products_one_by_one(device, shape, exact):
+    matrices = [random_planes(5, 19, 2, 7), random_planes(8, 19, 1, 0), random_planes(5, 19, 1, 19)]
+    x = inputs(*shape).to(device)
+    found = sab_linears(x, *several(*matrices, device=device), exact)
+    expected = [sab_linear(x, *operands(planes, device), exact) for planes in matrices]
+    assert len({y.untyped_storage()._cdata for y in found}) == 3
+    assert all(torch.equal(y, one) for y, one in zip(found, expected, strict=True))
+
+
+def test_sab_linears_rejects_lists_of_different_lengths():
+    signs, *others = several(random_planes(4, 6, 1, 2), random_planes(4, 6, 1, 2))
+    with pytest.raises(ValueError, match="shorter"):
+        sab_linears(inputs(2, 6), signs, *[other[:1] for other in others])
 
 
 @given(size=sizes(), dtype=st.sampled_from(DTYPES), batch=st.integers(0, 5), seed=st.integers(0, 2**16))

@@ -1,0 +1,119 @@
+"""A pass of PyTorch's compiler: products of one input (q, k, v; gate, up) become one `sab::linears`, which a device may fuse.
+
+`register` is called when a compiler first sees `sab::linear`, since importing the compiler takes longer than this package.
+`SAB_JOIN=0` leaves the products apart. Eager mode knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections import defaultdict
+from typing import Any
+
+from torch import fx
+from torch._inductor import config, custom_graph_pass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.pattern_matcher import stable_topological_sort
+
+from .ops import sab_linear, sab_linears
+
+MOST = 4
+"""Products of one `sab::linears`; more of one input become several."""
+_HOOK = "post_grad_custom_post_pass"
+_Aware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)  # told `is_inference`; newer ones
+
+
+class JoinProducts(_Aware):
+    """Join the products of one input in a graph of Inductor.
+
+    It runs after gradients are laid out, in forward and backward graphs alike, and a joined product gives what the single
+    ones do; so nothing about gradients changes.
+
+    Args:
+        before: a pass that somebody else has set, which is called first, or None.
+    """
+
+    def __init__(self, before: Any = None):
+        self.before = before
+
+    def __call__(self, graph: fx.Graph, **told: bool) -> None:
+        if self.before is not None:
+            self.before(graph, **(told if isinstance(self.before, _Aware) else {}))
+        join(graph)
+
+    def uuid(self) -> Any:
+        """Return the pass in the keys of cached graphs; None, so that none are cached, where `before` has none."""
+        own = get_hash_for_files((__file__,))
+        if self.before is None:
+            return own
+        other = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
+        return None if other is None else (own, other)
+
+
+def register() -> None:
+    """Have Inductor run the pass after its own ones, and after a pass that is there already; once is enough."""
+    if os.environ.get("SAB_JOIN", "1") == "0" or not hasattr(config, _HOOK):
+        return
+    present = getattr(config, _HOOK)
+    several = isinstance(present, (list, tuple))  # newer torches take those
+    if any(isinstance(one, JoinProducts) for one in (present if several else [present])):
+        return
+    setattr(config, _HOOK, [*present, JoinProducts()] if several else JoinProducts(present))
+
+
+def join(graph: fx.Graph) -> int:
+    """Join products of the same node as input with the same `exact`, `MOST` at a time, in the order of the graph.
+
+    Products whose packed tensors are themselves computed from a product stay alone.
+
+    Returns:
+        How many `sab::linears` there are now that were not.
+    """
+    groups: dict[tuple, list[tuple[fx.Node, tuple]]] = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=sab_linear):
+        x, *operands, exact = _arguments(node)
+        if not any(_depends_on_product(operand) for operand in operands if isinstance(operand, fx.Node)):
+            groups[x, exact].append((node, tuple(operands)))
+    count = 0
+    for (x, exact), group in groups.items():
+        for start in range(0, len(group) - 1, MOST):
+            _replace(graph, x, group[start : start + MOST], exact)
+            count += 1
+    if count:
+        stable_topological_sort(graph)
+        graph.lint()
+    return count
+
+
+def _arguments(node: fx.Node) -> tuple:
+    """Return all arguments of a `sab::linear` in the order of its schema, defaults included."""
+    rest = sab_linear._schema.arguments[len(node.args) :]
+    return (*node.args, *[node.kwargs.get(argument.name, argument.default_value) for argument in rest])
+
+
+def _depends_on_product(node: fx.Node) -> bool:
+    seen, todo = set(), [node]
+    while todo:
+        node = todo.pop()
+        if node.target in (sab_linear, sab_linears):
+            return True
+        if node not in seen:
+            seen.add(node)
+            todo.extend(node.all_input_nodes)
+    return False
+
+
+def _replace(graph: fx.Graph, x: fx.Node, group: list[tuple[fx.Node, tuple]], exact: bool) -> None:
+    """Put one `sab::linears` where the first product of the group is; the order of the graph is mended afterwards."""
+    nodes = [node for node, _ in group]
+    operands = [list(several) for several in zip(*[one for _, one in group], strict=True)]
+    with graph.inserting_before(nodes[0]):
+        joined = graph.call_function(sab_linears, (x, *operands, exact))
+        joined.meta["val"] = [node.meta["val"] for node in nodes]
+        for i, node in enumerate(nodes):
+            item = graph.call_function(operator.getitem, (joined, i))
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item)
+    for node in nodes:
+        graph.erase_node(node)
