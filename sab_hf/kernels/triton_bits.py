@@ -128,14 +128,14 @@ def _store_sums(y_ptr, sums, first_row, rows, WARPS: tl.constexpr, SPLIT: tl.con
 
 
 @triton.jit
-def bits_kernel(
-    bits_ptr, scale_ptr, sum_ptr, signs_ptr, row_scale_ptr, residual_ptr, residual_row_scale_ptr, y_ptr,
+def bits_program(
+    program, bits_ptr, scale_ptr, sum_ptr, signs_ptr, row_scale_ptr, residual_ptr, residual_row_scale_ptr, y_ptr,
     batch, rows, pieces, steps,
     PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
     RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
     INPUTS: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y[b, i] = Σ over planes k of r_k[i] (B_k u_k)[i, b]; each program makes `steps` tiles of 16 WARPS / SPLIT rows.
+    """Do the work of one program: y[b, i] = Σ over planes k of r_k[i] (B_k u_k)[i, b], `steps` tiles of 16 WARPS / SPLIT rows.
 
     Activations: see `triton_prepare.cut_kernel`. signs: [PLANES, rows, STRIDE] int32, of which NUM_WORDS count; residual:
     [rows, RESIDUAL_STRIDE], RESIDUAL_WORDS. A tile of words is under way while the one before is computed; the first one
@@ -145,7 +145,7 @@ def bits_kernel(
     mine: tl.constexpr = ((NUM_WORDS + 15) // 16 + SPLIT - 1) // SPLIT
     mine_residual: tl.constexpr = ((RESIDUAL_WORDS + 15) // 16 + SPLIT - 1) // SPLIT
     thread = tl.arange(0, 32 * WARPS)
-    first_row = tl.program_id(0) * height * steps
+    first_row = program * height * steps
     row = first_row + thread // (32 * SPLIT) * 16 + thread % 32 // 4
     ahead = _load_tile(
         signs_ptr, residual_ptr, row, rows, rows, thread,
@@ -183,3 +183,19 @@ def bits_kernel(
                 _store_sums(y_ptr + b * rows, high, first_row + 8, end, WARPS, SPLIT)
         row += height
         first_row += height
+
+
+@triton.jit
+def bits_kernel(
+    bits_ptr, scale_ptr, sum_ptr, signs_ptr, row_scale_ptr, residual_ptr, residual_row_scale_ptr, y_ptr,
+    batch, rows, pieces, steps,
+    PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
+    RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
+    INPUTS: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The product of one matrix; see `bits_program`."""
+    bits_program(
+        tl.program_id(0), bits_ptr, scale_ptr, sum_ptr, signs_ptr, row_scale_ptr, residual_ptr, residual_row_scale_ptr, y_ptr,
+        batch, rows, pieces, steps,
+        PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE, INPUTS, WARPS, SPLIT, PDL,
+    )  # fmt: skip

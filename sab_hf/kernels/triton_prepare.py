@@ -16,16 +16,15 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def _scaled(
     x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-    in_features, num_significant, column, PLANES: tl.constexpr, PDL: tl.constexpr,
+    in_features, num_significant, column, plane, batch, PLANES, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Return the program's plane and input, and c ⊙ x of its columns, float32 in the shape of `column`.
+    """Return c ⊙ x of a plane's columns `column` and the input `batch`, float32 in the shape of `column`.
 
     The plane after the full ones is the residual. What runs next may load weights meanwhile: it waits for this kernel
     before it reads activations, as this one waits for what ran before.
     """
     if PDL:
         cuda.gdc_launch_dependents()
-    plane, batch = tl.program_id(1), tl.program_id(2)
     if plane < PLANES:
         inside = column < in_features
         source = column
@@ -37,7 +36,7 @@ def _scaled(
     if PDL:
         cuda.gdc_wait()
     x = tl.load(x_ptr + batch * stride_batch + source * stride_column, mask=inside, other=0.0)
-    return plane, batch, x.to(tl.float32) * c.to(tl.float32)
+    return x.to(tl.float32) * c.to(tl.float32)
 
 
 @triton.jit
@@ -66,9 +65,10 @@ def quantize_kernel(
 ):  # fmt: skip
     """Write c ⊙ x as `quantized` gives it, for each plane and input: q [8, P] int32, start [P] and scale [P], P padded words."""
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    plane, batch, u = _scaled(
+    plane, batch = tl.program_id(1), tl.program_id(2)
+    u = _scaled(
         x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-        in_features, num_significant, word[:, None] * 32 + tl.arange(0, 32)[None, :], PLANES, PDL,
+        in_features, num_significant, word[:, None] * 32 + tl.arange(0, 32)[None, :], plane, batch, PLANES, PDL,
     )  # fmt: skip
     packed, start, scale = quantized(u)
     base = plane * tl.num_programs(2) + batch
@@ -93,21 +93,23 @@ def _ballot(bit, thread):
 
 
 @triton.jit
-def cut_kernel(
-    x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-    bits_ptr, scale_ptr, sum_ptr, in_features, num_significant, pieces, PLANES: tl.constexpr, PDL: tl.constexpr,
+def cut_program(
+    place, plane, x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
+    bits_ptr, scale_ptr, sum_ptr, in_features, num_significant, pieces, PLANES, PDL: tl.constexpr,
 ):  # fmt: skip
     """Round c ⊙ x to 16 bits with one scale for 16 words, a piece, and cut the integers into rows of bits.
 
-    A program makes a piece with 16 warps: a warp is a word, a thread a column. Writes for each plane, input and piece:
+    A program makes a piece with 16 warps: a warp is a word, a thread a column. `plane` is its place among the planes of the
+    matrix, `place` that among all that are written. Writes for each plane, input and piece:
         bits: [8, 4, 2, 4] int32; (g, t, i, j) are the bits of weight 2^(8i + g) of the columns of the piece's word 4t + j.
         scale: float32, the step; NaN where the inputs are not finite.
         sum: int32, the sum of the integers.
     """
     thread = tl.arange(0, 512)
-    plane, batch, u = _scaled(
+    batch = tl.program_id(2)
+    u = _scaled(
         x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-        in_features, num_significant, tl.program_id(0) * 512 + thread, PLANES, PDL,
+        in_features, num_significant, tl.program_id(0) * 512 + thread, plane, batch, PLANES, PDL,
     )  # fmt: skip
     finite = tl.abs(u) < float("inf")
     step = tl.max(tl.where(finite, tl.abs(u), float("inf")), axis=0) / 32767
@@ -116,12 +118,25 @@ def cut_kernel(
     packed = tl.zeros([512], tl.int32)
     for weight in tl.static_range(16):  # thread `weight` of a warp keeps its word's bits of that weight
         packed = tl.where(thread % 32 == weight, _ballot(q >> weight & 1, thread), packed)
-    base = (plane * tl.num_programs(2) + batch) * pieces + tl.program_id(0)
+    base = (place * tl.num_programs(2) + batch) * pieces + tl.program_id(0)
     word, weight = thread // 32, thread % 32
-    place = weight % 8 * 32 + word // 4 * 8 + weight // 8 * 4 + word % 4
-    tl.store(bits_ptr + base * 256 + place, packed, mask=weight < 16)
+    inside = weight % 8 * 32 + word // 4 * 8 + weight // 8 * 4 + word % 4
+    tl.store(bits_ptr + base * 256 + inside, packed, mask=weight < 16)
     tl.store(scale_ptr + base, tl.where(step < float("inf"), step, float("nan")))
     tl.store(sum_ptr + base, tl.sum(q, axis=0))
+
+
+@triton.jit
+def cut_kernel(
+    x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
+    bits_ptr, scale_ptr, sum_ptr, in_features, num_significant, pieces, PLANES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The planes of one matrix; see `cut_program`."""
+    plane = tl.program_id(1)
+    cut_program(
+        plane, plane, x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
+        bits_ptr, scale_ptr, sum_ptr, in_features, num_significant, pieces, PLANES, PDL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -135,9 +150,10 @@ def scale_kernel(
     Place 2i + s of a word is its bit i + 16s, the order in which `triton_dot.py` takes weights out of it.
     """
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    plane, batch, u = _scaled(
+    plane, batch = tl.program_id(1), tl.program_id(2)
+    u = _scaled(
         x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-        in_features, num_significant, word[:, None] * 32 + tl.arange(0, 32)[None, :], PLANES, PDL,
+        in_features, num_significant, word[:, None] * 32 + tl.arange(0, 32)[None, :], plane, batch, PLANES, PDL,
     )  # fmt: skip
     bit = tl.arange(0, 32)
     place = bit % 16 * 2 + bit // 16

@@ -57,23 +57,23 @@ def _load_tile(
 
 
 @triton.jit
-def single_kernel(
-    x_ptr, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
+def single_program(
+    program, programs, x_ptr, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
     signs_ptr, row_scale_ptr, residual_ptr, residual_row_scale_ptr, y_ptr,
     in_features, num_significant, rows, steps,
     PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
     RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y[i] = Σ over planes k of r_k[i] (B_k u_k)[i]; programs take tiles of ROWS rows in turn, `steps` each.
+    """Do the work of one of the programs of a matrix: y[i] = Σ over planes k of r_k[i] (B_k u_k)[i], tiles of ROWS rows in turn.
 
     signs: [PLANES, rows, STRIDE] int32, of which NUM_WORDS count; residual: [rows, RESIDUAL_STRIDE], RESIDUAL_WORDS, which
-    take the last RESIDUAL of the WORDS lanes. A tile is under way while the one before is computed.
+    take the last RESIDUAL of the WORDS lanes. A tile is under way while the one before is computed; `steps` tiles a program.
     """
     FIRST: tl.constexpr = WORDS - RESIDUAL
     lane = tl.arange(0, WORDS)
-    advance = ROWS * tl.num_programs(0)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    advance = ROWS * programs
+    row = program * ROWS + tl.arange(0, ROWS)
     ahead = _load_tile(
         signs_ptr, residual_ptr, row, rows, rows, lane,
         PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE, FIRST,
@@ -113,3 +113,20 @@ def single_kernel(
                 acc += products(tile[k], activations[k]) * r
         tl.store(y_ptr + row, tl.sum(acc, axis=1).to(y_ptr.dtype.element_ty), mask=here)
         row += advance
+
+
+@triton.jit
+def single_kernel(
+    x_ptr, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
+    signs_ptr, row_scale_ptr, residual_ptr, residual_row_scale_ptr, y_ptr,
+    in_features, num_significant, rows, steps,
+    PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
+    RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The product of one matrix; see `single_program`."""
+    single_program(
+        tl.program_id(0), tl.num_programs(0), x_ptr, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
+        signs_ptr, row_scale_ptr, residual_ptr, residual_row_scale_ptr, y_ptr, in_features, num_significant, rows, steps,
+        PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE, ROWS, WORDS, RESIDUAL, PDL,
+    )  # fmt: skip
