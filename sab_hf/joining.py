@@ -67,19 +67,18 @@ def register() -> None:
 def use_stored_scales(graph: fx.Graph) -> None:
     """Give products on CPUs the scales as modules store them, int16: their kernels read those, and a view takes 2 µs."""
     for node in graph.find_nodes(op="call_function", target=sab_linear):
-        x, *operands, exact = _arguments(node)
+        x, *operands, _ = _arguments(node)
         if x.meta["val"].device.type == "cpu":
-            node.args, node.kwargs = (x, *[_stored(operand) for operand in operands], exact), {}
+            for operand in operands:
+                if isinstance(operand, fx.Node) and _views_stored_scales(operand):
+                    node.replace_input_with(operand, operand.args[0])
     graph.eliminate_dead_code()
 
 
-def _stored(operand: Any) -> Any:
-    """Return the int16 tensor that `operand` views as float16, or `operand` where it is no such view."""
-    if isinstance(operand, fx.Node) and operand.target is torch.ops.aten.view.dtype:
-        source, dtype = operand.args
-        if dtype == torch.float16 and source.meta["val"].dtype == torch.int16:
-            return source
-    return operand
+def _views_stored_scales(node: fx.Node) -> bool:
+    if node.target is not torch.ops.aten.view.dtype or node.args[1] != torch.float16:
+        return False
+    return node.args[0].meta["val"].dtype == torch.int16
 
 
 def join(graph: fx.Graph) -> int:
