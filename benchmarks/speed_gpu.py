@@ -8,13 +8,14 @@ import torch
 from timing import copy_bandwidth, median_graph_us
 
 from sab_hf.linear import SABLinear  # noqa: F401  registers the op's implementations
-from sab_hf.ops import sab_linear
+from sab_hf.ops import sab_linear, sab_linears
 from sab_hf.packing import stored_bytes
 
 ROTATING_BYTES = 120e6
 SHAPES = [(37888, 3584), (18944, 3584), (3584, 18944), (3584, 3584)]
 SCHEMES = {"one plane": (1, 0.0), "one plane + 10 %": (1, 0.1), "two planes": (2, 0.0)}
 HEAD = (152064, 3584)
+GROUPS = {"q, k, v": [(3584, 3584), (512, 3584), (512, 3584)], "gate, up": [(18944, 3584)] * 2}
 
 
 def cases() -> list[dict[str, Any]]:
@@ -68,6 +69,25 @@ def packed_us(shape: tuple[int, int], num_planes: int, part: float, batch: int, 
     return median_graph_us([lambda o=o: sab_linear(x, *o, exact) for o in operands])
 
 
+def group_us(shapes: list[tuple[int, int]], num_planes: int, part: float) -> dict[str, float]:
+    """Return microseconds of the products of one input by several matrices, in bf16: joined, one by one, and by cuBLAS."""
+    columns = shapes[0][1]
+    x = torch.randn(1, columns, dtype=torch.bfloat16, device="cuda")
+    k = round(part * columns)
+    copies = math.ceil(ROTATING_BYTES / sum(stored_bytes(*shape, num_planes, k) for shape in shapes))
+    groups = [[random_operands(*shape, num_planes, k) for shape in shapes] for _ in range(copies)]
+    lists = [[list(same) for same in zip(*group, strict=True)] for group in groups]
+    copies = max(2, math.ceil(ROTATING_BYTES / sum(2 * n * m for n, m in shapes)))
+    weights = [[torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes] for _ in range(copies)]
+    return {
+        "us": median_graph_us([lambda one=one: sab_linears(x, *one) for one in lists]),
+        "separate_us": median_graph_us(
+            [lambda group=group: [sab_linear(x, *one) for one in group] for group in groups]
+        ),
+        "dense_us": median_graph_us([lambda Ws=Ws: [torch.nn.functional.linear(x, W) for W in Ws] for Ws in weights]),
+    }
+
+
 def run(save: Callable[[dict[str, Any]], None], progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure every case; `save` is called with all results after each."""
     results: dict[str, Any] = {"copy_GB/s": copy_bandwidth("cuda", 2**30), "rows": []}
@@ -93,4 +113,11 @@ def run(save: Callable[[dict[str, Any]], None], progress: Callable[[str], None])
         progress(str(results["rows"][-1]))
         save(results)
         torch.cuda.empty_cache()
+    results["groups"] = []
+    for name, shapes in GROUPS.items():
+        scheme = "one plane + 10 %"
+        row = {"group": name, "shapes": shapes, "scheme": scheme, "batch": 1} | group_us(shapes, *SCHEMES[scheme])
+        results["groups"].append(row)
+        progress(str(row))
+        save(results)
     return results

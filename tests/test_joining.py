@@ -80,10 +80,10 @@ def hook():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
-def test_a_compiled_block_joins_products_of_one_input(watched, shape):
+def test_a_compiled_block_joins_products_of_one_input(watched, device, shape):
     before, after = watched
-    block = Block()
-    x = inputs(*shape, HIDDEN)
+    block = Block().to(device)
+    x = inputs(*shape, HIDDEN).to(device)
     with torch.no_grad():
         found = torch.compile(block, fullgraph=True)(x)
         torch.testing.assert_close(found, block(x))

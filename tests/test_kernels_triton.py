@@ -21,6 +21,7 @@ from sab_hf.hessian import feedback_factor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
+JOINED = str(Path(__file__).with_name("test_kernels_joined.py"))
 INTERPRETED = triton.knobs.runtime.interpret
 SIZES = [(6, 13, 1, 0), (9, 40, 2, 7), (37, 300, 1, 33), (5, 64, 2, 1), (3, 33, 3, 33), (1, 8, 4, 0)]
 GPU_SIZES = [
@@ -35,11 +36,11 @@ GPU_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def test_kernels_pass_in_the_interpreter():
-    """Run the other tests of this file in a process of its own: the interpreter is chosen when Triton is imported."""
+    """Run the tests of the kernels in a process of its own: the interpreter is chosen when Triton is imported."""
     if INTERPRETED:
         pytest.skip("this is that process")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__, JOINED],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip

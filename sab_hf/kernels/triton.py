@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ from .triton_prepare import cut_kernel, quantize_kernel, scale_kernel
 from .triton_single import single_kernel
 from .triton_unpack import unpack_kernel
 
+# Triton 3.4 has a `gdc_wait`, which its own compiler cannot call.
+_CAN_WAIT = hasattr(cuda, "gdc_wait") and "_semantic" in inspect.signature(cuda.gdc_wait).parameters
 DENSE_BYTES = 512 * 2**20
 """Most bytes of unpacked weights at a time, in whole tiles of the library's product:"""
 DENSE_ROWS = 128
@@ -280,7 +283,7 @@ def _launch(kernel, grid, *args, **options) -> None:
 
 
 def _pdl(x: Tensor) -> bool:
-    return x.is_cuda and _capability(x) >= (9, 0) and hasattr(cuda, "gdc_wait")  # Triton 3.4 lacks it
+    return x.is_cuda and _capability(x) >= (9, 0) and _CAN_WAIT
 
 
 def _capability(x: Tensor) -> tuple[int, int]:

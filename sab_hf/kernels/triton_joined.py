@@ -37,17 +37,30 @@ def joined_single_kernel(x_ptr, stride_column, in_features, classes, SIZES: tl.c
     for i in tl.static_range(len(classes)):
         end = first + SIZES[i][0] * len(classes[i])
         if (tl.program_id(0) >= first) & (tl.program_id(0) < end):
-            _single_of_class(tl.program_id(0) - first, x_ptr, stride_column, in_features, classes[i], SIZES[i], PDL)
+            _single_of_class(tl.program_id(0) - first, x_ptr, stride_column, in_features, classes[i], SIZES, i, PDL)
         first = end
 
 
 @triton.jit
-def _single_of_class(program, x_ptr, stride_column, in_features, matrices, SIZES: tl.constexpr, PDL: tl.constexpr):
-    c, columns, residual_c, signs, r, residual, residual_r, y, num_significant = _chosen(matrices, program // SIZES[0])
+def _single_of_class(
+    program, x_ptr, stride_column, in_features, matrices, SIZES: tl.constexpr, CLASS: tl.constexpr, PDL: tl.constexpr
+):
+    PROGRAMS: tl.constexpr = SIZES[CLASS][0]
+    NUM_ROWS: tl.constexpr = SIZES[CLASS][1]
+    STEPS: tl.constexpr = SIZES[CLASS][2]
+    PLANES: tl.constexpr = SIZES[CLASS][3]
+    NUM_WORDS: tl.constexpr = SIZES[CLASS][4]
+    STRIDE: tl.constexpr = SIZES[CLASS][5]
+    RESIDUAL_WORDS: tl.constexpr = SIZES[CLASS][6]
+    RESIDUAL_STRIDE: tl.constexpr = SIZES[CLASS][7]
+    ROWS: tl.constexpr = SIZES[CLASS][8]
+    WORDS: tl.constexpr = SIZES[CLASS][9]
+    RESIDUAL: tl.constexpr = SIZES[CLASS][10]
+    c, columns, residual_c, signs, r, residual, residual_r, y, num_significant = _chosen(matrices, program // PROGRAMS)
     single_program(
-        program % SIZES[0], SIZES[0], x_ptr, stride_column, c, columns, residual_c, signs, r, residual, residual_r, y,
-        in_features, num_significant, SIZES[1], SIZES[2], SIZES[3], SIZES[4], SIZES[5], SIZES[6], SIZES[7], SIZES[8],
-        SIZES[9], SIZES[10], PDL,
+        program % PROGRAMS, PROGRAMS, x_ptr, stride_column, c, columns, residual_c, signs, r, residual, residual_r, y,
+        in_features, num_significant, NUM_ROWS, STEPS, PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE,
+        ROWS, WORDS, RESIDUAL, PDL,
     )  # fmt: skip
 
 
@@ -91,7 +104,7 @@ def joined_bits_kernel(
         if (tl.program_id(0) >= first) & (tl.program_id(0) < end):
             _bits_of_class(
                 tl.program_id(0) - first, bits_ptr, scale_ptr, sum_ptr, batch, pieces, classes[i],
-                SIZES[i], INPUTS, WARPS, PDL,
+                SIZES, i, INPUTS, WARPS, PDL,
             )  # fmt: skip
         first = end
 
@@ -99,11 +112,21 @@ def joined_bits_kernel(
 @triton.jit
 def _bits_of_class(
     program, bits_ptr, scale_ptr, sum_ptr, batch, pieces, matrices,
-    SIZES: tl.constexpr, INPUTS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+    SIZES: tl.constexpr, CLASS: tl.constexpr, INPUTS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    signs, r, residual, residual_r, y, first_plane = _chosen(matrices, program // SIZES[0])
+    PROGRAMS: tl.constexpr = SIZES[CLASS][0]
+    NUM_ROWS: tl.constexpr = SIZES[CLASS][1]
+    STEPS: tl.constexpr = SIZES[CLASS][2]
+    PLANES: tl.constexpr = SIZES[CLASS][3]
+    NUM_WORDS: tl.constexpr = SIZES[CLASS][4]
+    STRIDE: tl.constexpr = SIZES[CLASS][5]
+    RESIDUAL_WORDS: tl.constexpr = SIZES[CLASS][6]
+    RESIDUAL_STRIDE: tl.constexpr = SIZES[CLASS][7]
+    SPLIT: tl.constexpr = SIZES[CLASS][8]
+    signs, r, residual, residual_r, y, first_plane = _chosen(matrices, program // PROGRAMS)
     base = first_plane * batch * pieces
     bits_program(
-        program % SIZES[0], bits_ptr + base * 256, scale_ptr + base, sum_ptr + base, signs, r, residual, residual_r, y,
-        batch, SIZES[1], pieces, SIZES[2], SIZES[3], SIZES[4], SIZES[5], SIZES[6], SIZES[7], INPUTS, WARPS, SIZES[8], PDL,
+        program % PROGRAMS, bits_ptr + base * 256, scale_ptr + base, sum_ptr + base, signs, r, residual, residual_r, y,
+        batch, NUM_ROWS, pieces, STEPS, PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE,
+        INPUTS, WARPS, SPLIT, PDL,
     )  # fmt: skip
