@@ -1,5 +1,7 @@
 """A pass of PyTorch's compiler: products of one input (q, k, v; gate, up) become one `sab::linears`, which a device may fuse.
 
+Products on CPUs take their scales as modules store them in these graphs, without the views that other devices' kernels need.
+
 `register` is called when a compiler first sees `sab::linear`, since importing the compiler takes longer than this package.
 `SAB_JOIN=0` leaves the products apart. Eager mode knows nothing of it.
 """

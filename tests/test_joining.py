@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ops import inputs, operands
+from test_ops import inputs
 from test_planes import random_planes
 from torch import fx, nn
 from torch._inductor import config

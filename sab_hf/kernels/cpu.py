@@ -193,7 +193,10 @@ def _matrix(packed: tuple[Tensor, ...], layouts: list[Tensor]) -> library.Matrix
 def _as_half(packed: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Return the tensors with stored scales (int16) as the float16 numbers they are."""
     return tuple(
-        [tensor.view(torch.float16) if tensor is not None and tensor.dtype == torch.int16 else tensor for tensor in packed]
+        [
+            tensor.view(torch.float16) if tensor is not None and tensor.dtype == torch.int16 else tensor
+            for tensor in packed
+        ]
     )
 
 
