@@ -46,9 +46,9 @@ class TimedLibrary:
     def __getattr__(self, name: str):
         return getattr(self.kernels, name)
 
-    def sab_cpu_linear(self, *arguments) -> int:
+    def sab_cpu_linears(self, *arguments) -> int:
         start = time.perf_counter()
-        failed = self.kernels.sab_cpu_linear(*arguments)
+        failed = self.kernels.sab_cpu_linears(*arguments)
         self.seconds += time.perf_counter() - start
         return failed
 

@@ -28,6 +28,30 @@ static uint8_t *mask_of(int64_t columns, int64_t significant) {
     return mask;
 }
 
+/* Ten matrices of one input, more than share a parallel region: the given one, and its first rows, of which some have none.
+ * All give `alone`, what the given one gives by itself. */
+static void run_several(const sab_matrix *matrix, const char *x, int64_t stride, int dtype, int64_t tokens,
+                        const unsigned char *alone, int exact, int threads) {
+    enum { COUNT = 10 };
+    const size_t size = dtype == SAB_FLOAT32 ? 4 : 2;
+    sab_matrix matrices[COUNT];
+    void *y[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        matrices[i] = *matrix;
+        if (matrix->planes == 1 && i % 3 == 1) matrices[i].rows = i % 2 ? 0 : (matrix->rows + 1) / 2;
+        y[i] = malloc(size * (size_t)(tokens * matrices[i].rows) + 1);
+    }
+    if (sab_cpu_linears(matrices, COUNT, x, stride, dtype, tokens, y, exact, threads) != 0) abort();
+    for (int i = 0; i < COUNT; i++) {
+        const size_t row_bytes = size * (size_t)matrices[i].rows;
+        for (int64_t token = 0; token < tokens; token++) {
+            const char *of_token = (char *)y[i] + row_bytes * (size_t)token;
+            if (memcmp(of_token, alone + size * (size_t)(matrix->rows * token), row_bytes) != 0) abort();
+        }
+        free(y[i]);
+    }
+}
+
 static double run(const sab_matrix *matrix, int64_t tokens, int64_t stride, int dtype) {
     const size_t size = dtype == SAB_FLOAT32 ? 4 : 2;
     double sum = 0;
@@ -40,8 +64,10 @@ static double run(const sab_matrix *matrix, int64_t tokens, int64_t stride, int 
     for (int exact = 0; exact < 2; exact++)
         for (int threads = 1; threads < 4; threads += 2) {
             unsigned char *y = malloc(size * (size_t)(tokens * matrix->rows) + 1);
-            if (sab_cpu_linear(matrix, x, stride, dtype, tokens, y, exact, threads) != 0) abort();
+            void *into[] = {y};
+            if (sab_cpu_linears(matrix, 1, x, stride, dtype, tokens, into, exact, threads) != 0) abort();
             for (size_t i = 0; i < size * (size_t)(tokens * matrix->rows); i++) sum += y[i];
+            run_several(matrix, x, stride, dtype, tokens, y, exact, threads);
             free(y);
         }
     free(x);

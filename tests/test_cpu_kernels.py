@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import DTYPES, assert_is_matmul, inputs, operands
+from test_ops import DTYPES, assert_is_matmul, inputs, operands, several
 from test_planes import random_planes
 
 from sab_hf import SABLinear
 from sab_hf.kernels import cpu, layouts, library
-from sab_hf.ops import linear_reference, sab_linear
+from sab_hf.ops import linear_reference, sab_linear, sab_linears
 from sab_hf.planes import SignPlanes
 
 KERNELS = library.load()
@@ -136,6 +136,53 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
     for other in results[1:]:
         assert torch.allclose(other[0], results[0][0], rtol=1e-5, atol=1e-3)  # dense rows go through PyTorch's matmul
         assert torch.equal(other[1], results[0][1]) or isa == "portable"
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 70])
+def test_products_of_one_call_are_bitwise_the_single_ones(isa, tokens, exact):
+    """More matrices than share a parallel region, of unlike sizes, planes and residual planes; one has no rows."""
+    sizes = [(700, 2, 9), (1, 1, 0), (0, 1, 0), (130, 1, 300), (64, 3, 1), (200, 1, 0), (65, 2, 20), (900, 1, 5)]
+    matrices = [random_planes(rows, 300, *rest, seed=i) for i, (rows, *rest) in enumerate([*sizes, *sizes])]
+    for dtype in DTYPES:
+        x = inputs(tokens, 300, dtype=dtype)
+        for threads in (1, 3):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            found = sab_linears(x, *several(*matrices), exact)
+            single = [sab_linear(x, *operands(planes), exact) for planes in matrices]
+            torch.set_num_threads(before)
+            assert all(torch.equal(y, expected) for y, expected in zip(found, single, strict=True))
+
+
+def test_products_of_one_call_follow_each_of_their_weights():
+    matrices, others = ([random_planes(70, 40, 1, 3, seed=seed + i) for i in range(3)] for seed in (0, 10))
+    packed, x = several(*matrices), inputs(2, 40)
+    sab_linears(x, *packed, exact=True)
+    for i, other in enumerate(others):
+        for tensors, written in zip(packed, operands(other), strict=True):
+            tensors[i].copy_(written)
+        assert_is_matmul(sab_linears(x, *packed, exact=True)[i], x, other)
+
+
+def test_stored_scales_give_the_same_products(isa):
+    planes, x = random_planes(70, 300, 2, 9), inputs(2, 300)
+    stored = [tensor.view(torch.int16) if tensor.dtype == torch.float16 else tensor for tensor in operands(planes)]
+    assert torch.equal(sab_linear(x, *stored), sab_linear(x, *operands(planes)))
+    double = x.double()  # goes through PyTorch
+    assert torch.equal(sab_linear(double, *stored), sab_linear(double, *operands(planes)))
+
+
+def test_a_layout_in_use_outlives_another_view_of_its_weights():
+    """`.data` has a version counter of its own: the layouts of both are not the same, and none may vanish under the other."""
+    planes, x = random_planes(70, 40), inputs(1, 40)
+    module = SABLinear.from_planes(planes)
+    module.signs.copy_(module.signs.clone())
+    first = module(x)
+    sab_linear(x, *[tensor if tensor is None else tensor.data for tensor in operands(planes)])
+    sab_linear(x, module.signs.data, module.row_scale.data, module.col_scale.data, None, None, None, None)
+    gc.collect()
+    assert torch.equal(module(x), first)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])

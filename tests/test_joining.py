@@ -194,3 +194,23 @@ def test_a_product_whose_scales_come_from_a_product_stays_alone():
         graph = traced(function, inputs(2, 13))
     assert products(graph) == ([], 2)
     assert joining.join(graph) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_products_on_cpus_take_scales_as_they_are_stored(hook, dtype):
+    """A float16 input stays what it is, though it is a view of integers as the scales are."""
+    seen = []
+
+    def watch(graph: fx.Graph) -> None:
+        joining.use_stored_scales(graph)
+        [node] = graph.find_nodes(op="call_function", target=sab_linear)
+        seen.append([operand.meta["val"].dtype for operand in node.all_input_nodes])
+
+    hook(watch)
+    torch.compiler.reset()
+    layer, bits = packed(8, 13, 3, 2), inputs(2, 13, dtype=dtype).view(torch.int16)
+    with torch.no_grad():
+        found = torch.compile(lambda bits: layer(bits.view(dtype)), fullgraph=True)(bits)
+        assert torch.equal(found, layer(bits.view(dtype)))
+    planes, residual = [torch.uint8, torch.int16, torch.int16], [torch.uint8, torch.uint8, torch.int16, torch.int16]
+    assert seen == [[dtype, *planes, *residual]]

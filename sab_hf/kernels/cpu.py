@@ -1,4 +1,4 @@
-"""`sab::linear` on CPUs: the compiled kernels, on layouts made from the packed tensors at their first use.
+"""`sab::linear` and `sab::linears` on CPUs: the compiled kernels, on layouts made from the packed tensors at their first use.
 
 int8 look-up tables by default (`csrc/sab_cpu.h`), float32 ones where `exact` is asked for; without the compiled library,
 the PyTorch implementation.
@@ -26,12 +26,37 @@ _FEW_TOKENS = min(_EXACT_TOKENS.values())
 _DENSE_BYTES = 16 << 20  # of dense rows at a time
 
 
-class _Entry:
-    """The layout of one matrix's full planes, and the C struct of the tensors it was last called with, by address."""
+class Prepared:
+    """The C structs of the matrices of one call, kept for as long as the packed tensors are what they were.
 
-    def __init__(self, codes: Tensor):
-        self.codes = codes
-        self.last: tuple[tuple[int, ...], library.Matrix] | None = None  # replaced as one: threads may race
+    A copied or pickled one starts anew.
+    """
+
+    def __init__(self):
+        self._last: tuple[list[int], ctypes.Array, list] | None = None  # replaced as one: threads may race
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def find(self, tensors: list[Tensor]) -> tuple[ctypes.Array | None, list[int]]:
+        """Return the structs that were kept for these packed tensors, None if there are none, and the tensors' identity."""
+        identity = []
+        for tensor in tensors:
+            identity += (tensor.data_ptr(), tensor.numel())
+            if tensor.dtype == torch.uint8:  # signs, which layouts are made from
+                identity += (tensor.untyped_storage()._cdata, 0 if tensor.is_inference() else tensor._version)
+        last = self._last
+        return (last[1] if last is not None and last[0] == identity else None), identity
+
+    def make(self, kernels: ctypes.CDLL, matrices: list[tuple[Tensor, ...]], identity: list[int]) -> ctypes.Array:
+        """Return the structs of `matrices`, and keep them for tensors of this identity."""
+        layouts = [_layouts(kernels, packed) for packed in matrices]
+        each = [_matrix(packed, codes) for packed, codes in zip(matrices, layouts, strict=True)]
+        structs = (library.Matrix * len(each))(*each)
+        # Held weakly: no other storage has the same `_cdata` as long as that is so.
+        storages = [StorageWeakRef(tensor.untyped_storage()) for packed in matrices for tensor in packed]
+        self._last = (identity, structs, [layouts, storages])
+        return structs
 
 
 def linear(
@@ -52,33 +77,59 @@ def linear(
     output is at most `Σ_planes |r| Σ_blocks 32 · largest/126`, and about 1.9e-4 of the output's energy for Gaussian
     inputs. Infinite or NaN inputs never give numbers.
 
+    Scales may also be int16, the bits of float16 numbers, as modules store them.
+
     Raises:
         ValueError: a tensor's dtype, shape or device is not that of the file format.
     """
-    kernels = library.load()
-    packed = (signs, row_scale, col_scale)
-    if significant_columns is not None and residual_col_scale.numel():
-        packed = (*packed, significant_columns, residual_signs, residual_row_scale, residual_col_scale)
-    if kernels is None or x.dtype not in _DTYPES:
-        return linear_reference(x, *packed, *(None,) * (len(_NAMES) - len(packed)))
-    packed = tuple([tensor.contiguous() for tensor in packed])
-    return _multiply(kernels, _matrix(kernels, packed), x, exact)
+    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
+    return _products(x, [(signs, row_scale, col_scale, *residual)], exact)[0]
+
+
+def linears(
+    x: Tensor,
+    signs: list[Tensor],
+    row_scale: list[Tensor],
+    col_scale: list[Tensor],
+    significant_columns: list[Tensor | None],
+    residual_signs: list[Tensor | None],
+    residual_row_scale: list[Tensor | None],
+    residual_col_scale: list[Tensor | None],
+    exact: bool = False,
+) -> list[Tensor]:
+    """Compute `ops.linears_reference` (arguments there) in one call of the kernels; bitwise what `linear` gives for each.
+
+    Raises:
+        ValueError: as `linear`, or the lists differ in length.
+    """
+    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
+    return _products(x, list(zip(signs, row_scale, col_scale, *residual, strict=True)), exact)
 
 
 torch.library.impl("sab::linear", "cpu", linear)
+torch.library.impl("sab::linears", "cpu", linears)
 
 
-class Direct:
-    """Products by the packed tensors of one module, past PyTorch's dispatcher, which takes longer than a small product.
+def _products(x: Tensor, operands: list[tuple[Tensor | None, ...]], exact: bool) -> list[Tensor]:
+    """Return the products of `x` by some matrices, each the op's arguments after `x`."""
+    kernels = library.load()
+    if kernels is None or x.dtype not in _DTYPES:
+        return [linear_reference(x, *_as_half(one)) for one in operands]
+    matrices = []
+    for one in operands:
+        packed = one if one[3] is not None and one[6].numel() else one[:3]
+        matrices.append(tuple([tensor.contiguous() for tensor in packed]))
+    if not matrices:
+        return []
+    prepared = cached("cpu call", matrices[0][0], Prepared)
+    structs, identity = prepared.find([tensor for packed in matrices for tensor in packed])
+    if structs is None:
+        structs = prepared.make(kernels, matrices, identity)
+    return _multiply(kernels, structs, x, exact)
 
-    A copied or pickled one starts anew.
-    """
 
-    def __init__(self):
-        self._last: tuple[list[int], library.Matrix, list[StorageWeakRef]] | None = None  # replaced as one, as above
-
-    def __reduce__(self):
-        return Direct, ()
+class Direct(Prepared):
+    """Products by the packed tensors of one module, past PyTorch's dispatcher, which takes longer than a small product."""
 
     def __call__(self, x: Tensor, packed: dict[str, Tensor], exact: bool) -> Tensor | None:
         """Return what `linear` returns for a plain CPU tensor `x` and the module's tensors, scales as they store them.
@@ -88,70 +139,65 @@ class Direct:
         kernels = library.load()
         if kernels is None or x.dtype not in _DTYPES:
             return None
-        identity = _identity(packed)
-        last = self._last
-        if last is None or last[0] != identity:
-            tensors = tuple([packed[name] for name in _NAMES if name in packed])
+        tensors = [packed[name] for name in _NAMES if name in packed]
+        structs, identity = self.find(tensors)
+        if structs is None:
             if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
                 return None
-            half = [tensor.view(torch.float16) if tensor.dtype == torch.int16 else tensor for tensor in tensors]
-            matrix = _matrix(kernels, tuple(half))
-            # Held weakly: no other storage has the same `_cdata` as long as that is so.
-            last = self._last = (identity, matrix, [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors])
-        return _multiply(kernels, last[1], x, exact)
+            structs = self.make(kernels, [tuple(tensors)], identity)
+        return _multiply(kernels, structs, x, exact)[0]
 
 
-def _identity(packed: dict[str, Tensor]) -> list[int]:
-    """Return numbers that change when a packed tensor is another, or when signs, which layouts are made from, were written."""
-    identity = []
-    for name, tensor in packed.items():
-        if name != "bias":
-            identity += (tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.numel())
-            identity.append(tensor._version if not tensor.is_inference() else 0)
-    return identity
-
-
-def _multiply(kernels: ctypes.CDLL, matrix: library.Matrix, x: Tensor, exact: bool) -> Tensor:
-    """Return `x Wᵀ` by the compiled kernels.
+def _multiply(kernels: ctypes.CDLL, structs: ctypes.Array, x: Tensor, exact: bool) -> list[Tensor]:
+    """Return `x Wᵀ` by the compiled kernels for each matrix W.
 
     Raises:
-        RuntimeError: `x` has another number of features than the matrix.
+        RuntimeError: `x` has another number of features than a matrix.
         MemoryError: there is no memory for the look-up tables.
     """
-    columns, rows = matrix.columns, matrix.rows
     shape = x.shape
-    if shape[-1] != columns:
-        raise RuntimeError(f"input has {shape[-1]} features, not {columns}")
+    columns, outputs = shape[-1], []
     x = x.contiguous()
-    y = x.new_empty((*shape[:-1], rows))
+    for matrix in structs:
+        if matrix.columns != columns:
+            raise RuntimeError(f"input has {columns} features, not {matrix.columns}")
+        outputs.append(x.new_empty((*shape[:-1], matrix.rows)))
     tokens = x.numel() // columns
     if tokens > _FEW_TOKENS and _is_for_matmul(kernels, tokens, exact):
-        return _dense_matmul(kernels, matrix, x.view(tokens, columns), y)
-    failed = kernels.sab_cpu_linear(
-        matrix, x.data_ptr(), columns, _DTYPES[x.dtype], tokens, y.data_ptr(), exact, torch.get_num_threads()
+        inputs = x.view(tokens, columns)
+        return [_dense_matmul(kernels, matrix, inputs, y) for matrix, y in zip(structs, outputs, strict=True)]
+    into = (ctypes.c_void_p * len(outputs))(*[y.data_ptr() for y in outputs])
+    failed = kernels.sab_cpu_linears(
+        structs, len(outputs), x.data_ptr(), columns, _DTYPES[x.dtype], tokens, into, exact, torch.get_num_threads()
     )
     if failed:
         raise MemoryError(f"no memory for the look-up tables of {tokens} tokens of {columns} features")
-    return y
+    return outputs
 
 
-def _matrix(kernels: ctypes.CDLL, packed: tuple[Tensor, ...]) -> library.Matrix:
-    """Return the C struct of the packed tensors, the one of the last call where they still are what they were."""
-    signs = packed[0]
-    entry = cached("cpu", signs, lambda: _Entry(_lay_out(kernels, signs)))
-    identity = [tensor.data_ptr() for tensor in packed]
-    identity += [tensor.numel() for tensor in packed]
-    residual_codes = None
-    if len(packed) > 3:
-        residual_codes = cached("cpu residual", packed[4], lambda: _lay_out(kernels, packed[4][None])).data_ptr()
-        identity.append(residual_codes)
-    if entry.last is None or entry.last[0] != identity:
-        _check(packed)
-        sizes = (signs.shape[1], packed[2].shape[1], signs.shape[0], packed[6].numel() if len(packed) > 3 else 0)
-        pointers = dict(zip(_NAMES, [tensor.data_ptr() for tensor in packed], strict=False))
-        matrix = library.Matrix(*sizes, codes=entry.codes.data_ptr(), residual_codes=residual_codes, **pointers)
-        entry.last = (identity, matrix)
-    return entry.last[1]
+def _layouts(kernels: ctypes.CDLL, packed: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the layouts of a matrix's full planes and of its residual plane, if it has one."""
+    signs = {"cpu": packed[0]} if len(packed) == 3 else {"cpu": packed[0], "cpu residual": packed[4][None]}
+    return [cached(name, planes, lambda planes=planes: _lay_out(kernels, planes)) for name, planes in signs.items()]
+
+
+def _matrix(packed: tuple[Tensor, ...], layouts: list[Tensor]) -> library.Matrix:
+    """Return the C struct of the packed tensors and their layouts."""
+    packed = _as_half(packed)
+    _check(packed)
+    sizes = (packed[0].shape[1], packed[2].shape[1], packed[0].shape[0], packed[6].numel() if len(packed) > 3 else 0)
+    tensors = dict(zip((*_NAMES[: len(packed)], "codes", "residual_codes"), (*packed, *layouts), strict=False))
+    return library.Matrix(*sizes, **{name: tensor.data_ptr() for name, tensor in tensors.items()})
+
+
+def _as_half(packed: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Return the tensors with stored scales (int16) as the float16 numbers they are."""
+    return tuple(
+        [
+            tensor.view(torch.float16) if tensor is not None and tensor.dtype == torch.int16 else tensor
+            for tensor in packed
+        ]
+    )
 
 
 def _lay_out(kernels: ctypes.CDLL, signs: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("sab_cpu.so")  # what build.py writes; not imported, as it is also run by `-m`
-ABI = 2  # SAB_CPU_ABI in csrc/sab_cpu.h
+ABI = 3  # SAB_CPU_ABI in csrc/sab_cpu.h
 NAMES = ("avx512", "avx2", "neon", "portable")
 SWITCH = "SAB_CPU_ISA"
 PYTORCH = "torch"  # the value of the switch that turns the kernels off
@@ -42,9 +42,9 @@ _SIGNATURES = {
     "sab_cpu_use_team": (None, [c_void_p]),
     "sab_cpu_layout_bytes": (c_int64, [c_int64, c_int64]),
     "sab_cpu_layout": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int]),
-    "sab_cpu_linear": (
+    "sab_cpu_linears": (
         c_int,
-        [POINTER(Matrix), c_void_p, c_int64, c_int, c_int64, c_void_p, c_int, c_int],
+        [POINTER(Matrix), c_int64, c_void_p, c_int64, c_int, c_int64, POINTER(c_void_p), c_int, c_int],
     ),
     "sab_cpu_dense": (c_int, [POINTER(Matrix), c_int64, c_int64, c_void_p, c_int]),
 }

@@ -79,50 +79,40 @@ static inline void add_scaled(float *sums, __m256i words, __m256i zero, __m256 s
 }
 
 /* Two lookups fit a byte (at most 2 * 127); even and odd bytes are then summed apart in 16 bits: `all` holds both, modulo
- * 2^16, and `odd` the odd ones, so that even = all - 256 * odd. */
-#define LOOK_UP(token, half)                                                                                          \
-    do {                                                                                                              \
-        __m256i found = _mm256_add_epi8(_mm256_shuffle_epi8(table0[token], low##half),                                \
-                                        _mm256_shuffle_epi8(table1[token], high##half));                              \
-        all[token][half] = _mm256_add_epi16(all[token][half], found);                                                 \
-        odd[token][half] = _mm256_add_epi16(odd[token][half], _mm256_srli_epi16(found, 8));                           \
-    } while (0)
-
+ * 2^16, and `odd` the odd ones, so that even = all - 256 * odd. One half of the tile's rows at a time: the sums of both would
+ * not fit the registers. */
 static inline __attribute__((always_inline)) void lut_tokens(const uint8_t *codes, int64_t column_bytes,
                                                              const uint8_t *tables, int64_t table_stride,
-                                                             const float *scales, int64_t scale_stride, int tokens,
+                                                             const float *scales, int64_t scale_stride, const int tokens,
                                                              float *sums) {
     const __m256i nibble = _mm256_set1_epi8(15);
     for (int64_t start = 0; start < column_bytes; start += SAB_BLOCK) {
         int64_t bytes = column_bytes - start < SAB_BLOCK ? column_bytes - start : SAB_BLOCK;
-        __m256i all[2][2], odd[2][2], table0[2], table1[2];
-        for (int token = 0; token < tokens; token++)
-            for (int half = 0; half < 2; half++) all[token][half] = odd[token][half] = _mm256_setzero_si256();
-        for (int64_t byte = start; byte < start + bytes; byte++) {
-            const uint8_t *here = codes + SAB_TILE * byte;
-            _mm_prefetch((const char *)here + 4096, _MM_HINT_T0);
-            for (int token = 0; token < tokens; token++) {
-                const __m128i *table = (const __m128i *)(tables + token * table_stride + 32 * byte);
-                table0[token] = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
-                table1[token] = _mm256_broadcastsi128_si256(_mm_loadu_si128(table + 1));
-            }
-            __m256i codes0 = _mm256_loadu_si256((const __m256i *)here);
-            __m256i low0 = _mm256_and_si256(codes0, nibble);
-            __m256i high0 = _mm256_and_si256(_mm256_srli_epi16(codes0, 4), nibble);
-            for (int token = 0; token < tokens; token++) LOOK_UP(token, 0);
-            __m256i codes1 = _mm256_loadu_si256((const __m256i *)(here + 32));
-            __m256i low1 = _mm256_and_si256(codes1, nibble);
-            __m256i high1 = _mm256_and_si256(_mm256_srli_epi16(codes1, 4), nibble);
-            for (int token = 0; token < tokens; token++) LOOK_UP(token, 1);
-        }
         const __m256i zero = _mm256_set1_epi16((short)(2 * SAB_LUT_OFFSET * bytes));
-        for (int token = 0; token < tokens; token++) {
-            __m256 scale = _mm256_set1_ps(scales[token * scale_stride + start / SAB_BLOCK]);
-            for (int half = 0; half < 2; half++) {
+        for (int half = 0; half < 2; half++) {
+            __m256i all[SAB_GROUP_TOKENS], odd[SAB_GROUP_TOKENS];
+            for (int token = 0; token < tokens; token++) all[token] = odd[token] = _mm256_setzero_si256();
+            for (int64_t byte = start; byte < start + bytes; byte++) {
+                const uint8_t *here = codes + SAB_TILE * byte + 32 * half;
+                if (half == 0) _mm_prefetch((const char *)here + 4096, _MM_HINT_T0);
+                __m256i both = _mm256_loadu_si256((const __m256i *)here);
+                __m256i low = _mm256_and_si256(both, nibble);
+                __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+                for (int token = 0; token < tokens; token++) {
+                    const __m128i *table = (const __m128i *)(tables + token * table_stride + 32 * byte);
+                    __m256i table0 = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
+                    __m256i table1 = _mm256_broadcastsi128_si256(_mm_loadu_si128(table + 1));
+                    __m256i found = _mm256_add_epi8(_mm256_shuffle_epi8(table0, low), _mm256_shuffle_epi8(table1, high));
+                    all[token] = _mm256_add_epi16(all[token], found);
+                    odd[token] = _mm256_add_epi16(odd[token], _mm256_srli_epi16(found, 8));
+                }
+            }
+            for (int token = 0; token < tokens; token++) {
+                __m256 scale = _mm256_set1_ps(scales[token * scale_stride + start / SAB_BLOCK]);
                 float *into = sums + SAB_TILE * token + 32 * half;
-                __m256i even = _mm256_sub_epi16(all[token][half], _mm256_slli_epi16(odd[token][half], 8));
+                __m256i even = _mm256_sub_epi16(all[token], _mm256_slli_epi16(odd[token], 8));
                 add_scaled(into, even, zero, scale);
-                add_scaled(into + 16, odd[token][half], zero, scale);
+                add_scaled(into + 16, odd[token], zero, scale);
             }
         }
     }
@@ -134,7 +124,7 @@ static void lut_tile(const uint8_t *codes, int64_t column_bytes, const uint8_t *
     if (tokens == 1)
         lut_tokens(codes, column_bytes, tables, table_stride, scales, scale_stride, 1, sums);
     else
-        lut_tokens(codes, column_bytes, tables, table_stride, scales, scale_stride, 2, sums);
+        lut_tokens(codes, column_bytes, tables, table_stride, scales, scale_stride, SAB_GROUP_TOKENS, sums);
 }
 
 /* A code's low 3 bits choose among 8 entries, its bit 3 is the sign of what was found. */
@@ -178,7 +168,7 @@ static void dense_row(const uint8_t *bits, int64_t columns, const float *c, floa
 const sab_kernels sab_kernels_avx2 = {
     .name = "avx2",
     .exact_entries = 8,
-    .group_tokens = 2,
+    .group_tokens = SAB_GROUP_TOKENS,
     .has_lut = 1,
     .to_float = sab_avx2_to_float,
     .from_float = sab_portable_from_float,

@@ -1,4 +1,5 @@
-/* y = x W^T from the kernel layout: tables of each token's inputs, then look-ups of the signs of each tile of rows. */
+/* y = x W^T from the kernel layout: tables of each token's inputs, then look-ups of the signs of each tile of rows. Matrices of
+ * one input share the parallel regions: their products are too small for one each. */
 #include <string.h>
 
 #include "sab_cpu.h"
@@ -12,6 +13,7 @@ enum {
     WORKER_WEIGHTS = 16 << 20,   /* a sleeping worker of our own */
     TABLE_WEIGHTS = 32,          /* making the tables of a column takes as long as looking up so many weights */
     TASKS_PER_THREAD = 4,
+    MOST_MATRICES = 8,           /* that share parallel regions; more take turns */
 };
 
 typedef struct {
@@ -31,8 +33,13 @@ typedef struct {
     char *memory; /* of token t: memory + t * token_bytes: inputs, scaled inputs, then tables and scales by plane */
     int64_t token_bytes, scaled;
     int32_t *significant; /* column of each significant column, ascending */
-    int64_t tiles_per_task, tile_tasks;
+    int64_t tiles_per_task, tile_tasks, tasks;
 } call;
+
+typedef struct {
+    call calls[MOST_MATRICES];
+    int64_t count, tokens; /* tokens of this chunk */
+} group;
 
 static size_t element_size(int dtype) { return dtype == SAB_FLOAT32 ? 4 : 2; }
 
@@ -156,9 +163,8 @@ static void finish_tile(const call *c, int64_t tile, int64_t first, int64_t last
     }
 }
 
-/* Task: a run of tiles for up to TASK_TOKENS tokens. */
-static void finish_tiles(void *argument, int64_t index) {
-    const call *c = argument;
+/* A run of tiles for up to TASK_TOKENS tokens. */
+static void finish_tiles(const call *c, int64_t index) {
     int64_t tiles = (c->matrix->rows + SAB_TILE - 1) / SAB_TILE;
     int64_t start = index % c->tile_tasks * c->tiles_per_task, stop = start + c->tiles_per_task;
     int64_t first = index / c->tile_tasks * TASK_TOKENS, last = first + TASK_TOKENS;
@@ -166,43 +172,81 @@ static void finish_tiles(void *argument, int64_t index) {
         finish_tile(c, tile, first, last < c->tokens ? last : c->tokens);
 }
 
-static void run_chunk(call *c, int threads) {
-    int64_t work = c->matrix->rows * c->matrix->columns * num_planes(c) * c->tokens;
-    int64_t table_work = TABLE_WEIGHTS * c->matrix->columns * num_planes(c) * c->tokens;
-    int64_t least = sab_has_team() ? TEAM_WEIGHTS : WORKER_WEIGHTS;
-    int64_t tiles = (c->matrix->rows + SAB_TILE - 1) / SAB_TILE, groups = (c->tokens + TASK_TOKENS - 1) / TASK_TOKENS;
-    int row_threads = work >= least ? threads : 1;
-    c->tiles_per_task = tiles * groups / (row_threads * TASKS_PER_THREAD);
-    if (c->tiles_per_task < 1) c->tiles_per_task = 1;
-    if (c->tiles_per_task > tiles) c->tiles_per_task = tiles;
-    c->tile_tasks = (tiles + c->tiles_per_task - 1) / c->tiles_per_task;
-    sab_parallel(make_tables, c, c->tokens, table_work >= least ? threads : 1);
-    sab_parallel(finish_tiles, c, c->tile_tasks * groups, row_threads);
+/* Task: the tables of one token for one of the matrices. */
+static void tables_task(void *argument, int64_t index) {
+    const group *g = argument;
+    make_tables(&g->calls[index / g->tokens], index % g->tokens);
 }
 
-/* y [tokens][rows] = x [tokens][columns] times the transposed matrix, sums in float32, rounded once.
+/* Task: some tiles of one of the matrices. */
+static void tiles_task(void *argument, int64_t index) {
+    const call *c = ((const group *)argument)->calls;
+    for (; index >= c->tasks; c++) index -= c->tasks;
+    finish_tiles(c, index);
+}
+
+static void run_chunk(group *g, int64_t first_token, int64_t tokens, int threads) {
+    int64_t work = 0, table_work = 0, all_tiles = 0, tasks = 0;
+    int64_t least = sab_has_team() ? TEAM_WEIGHTS : WORKER_WEIGHTS, runs = (tokens + TASK_TOKENS - 1) / TASK_TOKENS;
+    for (const call *c = g->calls; c < g->calls + g->count; c++) {
+        work += c->matrix->rows * c->matrix->columns * num_planes(c) * tokens;
+        table_work += TABLE_WEIGHTS * c->matrix->columns * num_planes(c) * tokens;
+        all_tiles += (c->matrix->rows + SAB_TILE - 1) / SAB_TILE;
+    }
+    int row_threads = work >= least ? threads : 1;
+    int64_t per_task = all_tiles * runs / (row_threads * TASKS_PER_THREAD);
+    for (call *c = g->calls; c < g->calls + g->count; c++) {
+        int64_t tiles = (c->matrix->rows + SAB_TILE - 1) / SAB_TILE;
+        c->first_token = first_token, c->tokens = tokens;
+        c->tiles_per_task = per_task < 1 ? 1 : per_task > tiles ? tiles : per_task;
+        c->tile_tasks = (tiles + c->tiles_per_task - 1) / c->tiles_per_task;
+        tasks += c->tasks = c->tile_tasks * runs;
+    }
+    g->tokens = tokens;
+    sab_parallel(tables_task, g, g->count * tokens, table_work >= least ? threads : 1);
+    sab_parallel(tiles_task, g, tasks, row_threads);
+}
+
+/* The products of `g`, whose calls have all but memory and tokens. Returns 0, or 1 if there is no memory. */
+static int run_group(group *g, int64_t tokens, int threads) {
+    int64_t token_bytes = 0, list_bytes = 0;
+    for (call *c = g->calls; c < g->calls + g->count; c++) {
+        c->exact = c->exact || !c->kernels->has_lut;
+        c->scaled = round_up(8 * bytes_of(c->matrix->columns) * (int64_t)sizeof(float), 64);
+        token_bytes += c->token_bytes = plane_at(c, num_planes(c)).tables; /* where one more plane would begin */
+        list_bytes += round_up(c->matrix->significant * (int64_t)sizeof(int32_t), 64);
+    }
+    int64_t chunk = CHUNK_BYTES / (token_bytes + 1);
+    chunk = chunk < TASK_TOKENS ? TASK_TOKENS : chunk > CHUNK_TOKENS ? CHUNK_TOKENS : chunk;
+    if (chunk > tokens) chunk = tokens;
+    char *memory = sab_scratch((size_t)(list_bytes + chunk * token_bytes + 64));
+    if (memory == NULL) return 1;
+    for (call *c = g->calls; c < g->calls + g->count; c++) {
+        c->significant = (int32_t *)memory;
+        if (c->matrix->significant > 0) sab_list_significant(c->matrix, c->significant);
+        c->memory = memory + round_up(c->matrix->significant * (int64_t)sizeof(int32_t), 64);
+        memory = c->memory + chunk * c->token_bytes;
+    }
+    for (int64_t first = 0; first < tokens; first += chunk)
+        run_chunk(g, first, tokens - first < chunk ? tokens - first : chunk, threads);
+    return 0;
+}
+
+/* y[i] [tokens][rows of matrix i] = x [tokens][columns] times the transposed matrix i, for `count` matrices of as many
+ * columns; sums in float32, rounded once. What is computed for a matrix does not depend on the others.
  *
  * x_stride is the distance of tokens in elements; the numbers of a token are adjacent. exact: 1 for float32 tables, 0 for
  * int8 ones where the instruction set has them. Returns 0, or 1 if there is no memory for the tables. */
-int sab_cpu_linear(const sab_matrix *matrix, const void *x, int64_t x_stride, int dtype, int64_t tokens, void *y, int exact,
-                   int threads) {
-    call c = {.kernels = sab_active_kernels(), .matrix = matrix, .x = x, .y = y, .x_stride = x_stride, .dtype = dtype};
-    if (tokens == 0 || matrix->rows == 0) return 0;
-    c.exact = exact || !c.kernels->has_lut;
-    c.scaled = round_up(8 * bytes_of(matrix->columns) * (int64_t)sizeof(float), 64);
-    c.token_bytes = plane_at(&c, num_planes(&c)).tables; /* where one more plane would begin */
-    int64_t list_bytes = round_up(matrix->significant * (int64_t)sizeof(int32_t), 64);
-    int64_t chunk = CHUNK_BYTES / (c.token_bytes + 1);
-    chunk = chunk < TASK_TOKENS ? TASK_TOKENS : chunk > CHUNK_TOKENS ? CHUNK_TOKENS : chunk;
-    if (chunk > tokens) chunk = tokens;
-    char *memory = sab_scratch((size_t)(list_bytes + chunk * c.token_bytes + 64));
-    if (memory == NULL) return 1;
-    c.significant = (int32_t *)memory;
-    c.memory = memory + list_bytes;
-    if (matrix->significant > 0) sab_list_significant(matrix, c.significant);
-    for (; c.first_token < tokens; c.first_token += chunk) {
-        c.tokens = tokens - c.first_token < chunk ? tokens - c.first_token : chunk;
-        run_chunk(&c, threads);
+int sab_cpu_linears(const sab_matrix *matrices, int64_t count, const void *x, int64_t x_stride, int dtype, int64_t tokens,
+                    void *const *y, int exact, int threads) {
+    group g = {.count = 0};
+    for (int64_t i = 0; i < count && tokens > 0; i++) {
+        if (matrices[i].rows > 0)
+            g.calls[g.count++] = (call){.kernels = sab_active_kernels(), .matrix = &matrices[i], .x = x, .y = y[i],
+                                        .x_stride = x_stride, .dtype = dtype, .exact = exact};
+        if (g.count < MOST_MATRICES && i + 1 < count) continue;
+        if (g.count > 0 && run_group(&g, tokens, threads) != 0) return 1;
+        g.count = 0;
     }
     return 0;
 }

@@ -23,11 +23,13 @@ int64_t sab_take_outliers(float *z, int64_t column_bytes, int32_t *list, float *
         for (int64_t i = 0; i < bytes; i++) {
             size[i] = size_of_byte(z + 8 * (start + i));
             sum += size[i];
-            second = size[i] > first ? first : size[i] > second ? size[i] : second;
+            const float less = size[i] < first ? size[i] : first; /* one instruction each, no jumps */
+            second = less > second ? less : second;
             first = size[i] > first ? size[i] : first;
         }
         if (!(sum <= 3e38f)) continue; /* infinite or NaN: the block's scale will say so */
         float others = bytes > 2 ? fmaxf(sum - first - second, 0) / (float)(bytes - 2) : 0;
+        if (!(first > STANDS_OUT * others)) continue;
         for (int64_t i = 0, taken = 0; i < bytes && taken < SAB_BLOCK_OUTLIERS; i++) {
             if (!(size[i] > STANDS_OUT * others)) continue;
             float *inputs = z + 8 * (start + i);

@@ -16,7 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SAB_CPU_ABI 2         /* must equal sab_hf.kernels.library.ABI; raise both when anything below changes */
+#define SAB_CPU_ABI 3         /* must equal sab_hf.kernels.library.ABI; raise both when anything below changes */
 #define SAB_TILE 64           /* rows of one tile of the kernel layout */
 #define SAB_BLOCK 16          /* column bytes (128 columns) that share one scale of the int8 tables */
 #define SAB_LUT_LIMIT 63      /* table entries are integers in [-63, 63], stored plus SAB_LUT_OFFSET */
@@ -86,8 +86,8 @@ SAB_EXPORT int sab_cpu_select(const char *name);
 SAB_EXPORT void sab_cpu_use_team(void (*start)(void (*function)(void *), void *argument, unsigned threads, unsigned flags));
 SAB_EXPORT int64_t sab_cpu_layout_bytes(int64_t rows, int64_t columns);
 SAB_EXPORT void sab_cpu_layout(const uint8_t *bits, int64_t rows, int64_t columns, uint8_t *codes, int threads);
-SAB_EXPORT int sab_cpu_linear(const sab_matrix *matrix, const void *x, int64_t x_stride, int dtype, int64_t tokens,
-                              void *y, int exact, int threads);
+SAB_EXPORT int sab_cpu_linears(const sab_matrix *matrices, int64_t count, const void *x, int64_t x_stride, int dtype,
+                               int64_t tokens, void *const *y, int exact, int threads);
 SAB_EXPORT int sab_cpu_dense(const sab_matrix *matrix, int64_t first_row, int64_t rows, float *out, int threads);
 
 #endif
