@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,20 +27,29 @@ _FEW_TOKENS = min(_EXACT_TOKENS.values())
 _DENSE_BYTES = 16 << 20  # of dense rows at a time
 
 
+class _Matrices(NamedTuple):
+    """What calls of the kernels need: structs of matrices, their sizes as numbers, the type of an array of as many pointers."""
+
+    structs: ctypes.Array
+    columns: set[int]
+    rows: list[int]
+    pointers: type[ctypes.Array]
+
+
 class Prepared:
-    """The C structs of the matrices of one call, kept for as long as the packed tensors are what they were.
+    """The matrices of one call, kept for as long as the packed tensors are what they were.
 
     A copied or pickled one starts anew.
     """
 
     def __init__(self):
-        self._last: tuple[list[int], ctypes.Array, list] | None = None  # replaced as one: threads may race
+        self._last: tuple[list[int], _Matrices, list] | None = None  # replaced as one: threads may race
 
     def __reduce__(self):
         return type(self), ()
 
-    def find(self, tensors: list[Tensor]) -> tuple[ctypes.Array | None, list[int]]:
-        """Return the structs that were kept for these packed tensors, None if there are none, and the tensors' identity."""
+    def find(self, tensors: list[Tensor]) -> tuple[_Matrices | None, list[int]]:
+        """Return what was kept for these packed tensors, None if there is nothing, and the tensors' identity."""
         identity = []
         for tensor in tensors:
             identity += (tensor.data_ptr(), tensor.numel())
@@ -48,15 +58,16 @@ class Prepared:
         last = self._last
         return (last[1] if last is not None and last[0] == identity else None), identity
 
-    def make(self, kernels: ctypes.CDLL, matrices: list[tuple[Tensor, ...]], identity: list[int]) -> ctypes.Array:
-        """Return the structs of `matrices`, and keep them for tensors of this identity."""
+    def make(self, kernels: ctypes.CDLL, matrices: list[tuple[Tensor, ...]], identity: list[int]) -> _Matrices:
+        """Return `matrices` for the kernels, and keep them for tensors of this identity."""
         layouts = [_layouts(kernels, packed) for packed in matrices]
         each = [_matrix(packed, codes) for packed, codes in zip(matrices, layouts, strict=True)]
-        structs = (library.Matrix * len(each))(*each)
+        count, columns, rows = len(each), {matrix.columns for matrix in each}, [matrix.rows for matrix in each]
+        made = _Matrices((library.Matrix * count)(*each), columns, rows, ctypes.c_void_p * count)
         # Held weakly: no other storage has the same `_cdata` as long as that is so.
         storages = [StorageWeakRef(tensor.untyped_storage()) for packed in matrices for tensor in packed]
-        self._last = (identity, structs, [layouts, storages])
-        return structs
+        self._last = (identity, made, [layouts, storages])
+        return made
 
 
 def linear(
@@ -122,10 +133,8 @@ def _products(x: Tensor, operands: list[tuple[Tensor | None, ...]], exact: bool)
     if not matrices:
         return []
     prepared = cached("cpu call", matrices[0][0], Prepared)
-    structs, identity = prepared.find([tensor for packed in matrices for tensor in packed])
-    if structs is None:
-        structs = prepared.make(kernels, matrices, identity)
-    return _multiply(kernels, structs, x, exact)
+    found, identity = prepared.find([tensor for packed in matrices for tensor in packed])
+    return _multiply(kernels, found or prepared.make(kernels, matrices, identity), x, exact)
 
 
 class Direct(Prepared):
@@ -140,35 +149,41 @@ class Direct(Prepared):
         if kernels is None or x.dtype not in _DTYPES:
             return None
         tensors = [packed[name] for name in _NAMES if name in packed]
-        structs, identity = self.find(tensors)
-        if structs is None:
+        found, identity = self.find(tensors)
+        if found is None:
             if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
                 return None
-            structs = self.make(kernels, [tuple(tensors)], identity)
-        return _multiply(kernels, structs, x, exact)[0]
+            found = self.make(kernels, [tuple(tensors)], identity)
+        return _multiply(kernels, found, x, exact)[0]
 
 
-def _multiply(kernels: ctypes.CDLL, structs: ctypes.Array, x: Tensor, exact: bool) -> list[Tensor]:
+def _multiply(kernels: ctypes.CDLL, matrices: _Matrices, x: Tensor, exact: bool) -> list[Tensor]:
     """Return `x Wᵀ` by the compiled kernels for each matrix W.
 
     Raises:
         RuntimeError: `x` has another number of features than a matrix.
         MemoryError: there is no memory for the look-up tables.
     """
-    shape = x.shape
-    columns, outputs = shape[-1], []
+    *batch, columns = x.shape
+    if matrices.columns != {columns}:
+        raise RuntimeError(f"input has {columns} features, not {' or '.join(map(str, matrices.columns - {columns}))}")
     x = x.contiguous()
-    for matrix in structs:
-        if matrix.columns != columns:
-            raise RuntimeError(f"input has {columns} features, not {matrix.columns}")
-        outputs.append(x.new_empty((*shape[:-1], matrix.rows)))
+    outputs = [x.new_empty((*batch, rows)) for rows in matrices.rows]
     tokens = x.numel() // columns
     if tokens > _FEW_TOKENS and _is_for_matmul(kernels, tokens, exact):
         inputs = x.view(tokens, columns)
-        return [_dense_matmul(kernels, matrix, inputs, y) for matrix, y in zip(structs, outputs, strict=True)]
-    into = (ctypes.c_void_p * len(outputs))(*[y.data_ptr() for y in outputs])
+        return [_dense_matmul(kernels, one, inputs, y) for one, y in zip(matrices.structs, outputs, strict=True)]
+    into = matrices.pointers(*[y.data_ptr() for y in outputs])
     failed = kernels.sab_cpu_linears(
-        structs, len(outputs), x.data_ptr(), columns, _DTYPES[x.dtype], tokens, into, exact, torch.get_num_threads()
+        matrices.structs,
+        len(outputs),
+        x.data_ptr(),
+        columns,
+        _DTYPES[x.dtype],
+        tokens,
+        into,
+        exact,
+        torch.get_num_threads(),
     )
     if failed:
         raise MemoryError(f"no memory for the look-up tables of {tokens} tokens of {columns} features")
