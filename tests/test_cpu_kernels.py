@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -244,6 +245,25 @@ def test_layouts_are_made_once_not_saved_and_dropped_with_the_weights(monkeypatc
     other = SABLinear.from_planes(random_planes(5, 5))
     other(inputs(1, 5))
     assert not any(entry.storage.expired() for entry in layouts._CACHE.values())
+
+
+def test_layouts_are_dropped_with_weights_that_move_though_the_module_stays(monkeypatch):
+    """As when a model that ran on a CPU moves to a GPU, or its weights go back to disk."""
+    made, lay_out = [], cpu._lay_out
+
+    def noted(*arguments):
+        codes = lay_out(*arguments)
+        made.append(weakref.ref(codes))
+        return codes
+
+    monkeypatch.setattr(cpu, "_lay_out", noted)
+    stays, moves = (SABLinear.from_planes(random_planes(70, 40, 1, 3, seed=seed)) for seed in range(2))
+    stays(inputs(1, 40))
+    moves(inputs(1, 40))
+    moves.to("meta")
+    SABLinear.from_planes(random_planes(5, 5))(inputs(1, 5))
+    gc.collect()
+    assert [codes() is not None for codes in made] == [True, True, False, False, True]
 
 
 def test_compiles_without_graph_breaks(isa):

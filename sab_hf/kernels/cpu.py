@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -28,25 +29,23 @@ _DENSE_BYTES = 16 << 20  # of dense rows at a time
 
 
 class _Matrices(NamedTuple):
-    """What calls of the kernels need: structs of matrices, their sizes as numbers, the type of an array of as many pointers."""
+    """What calls of the kernels need: structs of matrices, their sizes as numbers, the type of an array of as many pointers.
+
+    `layouts` are what the structs point to: whoever holds the structs holds them.
+    """
 
     structs: ctypes.Array
     columns: set[int]
     rows: list[int]
     pointers: type[ctypes.Array]
+    layouts: list[list[Tensor]]
 
 
 class Prepared:
-    """The matrices of one call, kept for as long as the packed tensors are what they were.
-
-    A copied or pickled one starts anew.
-    """
+    """The matrices of one call, kept for as long as the packed tensors are what they were."""
 
     def __init__(self):
-        self._last: tuple[list[int], _Matrices, list] | None = None  # replaced as one: threads may race
-
-    def __reduce__(self):
-        return type(self), ()
+        self._last: tuple[list[int], _Matrices, list[StorageWeakRef]] | None = None  # replaced as one: threads may race
 
     def find(self, tensors: list[Tensor]) -> tuple[_Matrices | None, list[int]]:
         """Return what was kept for these packed tensors, None if there is nothing, and the tensors' identity."""
@@ -63,10 +62,10 @@ class Prepared:
         layouts = [_layouts(kernels, packed) for packed in matrices]
         each = [_matrix(packed, codes) for packed, codes in zip(matrices, layouts, strict=True)]
         count, columns, rows = len(each), {matrix.columns for matrix in each}, [matrix.rows for matrix in each]
-        made = _Matrices((library.Matrix * count)(*each), columns, rows, ctypes.c_void_p * count)
+        made = _Matrices((library.Matrix * count)(*each), columns, rows, ctypes.c_void_p * count, layouts)
         # Held weakly: no other storage has the same `_cdata` as long as that is so.
         storages = [StorageWeakRef(tensor.untyped_storage()) for packed in matrices for tensor in packed]
-        self._last = (identity, made, [layouts, storages])
+        self._last = (identity, made, storages)
         return made
 
 
@@ -81,7 +80,7 @@ def linear(
     residual_col_scale: Tensor | None,
     exact: bool = False,
 ) -> Tensor:
-    """Compute `ops.reference` (arguments there) by the compiled kernels.
+    """Compute `ops.linear_reference` (arguments there) by the compiled kernels.
 
     Exact results differ by the rounding of float32 sums. Others: each group of 4 inputs has a table of its 16 signed
     sums, rounded to a step of 1/63 of the largest sum of its block of 128 columns, outliers apart; so the error of an
@@ -137,8 +136,18 @@ def _products(x: Tensor, operands: list[tuple[Tensor | None, ...]], exact: bool)
     return _multiply(kernels, found or prepared.make(kernels, matrices, identity), x, exact)
 
 
-class Direct(Prepared):
-    """Products by the packed tensors of one module, past PyTorch's dispatcher, which takes longer than a small product."""
+class Direct:
+    """Products by the packed tensors of one module, past PyTorch's dispatcher, which takes longer than a small product.
+
+    Layouts live as long as the tensors, not as long as the module, whose tensors may move: what is prepared is held weakly.
+    A copied or pickled one starts anew.
+    """
+
+    def __init__(self):
+        self._prepared = weakref.ref(Prepared())  # dead
+
+    def __reduce__(self):
+        return type(self), ()
 
     def __call__(self, x: Tensor, packed: dict[str, Tensor], exact: bool) -> Tensor | None:
         """Return what `linear` returns for a plain CPU tensor `x` and the module's tensors, scales as they store them.
@@ -149,11 +158,14 @@ class Direct(Prepared):
         if kernels is None or x.dtype not in _DTYPES:
             return None
         tensors = [packed[name] for name in _NAMES if name in packed]
-        found, identity = self.find(tensors)
+        prepared = self._prepared()
+        found, identity = (prepared or Prepared()).find(tensors)
         if found is None:
             if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
                 return None
-            found = self.make(kernels, [tuple(tensors)], identity)
+            prepared = cached("cpu module", tensors[0], Prepared)
+            self._prepared = weakref.ref(prepared)
+            found = prepared.make(kernels, [tuple(tensors)], identity)
         return _multiply(kernels, found, x, exact)[0]
 
 
