@@ -67,14 +67,18 @@ def register() -> None:
 
 
 def use_stored_scales(graph: fx.Graph) -> None:
-    """Give products on CPUs the scales as modules store them, int16: their kernels read those, and a view takes 2 µs."""
+    """Give products on CPUs the scales as modules store them, int16: their kernels read those, and a view takes 2 µs.
+
+    Views that nothing needs any more are erased, and nothing else: other nodes without users may write in place.
+    """
     for node in graph.find_nodes(op="call_function", target=sab_linear):
         x, *operands, _ = _arguments(node)
         if x.meta["val"].device.type == "cpu":
             for operand in operands:
                 if isinstance(operand, fx.Node) and _views_stored_scales(operand):
                     node.replace_input_with(operand, operand.args[0])
-    graph.eliminate_dead_code()
+                    if not operand.users:
+                        graph.erase_node(operand)
 
 
 def _views_stored_scales(node: fx.Node) -> bool:

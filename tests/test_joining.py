@@ -214,3 +214,19 @@ def test_products_on_cpus_take_scales_as_they_are_stored(hook, dtype):
         assert torch.equal(found, layer(bits.view(dtype)))
     planes, residual = [torch.uint8, torch.int16, torch.int16], [torch.uint8, torch.uint8, torch.int16, torch.int16]
     assert seen == [[dtype, *planes, *residual]]
+
+
+def test_the_pass_erases_views_of_scales_and_nothing_else():
+    """A kernel that writes in place has no users, and looks dead; graphs may hold such nodes, and need not be ours."""
+    layer, graph = packed(8, 13, 0, 2), fx.Graph()
+    values = {"x": inputs(2, 13), **layer.packed_tensors()}
+    x, signs, *stored = given = [graph.placeholder(name) for name in values]
+    for node, value in zip(given, values.values(), strict=True):
+        node.meta["val"] = value
+    views = [graph.call_function(torch.ops.aten.view.dtype, (scale, torch.float16)) for scale in stored]
+    without_users = graph.call_function(torch.ops.aten.sin.default, (x,))
+    product = graph.call_function(sab_linear, (x, signs, *views, None, None, None, None))
+    output = graph.output((product, views[1]))
+    joining.JoinProducts()(graph)
+    assert list(graph.nodes) == [*given, views[1], without_users, product, output]
+    assert product.args[2:4] == tuple(stored)
