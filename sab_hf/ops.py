@@ -31,7 +31,8 @@ def linear_reference(
     Args:
         x: [..., in_features] floating point.
         signs: [K, out_features, ⌈in_features/8⌉] uint8, row_scale: [K, out_features] float16,
-            col_scale: [K, in_features] float16: the full planes, as in `packing.py`.
+            col_scale: [K, in_features] float16: the full planes, as in `packing.py`. Scales may also be int16, the
+            bits of float16 numbers, as modules store them; kernels on CUDA devices take float16 only.
         significant_columns: [⌈in_features/8⌉] uint8, residual_signs: [out_features, ⌈k/8⌉] uint8,
             residual_row_scale: [out_features] float16, residual_col_scale: [k] float16: the residual plane, or None.
         exact: compute in the dtype of `x`; otherwise a device's kernel may round the scaled activations to integers (with
@@ -69,7 +70,12 @@ def check_width(x: Tensor, col_scale: Tensor) -> int:
 
 def _plane_matmul(x: Tensor, packed: Tensor, row_scale: Tensor, col_scale: Tensor) -> Tensor:
     B = signs_to(torch.float32, unpack_bits(packed, col_scale.numel()))
-    return (x * col_scale.float()) @ B.T * row_scale.float()
+    return (x * _numbers(col_scale)) @ B.T * _numbers(row_scale)
+
+
+def _numbers(scale: Tensor) -> Tensor:
+    """Return scales in float32, whether they are float16 or the bits of it."""
+    return (scale.view(torch.float16) if scale.dtype == torch.int16 else scale).float()
 
 
 @torch.library.register_fake(_NAME)
@@ -177,7 +183,7 @@ def input_gradient(
 
 def _plane_transposed(grad: Tensor, packed: Tensor, row_scale: Tensor, col_scale: Tensor) -> Tensor:
     B = signs_to(torch.float32, unpack_bits(packed, col_scale.numel()))
-    return (grad * row_scale.float()) @ B * col_scale.float()
+    return (grad * _numbers(row_scale)) @ B * _numbers(col_scale)
 
 
 _NUM_PLANE_TENSORS = 7

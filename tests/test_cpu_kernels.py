@@ -166,12 +166,15 @@ def test_products_of_one_call_follow_each_of_their_weights():
         assert_is_matmul(sab_linears(x, *packed, exact=True)[i], x, other)
 
 
-def test_stored_scales_give_the_same_products(isa):
+def test_stored_scales_give_the_same_products_and_gradients(isa):
     planes, x = random_planes(70, 300, 2, 9), inputs(2, 300)
     stored = [tensor.view(torch.int16) if tensor.dtype == torch.float16 else tensor for tensor in operands(planes)]
     assert torch.equal(sab_linear(x, *stored), sab_linear(x, *operands(planes)))
     double = x.double()  # goes through PyTorch
     assert torch.equal(sab_linear(double, *stored), sab_linear(double, *operands(planes)))
+    x.requires_grad_()
+    found, expected = (torch.autograd.grad(sab_linear(x, *o).sum(), x)[0] for o in (stored, operands(planes)))
+    assert torch.equal(found, expected)
 
 
 def test_a_layout_in_use_outlives_another_view_of_its_weights():

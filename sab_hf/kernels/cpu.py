@@ -87,8 +87,6 @@ def linear(
     output is at most `Σ_planes |r| Σ_blocks 32 · largest/126`, and about 1.9e-4 of the output's energy for Gaussian
     inputs. Infinite or NaN inputs never give numbers.
 
-    Scales may also be int16, the bits of float16 numbers, as modules store them.
-
     Raises:
         ValueError: a tensor's dtype, shape or device is not that of the file format.
     """
@@ -124,7 +122,7 @@ def _products(x: Tensor, operands: list[tuple[Tensor | None, ...]], exact: bool)
     """Return the products of `x` by some matrices, each the op's arguments after `x`."""
     kernels = library.load()
     if kernels is None or x.dtype not in _DTYPES:
-        return [linear_reference(x, *_as_half(one)) for one in operands]
+        return [linear_reference(x, *one) for one in operands]
     matrices = []
     for one in operands:
         packed = one if one[3] is not None and one[6].numel() else one[:3]
@@ -210,21 +208,10 @@ def _layouts(kernels: ctypes.CDLL, packed: tuple[Tensor, ...]) -> list[Tensor]:
 
 def _matrix(packed: tuple[Tensor, ...], layouts: list[Tensor]) -> library.Matrix:
     """Return the C struct of the packed tensors and their layouts."""
-    packed = _as_half(packed)
     _check(packed)
     sizes = (packed[0].shape[1], packed[2].shape[1], packed[0].shape[0], packed[6].numel() if len(packed) > 3 else 0)
     tensors = dict(zip((*_NAMES[: len(packed)], "codes", "residual_codes"), (*packed, *layouts), strict=False))
     return library.Matrix(*sizes, **{name: tensor.data_ptr() for name, tensor in tensors.items()})
-
-
-def _as_half(packed: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Return the tensors with stored scales (int16) as the float16 numbers they are."""
-    return tuple(
-        [
-            tensor.view(torch.float16) if tensor is not None and tensor.dtype == torch.int16 else tensor
-            for tensor in packed
-        ]
-    )
 
 
 def _lay_out(kernels: ctypes.CDLL, signs: Tensor) -> Tensor:
@@ -250,8 +237,8 @@ def _check(packed: tuple[Tensor, ...]) -> None:
     expected = tensor_specs(rows, columns, num_planes, significant)
     for name, tensor in zip(_NAMES, packed, strict=False):
         dtype, shape = expected[name]
-        dtype = torch.float16 if dtype == torch.int16 else dtype
-        if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu":
+        stored, dtype = dtype, torch.float16 if dtype == torch.int16 else dtype  # scales may be either
+        if tensor.dtype not in (stored, dtype) or tensor.shape != shape or tensor.device.type != "cpu":
             raise ValueError(f"`{name}` must be {dtype} {list(shape)} on the CPU, got {_describe(tensor)}")
 
 
