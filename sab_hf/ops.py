@@ -91,6 +91,10 @@ def _(
     exact=False,
 ) -> Tensor:
     check_width(x, col_scale)
+    # PyTorch also comes here with weights on meta and an input that is elsewhere, and would return what this allocates.
+    torch._check(
+        x.device == signs.device, lambda: f"the weight must be on {x.device}, as the input, got {signs.device}"
+    )
     if TracingContext.try_get() is not None:  # a compiler looks at the model: let it join products of one input
         with contextlib.suppress(ImportError):  # a torch whose compiler takes no passes
             from .joining import register

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_planes import random_planes, sizes
 
+from sab_hf.linear import SABLinear
 from sab_hf.ops import sab_linear, sab_linears
 from sab_hf.packing import to_tensors
 from sab_hf.planes import SignPlanes
@@ -65,6 +66,16 @@ def test_sab_linears_are_the_products_one_by_one(device, shape, exact):
     expected = [sab_linear(x, *operands(planes, device), exact) for planes in matrices]
     assert len({y.untyped_storage()._cdata for y in found}) == 3
     assert all(torch.equal(y, one) for y, one in zip(found, expected, strict=True))
+
+
+def test_weights_without_memory_are_an_error():
+    """As those of a module are that waits for its offloaded weights; PyTorch calls the fake for any tensor on meta."""
+    x, planes = inputs(2, 6), random_planes(4, 6, 1, 2)
+    module = SABLinear.from_planes(planes).to("meta")
+    assert module(x.to("meta")).shape == (2, 4)
+    for product in (lambda: module(x), lambda: sab_linears(x, *several(planes, device="meta"))):
+        with pytest.raises(RuntimeError, match="must be on cpu, as the input, got meta"):
+            product()
 
 
 def test_sab_linears_rejects_lists_of_different_lengths():
