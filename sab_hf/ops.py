@@ -116,7 +116,7 @@ def linears_reference(
 ) -> list[Tensor]:
     """Multiply one input by several matrices of sign planes: the results of `sab::linear`, one after the other.
 
-    `joining.py` puts the op into inference graphs. It records no gradient.
+    `joining.py` puts the op into compiled graphs, after gradients are laid out: it records none itself.
 
     Args:
         x: [..., in_features] floating point.
