@@ -159,11 +159,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def run(jobs: list[Job], args: argparse.Namespace) -> list[dict]:
     """Run the chosen jobs and write JSON and table after each row."""
-    chosen = [job for job in jobs if not args.only or any(part in job.label for part in args.only)]
-    if not chosen:
+    wanted = [job for job in jobs if not args.only or any(part in job.label for part in args.only)]
+    if not wanted:
         raise SystemExit(f"no row has a label with one of {args.only}; `--list` prints the labels")
-    reference = [job for job in jobs if job.method == FULL_PRECISION]  # what the others are compared with
-    chosen = [*reference, *(job for job in chosen if job not in reference)]
+    chosen = [
+        job for job in jobs if job in wanted or job.method == FULL_PRECISION
+    ]  # which the others are compared with
     settings = Settings(
         args.model,
         args.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -142,6 +143,31 @@ torch.library.define(
 torch.library.impl(_NAME_OF_SEVERAL, "default", linears_reference)
 torch.library.register_fake(_NAME_OF_SEVERAL, linears_reference)
 sab_linears = torch.ops.sab.linears.default
+
+
+def implement(device: str, products: Callable[[Tensor, list[tuple[Tensor | None, ...]], bool], list[Tensor]]) -> None:
+    """Have both ops computed by `products` on devices of a type.
+
+    Args:
+        device: "cpu" or "cuda".
+        products: from `x`, the matrices, each the arguments of `linear_reference` after `x`, and `exact`, to the product of each.
+    """
+
+    def linear(x: Tensor, *arguments) -> Tensor:
+        matrix, exact = _without_exact(arguments)
+        return products(x, [matrix], exact)[0]
+
+    def linears(x: Tensor, *arguments) -> list[Tensor]:
+        lists, exact = _without_exact(arguments)
+        return products(x, list(zip(*lists, strict=True)), exact)
+
+    torch.library.impl(_NAME, device, linear)
+    torch.library.impl(_NAME_OF_SEVERAL, device, linears)
+
+
+def _without_exact(arguments: tuple) -> tuple[tuple, bool]:
+    """Take the arguments after `x` apart; the dispatcher leaves `exact` out where it is the default."""
+    return arguments[:_NUM_PLANE_TENSORS], arguments[_NUM_PLANE_TENSORS:] == (True,)
 
 
 def _keep_planes(ctx, inputs, output) -> None:

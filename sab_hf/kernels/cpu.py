@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..ops import linear_reference
+from ..ops import implement, linear_reference
 from ..packing import tensor_specs
 from . import library
 from .layouts import cached
@@ -47,15 +47,10 @@ class Prepared:
     def __init__(self):
         self._last: tuple[list[int], _Matrices, list[StorageWeakRef]] | None = None  # replaced as one: threads may race
 
-    def find(self, tensors: list[Tensor]) -> tuple[_Matrices | None, list[int]]:
-        """Return what was kept for these packed tensors, None if there is nothing, and the tensors' identity."""
-        identity = []
-        for tensor in tensors:
-            identity += (tensor.data_ptr(), tensor.numel())
-            if tensor.dtype == torch.uint8:  # signs, which layouts are made from
-                identity += (tensor.untyped_storage()._cdata, 0 if tensor.is_inference() else tensor._version)
+    def find(self, identity: list[int]) -> _Matrices | None:
+        """Return what was kept for packed tensors of this identity, None if there is nothing."""
         last = self._last
-        return (last[1] if last is not None and last[0] == identity else None), identity
+        return last[1] if last is not None and last[0] == identity else None
 
     def make(self, kernels: ctypes.CDLL, matrices: list[tuple[Tensor, ...]], identity: list[int]) -> _Matrices:
         """Return `matrices` for the kernels, and keep them for tensors of this identity."""
@@ -69,18 +64,18 @@ class Prepared:
         return made
 
 
-def linear(
-    x: Tensor,
-    signs: Tensor,
-    row_scale: Tensor,
-    col_scale: Tensor,
-    significant_columns: Tensor | None,
-    residual_signs: Tensor | None,
-    residual_row_scale: Tensor | None,
-    residual_col_scale: Tensor | None,
-    exact: bool = False,
-) -> Tensor:
-    """Compute `ops.linear_reference` (arguments there) by the compiled kernels.
+def _identity(tensors: list[Tensor]) -> list[int]:
+    """Return numbers that change when a packed tensor is another, or when signs, which layouts are made from, were written."""
+    identity = []
+    for tensor in tensors:
+        identity += (tensor.data_ptr(), tensor.numel())
+        if tensor.dtype == torch.uint8:
+            identity += (tensor.untyped_storage()._cdata, 0 if tensor.is_inference() else tensor._version)
+    return identity
+
+
+def products(x: Tensor, matrices: list[tuple[Tensor | None, ...]], exact: bool) -> list[Tensor]:
+    """Compute `sab::linear` and `sab::linears` by the compiled kernels, in one call; each product is bitwise what it is alone.
 
     Exact results differ by the rounding of float32 sums. Others: each group of 4 inputs has a table of its 16 signed
     sums, rounded to a step of 1/63 of the largest sum of its block of 128 columns, outliers apart; so the error of an
@@ -90,48 +85,21 @@ def linear(
     Raises:
         ValueError: a tensor's dtype, shape or device is not that of the file format.
     """
-    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
-    return _products(x, [(signs, row_scale, col_scale, *residual)], exact)[0]
-
-
-def linears(
-    x: Tensor,
-    signs: list[Tensor],
-    row_scale: list[Tensor],
-    col_scale: list[Tensor],
-    significant_columns: list[Tensor | None],
-    residual_signs: list[Tensor | None],
-    residual_row_scale: list[Tensor | None],
-    residual_col_scale: list[Tensor | None],
-    exact: bool = False,
-) -> list[Tensor]:
-    """Compute `ops.linears_reference` (arguments there) in one call of the kernels; bitwise what `linear` gives for each.
-
-    Raises:
-        ValueError: as `linear`, or the lists differ in length.
-    """
-    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
-    return _products(x, list(zip(signs, row_scale, col_scale, *residual, strict=True)), exact)
-
-
-torch.library.impl("sab::linear", "cpu", linear)
-torch.library.impl("sab::linears", "cpu", linears)
-
-
-def _products(x: Tensor, operands: list[tuple[Tensor | None, ...]], exact: bool) -> list[Tensor]:
-    """Return the products of `x` by some matrices, each the op's arguments after `x`."""
     kernels = library.load()
     if kernels is None or x.dtype not in _DTYPES:
-        return [linear_reference(x, *one) for one in operands]
-    matrices = []
-    for one in operands:
-        packed = one if one[3] is not None and one[6].numel() else one[:3]
-        matrices.append(tuple([tensor.contiguous() for tensor in packed]))
-    if not matrices:
+        return [linear_reference(x, *one) for one in matrices]
+    packed = []
+    for one in matrices:
+        given = one if one[3] is not None and one[6].numel() else one[:3]
+        packed.append(tuple([tensor.contiguous() for tensor in given]))
+    if not packed:
         return []
-    prepared = cached("cpu call", matrices[0][0], Prepared)
-    found, identity = prepared.find([tensor for packed in matrices for tensor in packed])
-    return _multiply(kernels, found or prepared.make(kernels, matrices, identity), x, exact)
+    prepared = cached("cpu call", packed[0][0], Prepared)
+    identity = _identity([tensor for one in packed for tensor in one])
+    return _multiply(kernels, prepared.find(identity) or prepared.make(kernels, packed, identity), x, exact)
+
+
+implement("cpu", products)
 
 
 class Direct:
@@ -148,7 +116,7 @@ class Direct:
         return type(self), ()
 
     def __call__(self, x: Tensor, packed: dict[str, Tensor], exact: bool) -> Tensor | None:
-        """Return what `linear` returns for a plain CPU tensor `x` and the module's tensors, scales as they store them.
+        """Return what `sab::linear` does for a plain CPU tensor `x` and the module's tensors, scales as they store them.
 
         None: nothing can be computed here; call the op.
         """
@@ -156,8 +124,8 @@ class Direct:
         if kernels is None or x.dtype not in _DTYPES:
             return None
         tensors = [packed[name] for name in _NAMES if name in packed]
-        prepared = self._prepared()
-        found, identity = (prepared or Prepared()).find(tensors)
+        identity, prepared = _identity(tensors), self._prepared()
+        found = None if prepared is None else prepared.find(identity)
         if found is None:
             if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
                 return None

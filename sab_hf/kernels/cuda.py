@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..ops import check_width, linear_reference
+from ..ops import check_width, implement, linear_reference
 from ..packing import residual_specs, tensor_specs
 
 logger = logging.getLogger(__name__)
@@ -17,54 +17,24 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (7, 5)
 
 
-@torch.library.impl("sab::linear", "cuda")
-def linear(
-    x: Tensor,
-    signs: Tensor,
-    row_scale: Tensor,
-    col_scale: Tensor,
-    significant_columns: Tensor | None,
-    residual_signs: Tensor | None,
-    residual_row_scale: Tensor | None,
-    residual_col_scale: Tensor | None,
-    exact: bool = False,
-) -> Tensor:
-    """Compute `ops.sab_linear` on the device of `x`; without a kernel for it, as PyTorch does, after one warning."""
-    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
-    return _products(x, [(signs, row_scale, col_scale, *residual)], exact)[0]
+def products(x: Tensor, matrices: list[tuple[Tensor | None, ...]], exact: bool) -> list[Tensor]:
+    """Compute `sab::linear` and `sab::linears` on the device of `x`; without a kernel for it, as PyTorch does, after one warning.
 
-
-@torch.library.impl("sab::linears", "cuda")
-def linears(
-    x: Tensor,
-    signs: list[Tensor],
-    row_scale: list[Tensor],
-    col_scale: list[Tensor],
-    significant_columns: list[Tensor | None],
-    residual_signs: list[Tensor | None],
-    residual_row_scale: list[Tensor | None],
-    residual_col_scale: list[Tensor | None],
-    exact: bool = False,
-) -> list[Tensor]:
-    """Compute `ops.sab_linears` on the device of `x`, with fewer launches than one by one; the same bits come out."""
-    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
-    return _products(x, list(zip(signs, row_scale, col_scale, *residual, strict=True)), exact)
-
-
-def _products(x: Tensor, matrices: list[tuple[Tensor | None, ...]], exact: bool) -> list[Tensor]:
-    """Return the products of `x` by each matrix, given by the op's operands."""
+    Several matrices take fewer launches than one by one; the same bits come out.
+    """
     for operands in matrices:
         check_operands(x, operands)
         check_width(x, operands[2])
-    inputs = x.reshape(-1, x.shape[-1])
     reason = why_no_kernel(x.device.index, x.dtype)
     if reason is not None:
         warn_once(reason)
-    nothing = [0 in inputs.shape or 0 in signs.shape for signs, *_ in matrices]
-    if reason is not None or any(nothing):
+        return [linear_reference(x, *operands) for operands in matrices]
+    inputs = x.reshape(-1, x.shape[-1])
+    empty = [0 in inputs.shape or 0 in signs.shape for signs, *_ in matrices]
+    if any(empty):  # no kernel is launched for nothing
         return [
-            linear_reference(x, *operands) if reason is not None or none else _products(x, [operands], exact)[0]
-            for operands, none in zip(matrices, nothing, strict=True)
+            linear_reference(x, *operands) if nothing else products(x, [operands], exact)[0]
+            for operands, nothing in zip(matrices, empty, strict=True)
         ]
     from . import triton as kernels
     from .triton_planes import planes
@@ -73,6 +43,9 @@ def _products(x: Tensor, matrices: list[tuple[Tensor | None, ...]], exact: bool)
         results = kernels.linears(inputs, [planes(*operands) for operands in matrices], exact)
     # not `reshape`: writing into a view that a custom op returns is an error where gradients are recorded
     return [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in results]
+
+
+implement("cuda", products)
 
 
 def check_operands(x: Tensor, operands: tuple[Tensor | None, ...]) -> None:
