@@ -5,14 +5,18 @@ torchrun --nproc-per-node 2 scale_worker.py OUTPUT_RANK.safetensors CONFIG.json
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from conftest import build_llava, build_processor, build_samples
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from sab_hf import SABQuantizationConfig, quantize
 
@@ -38,6 +42,16 @@ def run(family: str | None = None, **changes) -> torch.nn.Module:
     model = build_llava(attention_bias=True, num_hidden_layers=NUM_BLOCKS)
     model.sab_record = quantize(model, build_processor(), None, build_config(**changes))
     return model
+
+
+def begin_forked(limit: int = 100) -> None:
+    """Call first in a forked process that may be killed; one that hangs says where after `limit` s, and ends.
+
+    The progress bars of forked processes share a semaphore, which one that is killed while it draws never gives back.
+    """
+    tqdm.set_lock(threading.RLock())
+    faulthandler.register(signal.SIGALRM, chain=True)
+    signal.alarm(limit)
 
 
 def write(state: dict[str, torch.Tensor], output: Path) -> None:

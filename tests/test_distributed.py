@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from scale_worker import MEASURED, NUM_BLOCKS, main, run
+from scale_worker import MEASURED, NUM_BLOCKS, begin_forked, main, run
 
 import sab_hf.binarize
 from sab_hf import distributed
@@ -44,6 +44,7 @@ def launch(count: int, output: Path, errors: Path, mortal: int | None = None, **
 
 
 def _process(rank: int, count: int, port: int, output: Path, errors: Path, mortal: int | None, changes: dict) -> None:
+    begin_forked()
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in here.items()})
     original, blocks = sab_hf.binarize._fit_block, []

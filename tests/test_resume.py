@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import build_llava
 from safetensors.torch import load_file
-from scale_worker import MEASURED, NUM_BLOCKS, build_config, run, write
+from scale_worker import MEASURED, NUM_BLOCKS, begin_forked, build_config, run, write
 
 import sab_hf
 from sab_hf.checkpoint import RunCheckpoint
@@ -25,21 +25,32 @@ PAUSE = 0.1  # s before and after each commit of a run that will be killed, so t
 
 
 def start(output: Path, folder: Path) -> multiprocessing.Process:
+    """Start a run in a process of its own, which makes the file `begun` when it has the folder to itself."""
+    begun(folder).unlink(missing_ok=True)
     process = multiprocessing.get_context("fork").Process(target=_child, args=(output, folder))
     process.start()
     return process
 
 
 def _child(output: Path, folder: Path) -> None:
-    original = RunCheckpoint.save
+    begin_forked()
+    take, save = RunCheckpoint.__init__, RunCheckpoint.save
 
-    def slow(self, *args):
+    def take_and_tell(self, *args):
+        take(self, *args)
+        begun(folder).touch()
+
+    def save_slowly(self, *args):
         time.sleep(PAUSE)
-        original(self, *args)
+        save(self, *args)
         time.sleep(PAUSE)
 
-    RunCheckpoint.save = slow
+    RunCheckpoint.__init__, RunCheckpoint.save = take_and_tell, save_slowly
     write(run(checkpoint_dir=str(folder)).state_dict(), output)
+
+
+def begun(folder: Path) -> Path:
+    return folder.with_name("begun")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -58,7 +69,7 @@ def test_run_killed_ten_times_gives_the_bytes_of_one_that_was_not(uninterrupted,
     while kills < 10:
         process = start(output, folder)
         wanted = len(list(folder.glob("*.safetensors"))) + chance.randrange(3)
-        while process.is_alive() and not (_held(folder) and len(list(folder.glob("*.safetensors"))) >= wanted):
+        while process.is_alive() and not (begun(folder).exists() and len(list(folder.glob("*.safetensors"))) >= wanted):
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 3 * PAUSE))
         if process.is_alive():
@@ -77,20 +88,6 @@ def test_run_killed_ten_times_gives_the_bytes_of_one_that_was_not(uninterrupted,
     last.join()
     assert last.exitcode == 0
     assert same(load_file(output), uninterrupted)
-
-
-def _held(folder: Path) -> bool:
-    """Whether a process has the folder locked, which it does for as long as it works on its blocks."""
-    import fcntl
-
-    if not (folder / "lock").exists():
-        return False
-    with (folder / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
 
 
 def test_resumed_run_does_not_fit_again_and_keeps_its_record(tmp_path, uninterrupted, monkeypatch):
