@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from .planes import SignPlanes
 from .preflight import Estimate, estimate_run, log_estimate
 from .records import FitRecord, QuantizationRecord
 from .refine import RefineSettings, refine_block
-from .rest import binarize_rest, check_rest, packed_rest, restore_rest
+from .rest import binarize_rest, check_rest, packed_rest, plan_rest, restore_rest
 from .resume import FinishedBlocks, open_checkpoint
 from .routing import with_fallback
 from .sensitivity import Sensitivity
@@ -60,6 +60,7 @@ def quantize(
     Raises:
         ValueError: the model is quantized already, weights are not finite, too little of the language weights would be
             quantized, or the config, the processor or the samples do not suit the model.
+        RuntimeError: inference mode is on, in which nothing can be trained.
     """
     config = config or SABQuantizationConfig()
     plan = make_plan(model, config, processor, samples)
@@ -93,15 +94,12 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
         config: the method's numbers.
     """
     start = time.perf_counter()
+    plan = replace(plan, rest=plan_rest(model, plan.roles, config))
     check_weights(model, plan.modules)
     check_rest(model, plan.rest)
     record = QuantizationRecord(plan.calibration.summary())
-    training = model.training
-    model.eval()
-    try:
+    with _evaluating(model), _plain_torch():
         modules = _run_blocks(model, plan, config, record)
-    finally:
-        model.train(training)
     tied = isinstance(model.get_output_embeddings(), SABTiedHead)
     _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | {"modules": modules, "tied_head": tied}))
     record.seconds = time.perf_counter() - start
@@ -116,6 +114,31 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
             record.fallbacks[0],
         )
     return record
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while, and then each of its modules into the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training[model])  # also what has come since
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Leave the caller's `torch.no_grad` and default dtype aside for a while: both would change what is computed."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @dataclass
@@ -159,7 +182,7 @@ def _run_blocks(
                     inputs = BlockInputs(model, stage, plan.calibration.batches, workspace, later)
                 if not run.modules:
                     with measure("sensitivity"):
-                        run.sensitivity = find_sensitivity(model, inputs, plan, config, finished)
+                        run.sensitivity = find_sensitivity(model, inputs, plan, config, settings.steps, finished)
                     record.measured = bool(run.sensitivity.linears)
                     modules = spend(model, plan, run.sensitivity, config)
                     run.modules = finished.modules = distributed.broadcast(modules, source=0)
@@ -181,7 +204,7 @@ def _binarize_rest(run: _Run) -> None:
 
     tensors, _ = run.finished.remember("rest", work)
     if not packed:
-        restore_rest(run.model, plan.rest, tensors)
+        restore_rest(run.model, plan.roles, plan.rest, tensors)
 
 
 @contextmanager
@@ -257,7 +280,7 @@ def _fit_block(
     for name, linear in linears.items():
         check_finite(name, linear.weight)  # weights that were offloaded are seen here for the first time
     with run.record.stages.measure("second moments"):
-        moments, fallbacks = with_fallback(inputs.second_moments(block, index, linears), linears)
+        moments, fallbacks = with_fallback(run.model, inputs.second_moments(block, index, linears), linears)
     costs = {
         name: float(linear.in_features * (linear.in_features + linear.out_features)) for name, linear in linears.items()
     }

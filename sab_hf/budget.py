@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from typing import NamedTuple
 
@@ -136,19 +137,26 @@ def _bytes(menus: dict[str, _Menu], chosen: dict[str, int]) -> float:
 
 
 def _spend_rest(menus: dict[str, _Menu], chosen: dict[str, int], budget: float) -> dict[str, int]:
-    """Go on to the next option of a matrix, the most gain for a byte first, as long as one fits the budget."""
-    chosen = dict(chosen)
-    left = budget - _bytes(menus, chosen)
-    while True:
-        steps = {}
-        for name, i in chosen.items():
-            menu = menus[name]
-            if i + 1 < len(menu.loss):
-                cost = float(menu.num_bytes[i + 1] - menu.num_bytes[i])
-                if cost <= left:
-                    steps[name] = (float(menu.loss[i] - menu.loss[i + 1]) / max(cost, 1.0), cost)
-        if not steps:
-            return chosen
-        name = max(steps, key=lambda name: steps[name][0])
-        chosen[name] += 1
-        left -= steps[name][1]
+    """Go on to the next option of a matrix, the most gain for a byte first, as long as one fits the budget.
+
+    Of steps that gain as much (nothing, where no token came) the one of the matrix with the fewest bits a weight comes first.
+    """
+    chosen, left, steps = dict(chosen), budget - _bytes(menus, chosen), []
+
+    def offer(place: int, name: str) -> None:
+        menu, i = menus[name], chosen[name]
+        if i + 1 < len(menu.loss):
+            cost = float(menu.num_bytes[i + 1] - menu.num_bytes[i])
+            gain = float(menu.loss[i] - menu.loss[i + 1]) / max(cost, 1.0)
+            share = float(menu.num_bytes[i] / menu.num_bytes[0])
+            heapq.heappush(steps, (-gain, share, place, name, cost))
+
+    for place, name in enumerate(chosen):
+        offer(place, name)
+    while steps:
+        _, _, place, name, cost = heapq.heappop(steps)
+        if cost <= left:  # else it never will: less and less is left
+            chosen[name] += 1
+            left -= cost
+            offer(place, name)
+    return chosen

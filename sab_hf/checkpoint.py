@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,8 +58,9 @@ class RunCheckpoint:
         except BaseException:
             self.close()
             raise
-        for unfinished in self.folder.glob("*.tmp"):  # of a run that was killed while it wrote
-            unfinished.unlink()
+        for kind in ("*.safetensors", _FINGERPRINT):
+            for unfinished in self.folder.glob(f"{kind}.tmp"):  # of a run that was killed while it wrote
+                unfinished.unlink()
 
     def load(self, stage: str) -> Stage | None:
         """Return a finished stage, or None if it is not finished.
@@ -93,14 +93,6 @@ class RunCheckpoint:
         content = save(tensors, metadata={"record": text, "digest": _digest(tensors, text)})
         self._write(self._path(stage), content)
         logger.debug("committed %s: %.1f MiB", stage, len(content) / 2**20)
-
-    def remember(self, stage: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the plain data that `compute` returned when it ran first: a step that resuming must not repeat."""
-        found = self.load(stage)
-        if found is None:
-            self.save(stage, {}, compute())
-            found = self.load(stage)
-        return found.record
 
     def stages(self) -> list[str]:
         """Return the names of the finished stages, sorted."""

@@ -45,13 +45,13 @@ class SABEmbedding(SABModule):
     def embedding_dim(self) -> int:
         return self.in_features
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of `ids` [...], as [..., embedding_dim]."""
-        r = self.row_scale.view(torch.float16)[:, ids].float()  # [K, ...]
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of the ids `input` [...], as [..., embedding_dim]."""
+        r = self.row_scale.view(torch.float16)[:, input].float()  # [K, ...]
         c = self.col_scale.view(torch.float16).float()  # [K, embedding_dim]
-        shifts = torch.arange(8, dtype=torch.uint8, device=ids.device)
-        bits = (self.signs[:, ids].unsqueeze(-1) >> shifts & 1).flatten(-2)[..., : self.in_features]
-        signed = (2.0 * bits - 1.0) * c.view(len(c), *[1] * ids.ndim, -1)
+        shifts = torch.arange(8, dtype=torch.uint8, device=input.device)
+        bits = (self.signs[:, input].unsqueeze(-1) >> shifts & 1).flatten(-2)[..., : self.in_features]
+        signed = (2.0 * bits - 1.0) * c.view(len(c), *[1] * input.ndim, -1)
         return (signed * r.unsqueeze(-1)).sum(0).to(self.output_like.dtype)
 
 
@@ -75,8 +75,8 @@ class SABTiedHead(nn.Module):
     def out_features(self) -> int:
         return self._embedding[0].out_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._embedding[0].multiply(x, self.exact)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._embedding[0].multiply(input, self.exact)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, planes of the input embedding"

@@ -27,7 +27,7 @@ _RIDGE = 1e-6
 never rises."""
 _LEAST_GAIN = 1e-3
 """Relative gain of a round below which the fit has converged."""
-_MAX_SYSTEM = 16384
+MAX_SYSTEM = 16384
 """Unknowns of one column-scale system; wider ones are solved by column blocks (float32 at 16384: 1 GiB a matrix)."""
 
 
@@ -116,7 +116,7 @@ def fit_tall_planes(
         W: [out_features, in_features] floating point, on any device; the computation runs on the device of H.
         H, num_planes, alternations, block_size: as in `fit_planes`.
     Returns:
-        Planes on the device of W.
+        Planes on the device of H, or of W where it has more rows than `rows`.
     """
     n = W.shape[0]
     if n <= rows:
@@ -212,7 +212,7 @@ def update_column_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Te
     """Minimize the output error over c: `[(A_kᵀ diag(w) A_l) ⊙ H] Δc = Σ_i w_i A_k ⊙ (E H)`, by column blocks if too wide."""
     K, m = state.c.shape
     A = state.B * state.r[:, :, None]  # [K, n, m]
-    width = max(1, _MAX_SYSTEM // K)
+    width = max(1, MAX_SYSTEM // K)
     gradient = (W - state.dense()) @ H
     for start in range(0, m, width):
         block = slice(start, min(start + width, m))

@@ -125,8 +125,8 @@ class SABLinear(SABModule):
         """Return a module of the shape of `linear`, on its device, with uninitialised planes for a loader to fill."""
         return cls(empty_tensors(linear.weight, num_planes, num_significant), linear.in_features, linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.multiply(x, self.exact)
+    def forward(self, input: Tensor) -> Tensor:  # named as `nn.Linear` names it: some models pass it by name
+        y = self.multiply(input, self.exact)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

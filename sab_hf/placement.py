@@ -47,19 +47,20 @@ class Placement:
         module = self.model.get_submodule(name)
         kept = [] if lasting else _data(module)
         hooks = _take_hooks(module)
-        home = _home(module, hooks)
-        for owner, hook in hooks.items():
-            _materialise(owner, hook, self.device, forget=lasting)
-        _check_real(name, module)
-        module.to(self.device)
+        home, here = _home(module, hooks), False
         try:
+            for owner, hook in hooks.items():
+                _materialise(owner, hook, self.device, forget=lasting)
+            _check_real(name, module)
+            module.to(self.device)
+            here = True
             yield module
         finally:
-            if lasting:
+            if not lasting:
+                _put_back(kept, hooks)
+            elif here:
                 module.to(home)
                 _settle(module, hooks, home)
-            else:
-                _put_back(kept, hooks)
         if lasting:
             _note_device(self.model, name, home)
 
@@ -83,11 +84,6 @@ class Placement:
             (hook for m in self.model.modules() for hook in _align_hooks(m) if hook.execution_device is not None), None
         )
         return torch.device(hook.execution_device) if hook else next(self.model.parameters()).device
-
-
-def offloaded(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of `model` that are on the meta device, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
 
 
 def read_parameter(model: nn.Module, name: str) -> Tensor:
@@ -129,7 +125,7 @@ def _compute_device(model: nn.Module, device: str | torch.device | None) -> torc
     name = device
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"`compute_device` must be a device of this machine, such as 'cpu' or 'cuda:0', got {name!r}"
@@ -140,9 +136,12 @@ def _compute_device(model: nn.Module, device: str | torch.device | None) -> torc
 
 
 def _align_hooks(module: nn.Module) -> list[AlignDevicesHook]:
-    hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
-    return [h for h in hooks if isinstance(h, AlignDevicesHook)]
+    return _aligning(getattr(module, "_hf_hook", None))
+
+
+def _aligning(hook: Any) -> list[AlignDevicesHook]:
+    """Return the hooks that place weights among those that an accelerate hook is made of."""
+    return [h for h in getattr(hook, "hooks", (hook,)) if isinstance(h, AlignDevicesHook)]
 
 
 def _take_hooks(module: nn.Module) -> dict[nn.Module, Any]:
@@ -155,8 +154,8 @@ def _take_hooks(module: nn.Module) -> dict[nn.Module, Any]:
 
 def _materialise(module: nn.Module, hook: Any, device: torch.device, forget: bool) -> None:
     """Load the offloaded tensors of one module; with `forget`, RAM copies that the hook shares are given up."""
-    for align in getattr(hook, "hooks", (hook,)):
-        if not isinstance(align, AlignDevicesHook) or not align.offload or align.weights_map is None:
+    for align in _aligning(hook):
+        if not align.offload or align.weights_map is None:
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -177,10 +176,9 @@ def _forget(weights_map: Any, name: str) -> None:
 def _home(module: nn.Module, hooks: dict[nn.Module, Any]) -> torch.device:
     """Return where a finished module lives: where it is now, or where offloaded weights run (packed, they fit)."""
     real = next((p.device for p in module.parameters() if not p.is_meta), None)
-    for part in hooks:
-        for hook in getattr(hooks[part], "hooks", (hooks[part],)):
-            if isinstance(hook, AlignDevicesHook) and hook.offload and hook.execution_device is not None:
-                return torch.device(hook.execution_device)
+    for align in (align for hook in hooks.values() for align in _aligning(hook)):
+        if align.offload and align.execution_device is not None:
+            return torch.device(align.execution_device)
     return real or torch.device("cpu")
 
 
@@ -208,7 +206,7 @@ def _settle(module: nn.Module, hooks: dict[nn.Module, Any], home: torch.device) 
     for part, hook in hooks.items():
         if part not in remaining:
             continue
-        align = next(h for h in getattr(hook, "hooks", (hook,)) if isinstance(h, AlignDevicesHook))
+        align = _aligning(hook)[0]
         plain = AlignDevicesHook(home, io_same_device=align.io_same_device, skip_keys=align.skip_keys)
         add_hook_to_module(part, plain)
 

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoProcessor
 
@@ -13,9 +14,9 @@ from .budget import allocate
 from .calibration import CalibrationSet, holds_batches, prepare_calibration
 from .config import SABQuantizationConfig
 from .linear import SABModule
-from .rest import plan_rest
+from .rest import plan_rest, rest_names
 from .roles import Roles, find_roles
-from .selection import Coverage, coverage, is_skipped, language_linears
+from .selection import Coverage, coverage, language_linears
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Plan:
         shapes: name → (out_features, in_features) of each Linear to binarize, experts of fused parameters included.
         modules: name → [full planes, significant columns] of each of them; where `bits` go by sensitivity, the sizes are those
             of an even budget until it is measured.
-        rest: name → full planes of each matrix outside the language blocks.
+        rest: name → full planes of each matrix outside the language blocks; planned anew once there are weights.
         calibration: the processed calibration set.
         coverage: the share of the language weights that `modules` is.
     """
@@ -49,8 +50,13 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
         model: the model or its skeleton on the meta device.
         config, processor, samples: as in `quantize`.
     Raises:
-        ValueError: see `quantize`.
+        ValueError, RuntimeError: see `quantize`.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "quantization trains scales and signs, which torch.inference_mode() rules out; quantize (or load with "
+            "`quantization_config`) outside of it"
+        )
     packed = next((name for name, module in model.named_modules() if isinstance(module, SABModule)), None)
     if packed or getattr(model, "quantization_method", "sab") != "sab":
         raise ValueError(
@@ -58,16 +64,15 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
             "checkpoint, or call `model.dequantize()` first"
         )
     roles = find_roles(model, config.language_blocks)
-    rest, skipped = plan_rest(model, roles, config), config.modules_to_not_convert or []
-    linears = language_linears(model, roles, skipped, others=tuple(rest))
+    skipped = config.modules_to_not_convert or []
+    linears = language_linears(model, roles, skipped, others=rest_names(model, roles, config))
     covered = coverage(model, roles, linears, skipped)
     covered.check(config.allow_low_coverage)
     logger.info(covered.summary())
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     modules = allocate(shapes, config.bits)
-    rest = {name: planes for name, planes in rest.items() if not is_skipped(name, skipped)}
     calibration = _calibration(model, config, processor, samples)
-    return Plan(roles, shapes, modules, rest, calibration, covered)
+    return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered)
 
 
 def _calibration(model: nn.Module, config: SABQuantizationConfig, processor: Any, samples: Any) -> CalibrationSet:

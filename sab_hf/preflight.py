@@ -31,8 +31,10 @@ from .calibration import CalibrationSet
 from .capture import count_first
 from .config import SABQuantizationConfig
 from .experts import fused_name
+from .fit import MAX_SYSTEM
 from .gradients import BYTES_PER_LOGIT, positions_at_once
 from .packing import stored_bytes
+from .sensitivity import needs_sensitivity
 from .store import GIB
 from .workspace import Workspace
 
@@ -40,10 +42,6 @@ logger = logging.getLogger(__name__)
 
 KEPT_BY_ALLOCATOR = 1.2
 """Resident memory over what is in use, on a CPU: freed pieces that the system's allocator has not given back (measured)."""
-
-_WIDEST_SYSTEM = 16384
-"""Unknowns of one column-scale system in `fit.py`."""
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -105,7 +103,7 @@ def estimate_run(
         block_names, shapes, modules, calibration: as in `Plan`.
         refine_steps: of each block, 0 for none.
     """
-    measured = (config.significance, config.budget, config.refine_loss) != ("paper", "uniform", "balanced")
+    measured = needs_sensitivity(config, refine_steps)
     data = _Data.of(
         calibration, model, len(block_names), refine_steps, workspace, config.sensitivity_samples if measured else 0
     )
@@ -250,7 +248,7 @@ def _backward(block: _Block, data: _Data) -> float:
 def _fit(block: _Block, data: _Data) -> float:
     def one(n: int, m: int, planes: int, significant: int) -> float:
         terms = planes + bool(significant)
-        system = min(terms * m, _WIDEST_SYSTEM)
+        system = min(terms * m, MAX_SYSTEM)
         return 4 * (data.modalities + 4) * m * m + 11 * system**2 + 4 * (7 * terms + 5) * n * m
 
     return max((one(*linear) for linear in block.linears), default=0.0)
@@ -288,7 +286,7 @@ def _operations(
     fit = 0.0
     for n, m, planes, significant in (linear for block in blocks for linear in block.linears):
         terms = planes + bool(significant)
-        unknowns = min(terms * m, _WIDEST_SYSTEM)
+        unknowns = min(terms * m, MAX_SYSTEM)
         systems = math.ceil(terms * m / unknowns)
         scales = 4 * terms * n * m * m + 2 * n * m * m * (1 + terms * unknowns / m) + systems * unknowns**3 * 2 / 3
         fit += 3 * m**3 + (config.alternations + 1) * (scales + 3 * n * m * m)

@@ -51,7 +51,8 @@ def refine_block(
 ) -> RefineResult:
     """Train planes, norms and biases of a block to give the full-precision block's output, and pack the planes into it.
 
-    Where training does not lower the error, the block is packed as it was before, and a warning says so.
+    Where training does not lower the error, the block is packed as it was before, and a warning says so. Where it ends with an
+    error, the block is as it was given. Matrices that stay dense are not trained.
 
     Args:
         model: the model; its Linears called as in `planes` become `SABLinear`s.
@@ -78,28 +79,38 @@ def refine_block(
     }
     for name, module in trainable.items():
         replace_module(model, name, module)
-    others = {name: p for name, p in block.named_parameters() if not name.startswith(_prefixes(block, trainable))}
-    start = {name: (p.detach().clone(), p.requires_grad) for name, p in others.items()}
-    for p in others.values():
+    beside = [p for p in _beside(block, trainable) if p.is_floating_point()]
+    others = [p for p in beside if p.ndim < 2]
+    start = {p: (p.data if p.ndim > 1 else p.detach().clone(), p.requires_grad) for p in beside}
+    for p in beside:
         p.data = p.data.float()
-        p.requires_grad_(True)
+        p.requires_grad_(p.ndim < 2)
+
+    def settle(refined: bool) -> None:
+        for p, (value, requires_grad) in start.items():
+            p.data = p.data.to(value.dtype) if refined and p.ndim < 2 else value
+            p.grad = None
+            p.requires_grad_(requires_grad)
+
     try:
-        result = _train(block, index, trainable, list(others.values()), inputs, settings, gradient)
-    except torch.OutOfMemoryError as error:
-        raise RuntimeError(
-            f"out of memory while refining block {index}; lower `batch_size` (activations) or `max_length`, or set "
-            "`refine_steps=0`"
-        ) from error
+        result = _train(block, index, trainable, others, inputs, settings, gradient)
+    except BaseException as error:
+        settle(False)
+        for name, linear in linears.items():
+            replace_module(model, name, linear)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RuntimeError(
+                f"out of memory while refining block {index}; lower `batch_size` (activations) or `max_length`, or set "
+                "`refine_steps=0`"
+            ) from error
+        raise
     refined = result.after < result.before  # False also for NaN
     if not refined:
         logger.warning(
             "refining block %d did not lower its error (%.4f, then %.4f); it stays unrefined", index, *result
         )
         result = RefineResult(result.before, result.before)
-    for name, p in others.items():
-        value, requires_grad = start[name]
-        p.data = p.data.to(value.dtype) if refined else value
-        p.requires_grad_(requires_grad)
+    settle(refined)
     for name, module in trainable.items():
         bias = biases[name]
         if refined and bias is not None:
@@ -157,10 +168,10 @@ def _accumulate_gradients(
     inputs.workspace.limit.retry(f"refining block {index}", max((state.rows for state in drawn), default=1), run)
 
 
-def _prefixes(block: nn.Module, modules: dict[str, TrainablePlanes]) -> tuple[str, ...]:
-    """Return the beginnings of the names that the modules' parameters have within the block."""
-    inside = {module: name for name, module in block.named_modules()}
-    return tuple(f"{inside[module]}." for module in modules.values())
+def _beside(block: nn.Module, modules: dict[str, TrainablePlanes]) -> list[nn.Parameter]:
+    """Return the parameters of the block that are not those of the modules."""
+    own = {p for module in modules.values() for p in module.parameters()}
+    return [p for p in block.parameters() if p not in own]
 
 
 class _ErrorWeights:

@@ -15,9 +15,11 @@ from .embedding import SABEmbedding
 from .fit import fit_tall_planes
 from .hessian import SecondMoments, damp, mix
 from .linear import SABLinear, replace_module
+from .placement import check_finite
 from .rest_inputs import moments_after_blocks, moments_before_blocks
 from .roles import EMBEDDING, HEAD, Roles
-from .swap import swap_in_empty, tie_head
+from .selection import is_skipped
+from .swap import set_tied, swap_in_empty, tie_head
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -29,9 +31,30 @@ _MOMENT_BYTES = 2 << 30
 def plan_rest(model: nn.Module, roles: Roles, config: SABQuantizationConfig) -> dict[str, int]:
     """Return name → full planes of each matrix outside the language blocks that the config asks for.
 
+    Of a skeleton on the meta device only the config says whether embedding and head are one matrix.
+
     Raises:
         ValueError: a role was named that the model does not have, or tied embeddings were given two numbers.
     """
+    skipped = config.modules_to_not_convert or []
+    return {
+        name: num_planes
+        for name, num_planes in _asked_for(model, roles, config).items()
+        if not any(is_skipped(other, skipped) for other in _names_of(model, roles, name))
+    }
+
+
+def rest_names(model: nn.Module, roles: Roles, config: SABQuantizationConfig) -> tuple[str, ...]:
+    """Return the names by which `modules_to_not_convert` may mean what the other fields of the config ask for."""
+    return tuple(name for planned in _asked_for(model, roles, config) for name in _names_of(model, roles, planned))
+
+
+def _names_of(model: nn.Module, roles: Roles, name: str) -> tuple[str, ...]:
+    """Return the names of a planned matrix: a tied embedding is the output head too."""
+    return (name, roles.head) if name == roles.embedding and is_tied(model) else (name,)
+
+
+def _asked_for(model: nn.Module, roles: Roles, config: SABQuantizationConfig) -> dict[str, int]:
     planned: dict[str, int] = {}
     for role in REST_ROLES:
         bits = config.bits_of(role)
@@ -47,7 +70,8 @@ def plan_rest(model: nn.Module, roles: Roles, config: SABQuantizationConfig) -> 
         _check_tied(config)
         named = [bits for bits in (config.embedding_bits, config.head_bits) if bits is not None]
         bits = named[0] if named else config.bits_of(EMBEDDING)
-        planned.pop(roles.head, None)
+        for name in (roles.embedding, roles.head):
+            planned.pop(name, None)
         if bits != DENSE:
             planned[roles.embedding] = bits
     return planned
@@ -63,10 +87,16 @@ def _check_tied(config: SABQuantizationConfig) -> None:
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Return whether output head and input embedding are one matrix."""
-    head = model.get_output_embeddings()
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    return head is not None and (tied or head.weight is model.get_input_embeddings().weight)
+    """Return whether output head and input embedding are one matrix; of one without values, what the config says.
+
+    A config may say so of a checkpoint that holds two different matrices, and transformers 5 then loads both.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight:
+        return head is not None
+    if head.weight.is_meta or embedding.weight.is_meta:
+        return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    return False
 
 
 def _matrices(model: nn.Module, roles: Roles, role: str) -> dict[str, nn.Module]:
@@ -78,13 +108,15 @@ def _matrices(model: nn.Module, roles: Roles, role: str) -> dict[str, nn.Module]
 
 
 def check_rest(model: nn.Module, planned: dict[str, int]) -> None:
-    """Raise a ValueError if one of the planned matrices is offloaded: it can only be binarized in memory."""
-    absent = next((name for name in planned if model.get_submodule(name).weight.is_meta), None)
-    if absent is not None:
-        raise ValueError(
-            f"`{absent}` is offloaded, and what is outside the language blocks can only be binarized in memory (the blocks "
-            "may be offloaded); leave `rest_bits` and the bits of single roles at 16, or give it a place in `device_map`"
-        )
+    """Raise a ValueError if one of the planned matrices is not finite, or offloaded: it can only be binarized in memory."""
+    for name in planned:
+        weight = model.get_submodule(name).weight
+        if weight.is_meta:
+            raise ValueError(
+                f"`{name}` is offloaded, and what is outside the language blocks can only be binarized in memory (the blocks "
+                "may be offloaded); leave `rest_bits` and the bits of single roles at 16, or give it a place in `device_map`"
+            )
+        check_finite(name, weight)
 
 
 @torch.no_grad()
@@ -127,6 +159,13 @@ def binarize_rest(
         _binarize_embedding(model, roles, planned[roles.embedding], at_head, config, workspace.device)
         if tied:
             tie_head(model)
+    _untie(model, roles, planned)
+
+
+def _untie(model: nn.Module, roles: Roles, planned: dict[str, int]) -> None:
+    """Have the config say that a packed embedding or head is tied to nothing, whatever it said of the dense ones."""
+    if {roles.embedding, roles.head} & planned.keys():
+        set_tied(model, False)
 
 
 def packed_rest(model: nn.Module, planned: dict[str, int]) -> dict[str, Tensor]:
@@ -138,9 +177,9 @@ def packed_rest(model: nn.Module, planned: dict[str, int]) -> dict[str, Tensor]:
     }
 
 
-def restore_rest(model: nn.Module, planned: dict[str, int], tensors: dict[str, Tensor]) -> None:
+def restore_rest(model: nn.Module, roles: Roles, planned: dict[str, int], tensors: dict[str, Tensor]) -> None:
     """Make the planned matrices what they were when `packed_rest` returned `tensors`."""
-    tied = is_tied(model) and any(model.get_submodule(n) is model.get_input_embeddings() for n in planned)
+    tied = is_tied(model) and roles.embedding in planned
     devices = {name: model.get_submodule(name).weight.device for name in planned}
     swap_in_empty(model, {name: [num_planes, 0] for name, num_planes in planned.items()})
     for name, device in devices.items():
@@ -149,6 +188,7 @@ def restore_rest(model: nn.Module, planned: dict[str, int], tensors: dict[str, T
             setattr(module, key, nn.Parameter(tensors[f"{name}.{key}"].to(device), requires_grad=False))
     if tied:
         tie_head(model)
+    _untie(model, roles, planned)
 
 
 def _binarize_linear(

@@ -117,19 +117,21 @@ class RowLabels:
 
 
 def with_fallback(
-    moments: dict[str, SecondMoments], linears: dict[str, nn.Linear]
+    model: nn.Module, moments: dict[str, SecondMoments], linears: dict[str, nn.Linear]
 ) -> tuple[dict[str, SecondMoments], set[str]]:
     """Give experts that saw fewer tokens than they have inputs the second moments of all experts of their layer.
 
     Args:
+        model: what the names are of.
         moments: by Linear; one that was never called is missing.
-        linears: the Linears of a block, by name. Experts are Linears whose names differ in their last number only.
+        linears: the Linears of a block, by name. Experts are those whose names differ only in the number that they have, or
+            the part that they are in has, in a list of modules.
     Returns:
         The moments, and the names of the Linears that have those of their group.
     """
     groups: dict[tuple[str, int], list[str]] = {}
     for name, linear in linears.items():
-        groups.setdefault((_group(name), linear.in_features), []).append(name)
+        groups.setdefault((_group(model, name), linear.in_features), []).append(name)
     result, fallbacks = dict(moments), set()
     for (_, in_features), names in groups.items():
         few = [name for name in names if name not in moments or sum(moments[name].counts.values()) < in_features]
@@ -147,7 +149,7 @@ def _around_experts(block: nn.Module) -> list[nn.Module]:
     names = set()
     for name, module in block.named_modules():
         parts = name.split(".")
-        if isinstance(module, ExpertWeights) or (isinstance(module, nn.ModuleList) and len(module) > 1):
+        if _may_hold_experts(module) and len(module) > 1:
             names |= {".".join(parts[:i]) for i in range(1, len(parts))}
     return [module for name, module in block.named_modules() if name in names]
 
@@ -156,9 +158,16 @@ def _numbers(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.split(".") if part.isdigit())
 
 
-def _group(name: str) -> str:
-    """Return `name` with its last number left open; a name without one as it is."""
-    return re.sub(r"\.\d+(?=(\.[^.\d]+)*$)", ".*", name)
+def _may_hold_experts(module: nn.Module) -> bool:
+    return isinstance(module, (ExpertWeights, nn.ModuleList))
+
+
+def _group(model: nn.Module, name: str) -> str:
+    """Return `name` with its last number left open, if that counts the members of a list; else as it is."""
+    numbered = re.fullmatch(r"(.*)\.\d+((?:\.[^.\d]+)*)", name)
+    if numbered is None or not _may_hold_experts(model.get_submodule(numbered[1])):
+        return name
+    return f"{numbered[1]}.*{numbered[2]}"
 
 
 def _fingerprints(rows: Tensor) -> Tensor:

@@ -138,6 +138,14 @@ def language_linears(
         for name, linear in linears.items()
         if name not in routers and is_worth_packing(linear) and not is_skipped(name, skipped)
     }
+    known: dict[nn.Linear, str] = {}
+    for name, linear in kept.items():
+        other = known.setdefault(linear, name)
+        if other != name:
+            raise ValueError(
+                f"`{other}` and `{name}` are one Linear, and blocks are binarized one by one; add its name to "
+                "`modules_to_not_convert`"
+            )
     if not kept:
         raise ValueError(f"{type(model).__name__} has no Linear left to binarize; shorten `modules_to_not_convert`")
     return kept

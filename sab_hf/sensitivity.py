@@ -7,6 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .config import SABQuantizationConfig
+
+
+def needs_sensitivity(config: SABQuantizationConfig, refine_steps: int) -> bool:
+    """Return whether a run of so many refinement steps uses the sensitivity of Linears or of block outputs."""
+    in_refinement = refine_steps > 0 and config.refine_loss == "gradient"
+    return config.significance == "gradient" or config.budget == "sensitivity" or in_refinement
+
 
 class LinearSensitivity(NamedTuple):
     """What the loss near a Linear `y = W x` looks like: an error E of W costs about `Σ_m N_m Σ_ij g_m[i] v_m[j] E[i,j]²`.

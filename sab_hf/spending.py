@@ -14,20 +14,25 @@ from .config import SABQuantizationConfig
 from .gradients import measure_sensitivity
 from .plan import Plan
 from .resume import FinishedBlocks
-from .sensitivity import Sensitivity, UnmeasurableError
+from .sensitivity import Sensitivity, UnmeasurableError, needs_sensitivity
 from .weights import iter_weights
 
 logger = logging.getLogger(__name__)
 
 
 def find_sensitivity(
-    model: nn.Module, inputs: BlockInputs, plan: Plan, config: SABQuantizationConfig, finished: FinishedBlocks
+    model: nn.Module,
+    inputs: BlockInputs,
+    plan: Plan,
+    config: SABQuantizationConfig,
+    refine_steps: int,
+    finished: FinishedBlocks,
 ) -> Sensitivity:
     """Measure the sensitivity of all Linears, if anything asks for it, or read what this run measured before.
 
     Where it cannot be measured, a warning says why, and the result is empty.
     """
-    if (config.significance, config.budget, config.refine_loss) == ("paper", "uniform", "balanced"):
+    if not needs_sensitivity(config, refine_steps):
         return Sensitivity()
 
     def measure() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -51,8 +56,8 @@ def find_sensitivity(
         return Sensitivity.unpack(*finished.remember("sensitivity", measure))
     except UnmeasurableError as reason:
         logger.warning(
-            "the sensitivity of the loss could not be measured (%s): bits are spread evenly, and the significance map is "
-            "the published one",
+            "the sensitivity of the loss could not be measured (%s): bits are spread evenly, a significance map is the published "
+            "one, and refinement balances modalities",
             reason,
         )
         return Sensitivity()

@@ -61,10 +61,11 @@ def tie_head(model: nn.Module) -> None:
             f"lists no packed embedding for {type(model).__name__}; it was altered: download or quantize it again"
         )
     model.set_output_embeddings(SABTiedHead(embedding))
-    _set_tied(model, False)
+    set_tied(model, False)
 
 
-def _set_tied(model: nn.Module, tied: bool) -> None:
+def set_tied(model: nn.Module, tied: bool) -> None:
+    """Have all configs of a model, and transformers' own list of tied weights, say whether embedding and head are one."""
     configs: list[Any] = [model.config, *(module.config for module in model.modules() if hasattr(module, "config"))]
     for config in configs:
         if hasattr(config, "tie_word_embeddings"):
@@ -97,4 +98,4 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
             head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, dtype=dtype)
         head.weight = embedding.weight
         replace_module(model, name, head)
-        _set_tied(model, True)
+        set_tied(model, True)

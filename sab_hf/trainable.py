@@ -71,8 +71,8 @@ class TrainablePlanes(nn.Module):
         """Drop what the passes of this step have added so far."""
         self._leaf.grad = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self._leaf, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self._leaf, self.bias)
 
     @torch.no_grad()
     def planes(self) -> SignPlanes:

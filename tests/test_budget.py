@@ -89,6 +89,16 @@ def test_budget_goes_to_the_matrix_at_stake():
     assert loss(sizes, scores) < loss(allocate(shapes, 2.2), scores)
 
 
+def test_what_nothing_needs_is_spread_over_matrices_that_no_token_reached():
+    shapes = {f"{i}": (64, 256) for i in range(40)}
+    scores = {name: torch.ones(256) if i < 4 else torch.zeros(256) for i, name in enumerate(shapes)}
+    sizes = allocate(shapes, 2.5, scores)
+    bytes_unseen = [stored_bytes(*shapes[name], *sizes[name]) for name in list(shapes)[4:]]
+    assert [sizes[name] for name in list(shapes)[:4]] == [[MAX_PLANES, 0]] * 4
+    assert max(bytes_unseen) <= 1.2 * min(bytes_unseen)
+    assert 0.99 * 2.5 <= average_bits(shapes, sizes) <= 2.5
+
+
 def test_budget_without_scores_spends_the_same_share_everywhere():
     sizes = allocate(SHAPES, 1.7)
     shares = {name: sizes[name][1] / m for name, (_, m) in SHAPES.items()}

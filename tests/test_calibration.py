@@ -97,6 +97,18 @@ def test_prepare_calibration_runs_through_the_model(processor, config):
 # Length, number and order of samples.
 
 
+def test_first_batches_are_not_the_shortest_samples_with_images(processor, config):
+    rows = [{"text": "word " * (1 + i)} for i in range(24)] + [
+        {"image": picture(), "text": "w " * (1 + i)} for i in range(24)
+    ]
+    kinds, lengths = set(), []
+    for batch in prepare_calibration(rows, processor, config, num_samples=48, batch_size=4).batches[:6]:
+        kinds.add(bool((batch.modality == IMAGE).any()))
+        lengths.append(int((batch.modality == TEXT).sum(1).float().mean()))
+    assert kinds == {True, False}
+    assert lengths != sorted(lengths)
+
+
 def test_prepare_calibration_drops_long_samples_and_takes_others(processor, config, caplog):
     rows = [{"image": picture(), "question": "x" * (500 if i % 2 else 5)} for i in range(8)]
     result = prepare_calibration(rows, processor, config, num_samples=3, max_length=100)

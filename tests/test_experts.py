@@ -25,6 +25,7 @@ from sab_hf.experts import (
     fused_parameters,
     split_experts,
 )
+from sab_hf.hessian import SecondMoments
 from sab_hf.roles import find_roles
 from sab_hf.routing import with_fallback
 from sab_hf.selection import coverage, language_linears
@@ -248,7 +249,7 @@ def test_experts_with_few_tokens_get_the_moments_of_all():
     }
     block = family.model.get_submodule(roles.blocks[0])
     moments = BlockInputs(family.model, roles.stages[0], batches).second_moments(block, 0, linears)
-    filled, fallbacks = with_fallback(moments, linears)
+    filled, fallbacks = with_fallback(family.model, moments, linears)
     few = {
         n for n, m in linears.items()
         if "experts" in n and (n not in moments or sum(moments[n].counts.values()) < m.in_features)
@@ -265,8 +266,18 @@ def test_experts_with_few_tokens_get_the_moments_of_all():
 
 
 def test_few_tokens_are_no_reason_where_there_is_no_group():
-    linears = {"a.q": nn.Linear(8, 8), "a.k": nn.Linear(8, 8), "a.experts.0.up": nn.Linear(8, 8)}
-    assert with_fallback({}, linears) == ({}, set())
+    """Members of a list are experts; parts of a sequence are different Linears that follow each other."""
+    model = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "q": nn.Linear(8, 8)})
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    moments = {name: SecondMoments(8, torch.device("cpu")) for name in linears}
+    for moment in moments.values():
+        moment.add(torch.randn(3, 8), torch.zeros(3))
+    assert with_fallback(model, moments, linears) == (moments, set())
+    assert with_fallback(model, {}, linears) == ({}, set())
+    model = nn.ModuleDict({"experts": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 8)}) for _ in range(2))})
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    moments = {"experts.0.up": moments["q"]}
+    assert with_fallback(model, moments, linears)[1] == {"experts.0.up", "experts.1.up"}
 
 
 def test_fallbacks_are_in_the_record_and_in_the_report():

@@ -77,7 +77,7 @@ def test_scale_updates_never_raise_the_objective(n, m, K, residual, seed, larges
     uncovered = ~state.free
     size = output_error(W, torch.zeros_like(W), H)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "_MAX_SYSTEM", largest_system)
+        patch.setattr(fit, "MAX_SYSTEM", largest_system)
         before = output_error(W, state.dense(), H)
         for update in (update_row_scales, update_column_scales) * 2:
             update(W, H, state)
@@ -129,7 +129,7 @@ def test_column_scales_by_blocks_converge_to_the_whole_system(monkeypatch, large
     W, H = problem(6, 11, 3, torch.float64)
     start = random_state(6, 11, 1, True, 3)
     least = least_column_error(W, H, start)
-    monkeypatch.setattr(fit, "_MAX_SYSTEM", largest_system)
+    monkeypatch.setattr(fit, "MAX_SYSTEM", largest_system)
     state = start.copy()
     update_column_scales(W, H, state)
     assert output_error(W, state.dense(), H) > 1.0001 * least  # one pass over blocks is not the whole

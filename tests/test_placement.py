@@ -12,6 +12,7 @@ from conftest import V5, build_llava, load, logits
 from torch import nn
 
 import sab_hf
+from sab_hf import placement
 from sab_hf.capture import BlockInputs
 from sab_hf.placement import Placement, read_parameter
 from sab_hf.store import StateStore
@@ -86,6 +87,11 @@ def test_unknown_compute_device_is_refused(model, processor, make_config):
         sab_hf.quantize(model, processor, None, make_config(compute_device="cuda:99"))
 
 
+def test_meta_is_no_compute_device(model, processor, make_config):
+    with pytest.raises(ValueError, match=r"`compute_device` must be a device of this machine.* got 'meta'"):
+        sab_hf.quantize(model, processor, None, make_config(compute_device="meta"))
+
+
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_passing_visit_leaves_everything_as_it_was(model, offloaded):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -97,6 +103,26 @@ def test_passing_visit_leaves_everything_as_it_was(model, offloaded):
         assert not any(p.is_meta for p in block.parameters())
     assert {name: p.is_meta for name, p in model.named_parameters()} == where
     assert all(torch.equal(read_parameter(model, name), values) for name, values in before.items())
+
+
+def test_visit_that_finds_no_memory_leaves_everything_as_it_was(model, monkeypatch):
+    accelerate.cpu_offload(model, execution_device="cpu")
+    block = model.get_submodule(f"{BLOCKS}.1")
+    hooked = [part for part in block.modules() if hasattr(part, "_hf_hook")]
+    load_tensors, left = placement._materialise, 3
+
+    def run_out(*arguments, **options):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise torch.OutOfMemoryError
+        load_tensors(*arguments, **options)
+
+    monkeypatch.setattr(placement, "_materialise", run_out)
+    with pytest.raises(torch.OutOfMemoryError), Placement(model).visit(f"{BLOCKS}.1"):
+        pass
+    assert [part for part in block.modules() if hasattr(part, "_hf_hook")] == hooked
+    assert all(p.is_meta for p in block.parameters())
 
 
 @pytest.mark.gpu

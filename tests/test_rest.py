@@ -1,5 +1,7 @@
 """Towers, projector, embedding and head on sign planes: accuracy of the fit, round trips, tied weights, errors."""
 
+import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -149,6 +151,46 @@ def test_tied_embeddings_take_one_number(make_config):
         quantized(make_config, tied=True, embedding_bits=4, head_bits=2)
     model = quantized(make_config, tied=True, head_bits=5, rest_bits=4)
     assert model.get_input_embeddings().num_planes == 5
+
+
+def test_tied_matrix_stays_dense_by_either_of_its_names(make_config):
+    for kept in ({"head_bits": 16}, {"embedding_bits": 16}, {"modules_to_not_convert": ["lm_head"]}):
+        model = quantized(make_config, tied=True, rest_bits=4, **kept)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert sab_hf.report(model).roles["projector"].num_quantized > 0
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4.57 ties what the config says, whatever the file holds")
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("bits", [{"rest_bits": 8}, {"embedding_bits": 8}])
+def test_head_of_its_own_is_kept_though_the_config_says_tied(vlm_dir, make_config, inputs, tmp_path, bits, resumed):
+    dense = tmp_path / "dense"
+    shutil.copytree(vlm_dir, dense)
+    config = json.loads((dense / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (dense / "config.json").write_text(json.dumps(config))
+    assert load(dense).lm_head.weight is not load(dense).get_input_embeddings().weight
+    run = make_config(**bits, refine_steps=0, checkpoint_dir=str(tmp_path / "run"))
+    if resumed:
+        load(dense, quantization_config=run)
+    model = load(dense, quantization_config=run)
+    assert not isinstance(model.lm_head, SABTiedHead)
+    expected = load(vlm_dir, quantization_config=make_config(**bits, refine_steps=0))
+    assert torch.equal(logits(model, inputs), logits(expected, inputs))
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(load(tmp_path / "packed"), inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "model.language_model.embed_tokens", "model.multi_modal_projector.linear_1"]
+)
+def test_nan_outside_the_blocks_is_named_before_any_work(make_config, name):
+    model = build_llava()
+    with torch.no_grad():
+        model.get_submodule(name).weight[3, 1] = torch.nan
+    with pytest.raises(ValueError, match=f"the weight of `{name}` holds NaN"):
+        sab_hf.quantize(model, build_processor(), config=make_config(rest_bits=4))
+    assert not any(isinstance(module, SABModule) for module in model.modules())
 
 
 @pytest.mark.parametrize("value", [0, 9, 15, 4.0, "4", True])

@@ -159,8 +159,13 @@ def test_stage_comes_back_as_it_was(tmp_path):
     assert stage.record == {"error": 0.1, "tokens": {"text": 3}}
     assert checkpoint.load("x.1") is None
     assert checkpoint.stages() == ["x.0"]
-    assert checkpoint.remember("plan", lambda: {"a": 1}) == {"a": 1}
-    assert checkpoint.remember("plan", lambda: {"a": 2}) == {"a": 1}
+
+
+def test_only_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    for name in ("thesis.tmp", "x.0.safetensors.tmp", "fingerprint.json.tmp"):
+        (tmp_path / name).touch()
+    RunCheckpoint(tmp_path, PRINT).close()
+    assert [file.name for file in tmp_path.glob("*.tmp")] == ["thesis.tmp"]
 
 
 def test_folder_in_use_is_refused(tmp_path):

@@ -117,6 +117,7 @@ def prepare_calibration(
             check_lengths([sample for sample, _ in samples], too_long, max_length, allow_text_only)
             warn_of_lost_images([(sample, batch.inputs) for sample, batch in samples], encoder)
             batches = _encode_batches(samples, encoder, model_config, batch_size)
+            batches = [batches[i] for i in shuffled_order(len(batches), seed)]  # the first ones stand for all
     calibration_set = _count(batches, num_dropped)
     check_number(calibration_set.num_samples, num_samples, num_dropped)
     inputs = [batch.inputs for batch in batches]
