@@ -22,10 +22,24 @@ selects them). In a checkpoint the module called `name` is the tensors `name.sig
 
 The four tensors of the residual plane are absent where k = 0. Spare bits at the end of a row are 0. Scales are stored
 as integers because loaders cast floating-point tensors to the dtype that the user asks for (which would round them) and
-leave integers alone: `tensor.view(torch.float16)` reads them. `config.json` holds, under `quantization_config`,
-`quant_method: "sab"`, `format_version: 1` and `modules`: for each quantized module its name and `[K, k]`, and `checksums`
-(see `integrity.py`; null if there are none). One module also has an empty tensor `weight`, uint8 [0]: a loader that does not
-know this format finds a weight of the wrong shape and fails, in place of initializing the module randomly. Readers skip it.
+leave integers alone: `tensor.view(torch.float16)` reads them. One module also has an empty tensor `weight`, uint8 [0]: a
+loader that does not know this format finds a weight of the wrong shape and fails, in place of initializing the module
+randomly. Readers skip it.
+
+`config.json` holds, under `quantization_config`, `quant_method: "sab"`, `format_version: 1`, `modules`: for each quantized
+module its name and `[K, k]`, `tied_head`: true or false, and `checksums` (see `integrity.py`; null if there are none). What
+else is there tells how the planes were made; readers skip it. Names in `modules` are those of the model's class; tensors begin
+as in the base model's dense checkpoints, which may differ (LLaVA's module `model.language_model.layers.0…` is
+`language_model.model.layers.0…` in the file). All other tensors, and the rest of `config.json`, are as in a dense checkpoint
+of the base model. A module is one of these:
+
+- A Linear: y = W x + bias, n outputs and m inputs.
+- The input embedding: row i of W is that of token i, n tokens and m features; k = 0 and no bias. A look-up gives the row in
+  the dtype of the model. Where the base model ties its output head to it, `tied_head` is true: there is no tensor of the
+  head, whose logits are W x with the embedding's W, and `tie_word_embeddings` is false, for no dense matrix is tied.
+- An expert of a mixture whose base model keeps all experts in one 3-D tensor, say `….experts.gate_up_proj`: that tensor is
+  absent, and expert e is the Linear `….experts.split.gate_up_proj.e` with a W [out_features, in_features], also where the
+  3-D tensor is [experts, in_features, out_features]. Biases of such experts stay the base model's tensors.
 """
 
 from __future__ import annotations
