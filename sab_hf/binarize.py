@@ -118,15 +118,14 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while, and then each of its modules into the mode that it was in."""
-    training = {module: module.training for module in model.modules()}
+    """Put a model into evaluation mode for a while, and then each module into the mode of what had its name."""
+    training = {name: module.training for name, module in model.named_modules()}  # modules would be kept alive
     model.eval()
     try:
         yield
     finally:
-        model.train(training[model])  # also what has come since
-        for module, mode in training.items():
-            module.training = mode
+        for name, module in model.named_modules():
+            module.training = training.get(name, training[""])
 
 
 @contextmanager

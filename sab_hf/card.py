@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from yaml import YAMLError
 
 from .html_report import evaluation_rows
 from .report import size_in_words
@@ -60,10 +61,8 @@ def model_card(
         calibration=record.get("calibration"),
         seconds=f"{record['seconds']:,.0f}" if record else None,
         refine_steps="400 a block on a GPU, 50 on a CPU (the defaults)" if steps is None else steps,
-        auto_class="AutoModelForImageTextToText"
-        if summary["pipeline_tag"] == "image-text-to-text"
-        else "AutoModelForCausalLM",
         license=license,
+        model_class=summary["model_class"],
         **{name: summary[name] for name in ("device", "config", "versions", "format_version", "created")},
     )
 
@@ -77,7 +76,7 @@ def find_license(base_model: str | None) -> str | None:
         return None
     try:
         card = ModelCard.load(local if local.is_file() else base_model, ignore_metadata_errors=True)
-    except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError):
+    except (OSError, ValueError, YAMLError, EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError):
         return None
     return card.data.license
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,10 +52,12 @@ class SABQuantizationConfig(QuantizationConfigMixin):
 
     Attributes:
         bits: stored bits per weight, averaged over the quantized language weights: signs, residual planes, scales and
-            masks, everything. The budget is met from below. None: one plane everywhere and a residual plane on the most
-            significant tenth of the columns (small matrices have dear scales, so no fixed number suits all models).
+            masks, everything. The budget is met from below; `budget` says where it is spent. None: as many as one plane and a
+            residual plane on a tenth of the columns take in every matrix (small matrices have dear scales, so no fixed number
+            suits all models).
         calibration: `"builtin"` (drawn and written by the package, no network), a Hub dataset id, a local folder or
-            JSONL file, a list of chat-message samples, or a list of processed batches. Only names and paths are saved.
+            JSONL file, a list of chat-message samples, or a list of processed batches. Only names are saved, of a path its
+            last two parts.
         num_samples: calibration samples. The fit is content with the 128 of the published methods; refinement is not (see
             the README for what more samples are worth).
         seed: of the calibration set.
@@ -263,7 +266,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             for f in dataclasses.fields(self)
             if f.name not in _NOT_SERIALIZED + _OF_THE_MACHINE
         }
-        return plain | {"calibration": self.calibration if isinstance(self.calibration, str) else "custom"}
+        named = isinstance(self.calibration, (str, os.PathLike))
+        return plain | {"calibration": without_path(str(self.calibration)) if named else "custom"}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return `to_dict`: a checkpoint records every number, also those that are today's defaults."""
@@ -281,6 +285,11 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             if f.init and f.name not in shared
         }
         return type(self)(**own, **shared)
+
+
+def without_path(name: str) -> str:
+    """Return the last two parts of a path on this machine, which means nothing elsewhere; anything else as it is."""
+    return "/".join(Path(name).absolute().parts[-2:]) if Path(name).exists() else name
 
 
 def _check_integer(config: SABQuantizationConfig, name: str, low: int) -> None:

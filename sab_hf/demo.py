@@ -36,7 +36,9 @@ class Chat:
         self.messages.append({"role": "user", "content": self._content(prompt)})
         inputs = self.processor.apply_chat_template(
             self.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device, dtype=self.model.dtype)
+        )
+        dtype = {"dtype": self.model.dtype} if self.has_parts else {}  # what a tokenizer returns has none
+        inputs = inputs.to(self.model.device, **dtype)
         tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         answer = self.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         self.messages.append(

@@ -18,8 +18,9 @@ from transformers import AutoProcessor
 from transformers.utils.logging import tqdm
 
 from .calibration.chat import ChatEncoder, borrowed
-from .loading import model_class
+from .loading import hub_options, model_class
 from .questions import QuestionBatch, encode_questions, read_questions
+from .report import finite
 from .scorers import SCORERS
 from .sources import read_config
 
@@ -88,7 +89,7 @@ class Evaluation:
         return plain
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(finite(self.to_dict()), indent=2)
 
     def __str__(self) -> str:
         columns = [self.model] + ([self.original] if self.original else [])
@@ -137,7 +138,8 @@ def evaluate(
         max_new_tokens: of a greedy answer.
         max_image_pixels: larger images are shrunk to this many pixels; None keeps them.
         scorers: name → (answer, accepted answers) → 0 to 1; None: exact match, ANLS, relaxed accuracy.
-        load_kwargs: for `from_pretrained`, where a path or id is given: `device_map`, `dtype`, `revision`, …
+        load_kwargs: for `from_pretrained`, where a path or id is given: `device_map`, `dtype`, `token`, …; `revision` and
+            `subfolder` are those of `model` alone.
     Raises:
         ValueError: the data has none of the accepted forms, or the two models have different vocabularies.
     """
@@ -145,7 +147,7 @@ def evaluate(
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
     model, processor = _open(model, processor, load_kwargs)
-    models = [model] if original is None else [model, _open(original, processor, load_kwargs)[0]]
+    models = [model] if original is None else [model, _open(original, processor, _elsewhere(load_kwargs))[0]]
     scorers = SCORERS if scorers is None else scorers
     encoder = ChatEncoder(processor, max_image_pixels)
     questions = read_questions(data, num_samples, seed, with_images=not encoder.text_only)
@@ -169,18 +171,24 @@ def evaluate(
 
 def _open(model: Any, processor: Any, load_kwargs: dict[str, Any]) -> tuple[nn.Module, Any]:
     """Load what is given as a path or id; a model in memory needs a processor, or a name to load one from."""
+    hub = hub_options(load_kwargs)
     if isinstance(model, (str, os.PathLike)):
         name = model
-        model = model_class(read_config(name)).from_pretrained(name, **load_kwargs)
+        model = model_class(read_config(name, **hub)).from_pretrained(name, **load_kwargs)
     else:
         name = getattr(model, "name_or_path", "")
     if processor is None:
         if not name:
             raise ValueError("`processor` must be the model's processor: the model does not say where it came from")
-        processor = AutoProcessor.from_pretrained(name)
+        processor = AutoProcessor.from_pretrained(name, **hub)
     elif isinstance(processor, (str, os.PathLike)):
-        processor = AutoProcessor.from_pretrained(processor)
+        processor = AutoProcessor.from_pretrained(processor, **_elsewhere(hub))
     return model, processor
+
+
+def _elsewhere(load_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments of `from_pretrained` without those that hold for one repository only."""
+    return {name: value for name, value in load_kwargs.items() if name not in ("revision", "subfolder")}
 
 
 class _Tally:

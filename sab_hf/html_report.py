@@ -127,8 +127,7 @@ def _by_layer(
     """Draw a heat map with a row for each kind of layer and a column for each block; alike layers of a block are averaged."""
     sums: dict[tuple[str, str], list[float]] = defaultdict(list)
     rows, columns = {}, {}
-    for module in modules:
-        block, kind = _place(module["name"])
+    for module, (block, kind) in zip(modules, _places(modules), strict=True):
         rows[kind] = columns[block] = None
         if value(module) is not None:
             sums[kind, block].append(value(module))
@@ -139,13 +138,20 @@ def _by_layer(
     return charts.heat_map(title, list(rows), list(columns), table, form.format, scale, bounds)
 
 
-def _place(name: str) -> tuple[str, str]:
-    """Split the name of a module into its block's number and its kind: further numbers, those of experts, are left out."""
+def _places(modules: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return block number and kind of each module; with the list of blocks if there are several, as of encoder and decoder."""
+    split = [_split(module["name"]) for module in modules]
+    several = len({blocks for blocks, _, _ in split if blocks}) > 1
+    return [(number, ".".join(filter(None, (blocks, kind))) if several else kind) for blocks, number, kind in split]
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """Split the name of a module into list of blocks, number and kind: further numbers, those of experts, are left out."""
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if first is None:
-        return "–", parts[-1]
-    return parts[first], re.sub(r"\.\d+(?=\.|$)", "", ".".join(parts[first + 1 :]))
+        return "", "–", parts[-1]
+    return ".".join(parts[:first]), parts[first], re.sub(r"\.\d+(?=\.|$)", "", ".".join(parts[first + 1 :]))
 
 
 def _budget(summary: dict[str, Any]) -> dict[str, str]:
@@ -194,7 +200,7 @@ def _significance(role: str, modules: list[dict[str, Any]]) -> dict[str, str]:
 def _columns(role: str, modules: list[dict[str, Any]]) -> str:
     """Draw where in its input features each layer has significant columns, from the first feature to the last."""
     shown = modules[:200]
-    labels = [" ".join(_place(module["name"])) for module in shown]
+    labels = [" ".join(place) for place in _places(shown)]
     count = len(shown[0]["significant_columns"])
     return charts.heat_map(
         f"Where the significant columns lie, {role}",
@@ -240,14 +246,14 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return what an evaluation measured as rows: measure, model, original."""
     model, original = evaluation["model"], evaluation.get("original") or {}
 
-    def of_original(value: float | None, form: str) -> str:
+    def written(value: float | None, form: str) -> str:
         return "–" if value is None else form.format(value)
 
     rows = [
-        (name.replace("_", " "), f"{value:.1%}", of_original((original.get("metrics") or {}).get(name), "{:.1%}"))
+        (name.replace("_", " "), written(value, "{:.1%}"), written((original.get("metrics") or {}).get(name), "{:.1%}"))
         for name, value in model["metrics"].items()
     ]
-    rows.append(("nats per token", f"{model['nll']:.4f}", of_original(original.get("nll"), "{:.4f}")))
+    rows.append(("nats per token", written(model["nll"], "{:.4f}"), written(original.get("nll"), "{:.4f}")))
     for key, name, form in (
         ("answer_agreement", "same answer as the original", "{:.1%}"),
         ("token_agreement", "same likeliest token", "{:.1%}"),

@@ -69,17 +69,29 @@ def save(
         ValueError: the model is not packed, has no processor, or the folder holds something that is no packed checkpoint.
     """
     summary = summarize(model, record, evaluation, base_model)
-    license = license or find_license(summary["base_model"])
+    if summary["record"] is None and model.name_or_path:  # loaded packed: what the folder that it came from says
+        told = _report(Path(model.name_or_path))
+        summary["base_model"] = summary["base_model"] or told.get("base_model")
+        if told.get("record"):
+            summary |= {name: told[name] for name in ("record", "device")}
+    license = license or find_license(model.name_or_path) or find_license(summary["base_model"])
     if summary["base_model"] and Path(summary["base_model"]).exists():
         summary["base_model"] = Path(summary["base_model"]).name  # no path, and nothing that looks like a Hub id
     processor = fresh_processor(model, processor)
     if push:
-        folder = Path(tempfile.mkdtemp(prefix="sab_hf."))
-        _write(model, processor, folder, summary, str(path_or_repo), license, max_shard_size)
-        with _kept_unless_published(folder, str(path_or_repo)):
+        folder, repo_id = Path(tempfile.mkdtemp(prefix="sab_hf.")), str(path_or_repo)
+        try:
+            _write(model, processor, folder, summary, repo_id, license, max_shard_size)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        with _kept_unless_published(folder, repo_id):
+            if "/" not in repo_id:  # the card names the owner, too
+                repo_id = check_login(repo_id, token)
+                write_pages(folder, summary, repo_id, license)
             return publish_folder(
                 folder,
-                str(path_or_repo),
+                repo_id,
                 private=private,
                 token=token,
                 revision=revision,
@@ -99,9 +111,11 @@ def publish_folder(
     revision: str | None = None,
     commit_message: str = "Upload a binarized model",
 ) -> str:
-    """Publish a saved checkpoint as a Hub repository, in one commit, and return its URL."""
+    """Publish a saved checkpoint as a Hub repository, in one commit, and return its URL. A branch that is not there is made."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision and not revision.startswith("refs/"):  # a pull request is there, or nobody can make it
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
     logger.info("published %s: %s", repo_id, commit.commit_url)
     return f"{api.endpoint}/{repo_id}"
@@ -114,12 +128,20 @@ def read_summary(folder: Path) -> dict[str, Any]:
         ValueError: the folder holds no packed checkpoint.
     """
     found = inspect(folder)
-    if (folder / REPORT).is_file():
-        summary = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        if summary.get("total_bytes") == found.report.total_bytes:
-            return summary
+    summary = _report(folder)
+    if summary.get("total_bytes") == found.report.total_bytes:
+        return summary
     config = AutoConfig.from_pretrained(folder)
     return summarize(saved_class(config).from_pretrained(folder))
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """Return the JSON report in a folder; {} if there is none, or another program's."""
+    try:
+        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and "total_bytes" in found else {}
 
 
 @contextmanager
@@ -138,15 +160,16 @@ def _kept_unless_published(folder: Path, repo_id: str) -> Iterator[None]:
     shutil.rmtree(folder)
 
 
-def check_login(repo_id: str, token: str | bool | None = None) -> None:
-    """Check that a repository could be published, before work is done for it.
+def check_login(repo_id: str, token: str | bool | None = None) -> str:
+    """Check that a repository could be published, before work is done for it, and return its id with the owner.
 
     Raises:
         ValueError: the name is none that a repository may have.
         OSError: not logged in, or the Hub does not answer.
     """
     validate_repo_id(repo_id)
-    HfApi(token=token).whoami()
+    user = HfApi(token=token).whoami()["name"]
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
 
 def check_target(path: str | os.PathLike) -> None:
@@ -189,10 +212,15 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         for file in partial.glob("*.safetensors"):  # written readable for the owner alone
             file.chmod(0o666 & ~_umask())
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.rename(old / path.name)
-            partial.rename(path)
-            shutil.rmtree(old)
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
+            path.rename(old)
+            try:
+                partial.rename(path)
+            except BaseException:
+                old.rename(path)
+                old.parent.rmdir()
+                raise
+            shutil.rmtree(old.parent)
         else:
             partial.rename(path)
     except SafetensorError as error:  # says neither where, nor that it is the disk's fault

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from .config import SABQuantizationConfig
-from .integrity import check_checksums
+from .integrity import check_checksums, checkpoint_files
 from .report import Report, report
 from .sources import check_name, not_found, require_packed
 from .swap import swap_in_empty
@@ -75,16 +75,16 @@ def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: st
     raw = _raw_config(name, folder, revision)
     require_packed(raw, name)
     config = SABQuantizationConfig.from_dict(raw["quantization_config"])
-    files = sorted(folder.glob("*.safetensors")) if folder else []
+    model = skeleton(folder or path_or_id, config, revision)
+    files = checkpoint_files(model) if folder else []
     if folder and not files:
         raise ValueError(f"`{name}` has no safetensors files; download or quantize it again")
-    entries = {str(file): header_entries(file) for file in files} if folder else _remote_entries(name, revision)
-    model = skeleton(folder or path_or_id, config, revision)
+    entries = {file: header_entries(file) for file in files} if folder else _remote_entries(name, revision)
     flat = [entry for of_file in entries.values() for entry in of_file]
     check_entries(model, flat)
     _check_sums(model, flat)
     if verify:
-        check_checksums(files, config.checksums)
+        check_checksums(files, config.checksums, model)
     state = NONE if config.checksums is None else VERIFIED if verify else PRESENT
     return Inspection(name, config.format_version, len(entries), len(flat), state, report(model))
 

@@ -146,7 +146,8 @@ def check_checksums(
     wrong = _differing(tensors, checksums)
     names = {name for name, tensor in tensors.items() if tensor.numel()}  # the marker is in no model
     if wrong and model is not None and names <= model.state_dict().keys():
-        wrong = _differing(_as_in_file(model, tensors), checksums)
+        own = [_differing(_as_in_file(model, dict(tensors), prefixes), checksums) for prefixes in (False, True)]
+        wrong = min(own, key=len)
     if wrong:
         raise ValueError(
             f"tensors of the checkpoint in {files[0].parent} were altered, lost or added after it was saved: checksums differ "
@@ -194,15 +195,24 @@ def _config_to_be_saved(model: nn.Module) -> dict[str, Any]:
     return json.loads(config.to_json_string(use_diff=True))
 
 
-def _as_in_file(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict under the names, and in the layout, in which transformers will write it."""
+def _as_in_file(model: nn.Module, state: dict[str, Tensor], prefixes: bool = False) -> dict[str, Tensor]:
+    """Return the state dict under the names, and in the layout, in which transformers will write it.
+
+    Args:
+        model: a model, or with `prefixes` a skeleton.
+        state: its tensors.
+        prefixes: put back the prefixes that loading removes from names: a skeleton does not know whether they were there.
+    """
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # transformers 4.57
         state = {_name_in_file(model, name): tensor for name, tensor in state.items()}
         return model._fix_state_dict_keys_on_save(state)
+    if prefixes:
+        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # loading writes it anew
     return revert_weight_conversion(model, state)
 
 

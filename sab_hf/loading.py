@@ -35,7 +35,7 @@ def load(path_or_id: str | os.PathLike, **kwargs: Any) -> tuple[Any, Any]:
         ValueError: the checkpoint is not packed by this package, or is damaged.
         OSError: there is no such checkpoint, or it lacks the processor's files.
     """
-    hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    hub = hub_options(kwargs)
     config = read_config(path_or_id, **hub)
     require_packed(config, path_or_id)
     model = model_class(config).from_pretrained(path_or_id, **kwargs)
@@ -47,6 +47,11 @@ def load(path_or_id: str | os.PathLike, **kwargs: Any) -> tuple[Any, Any]:
             f"`AutoProcessor.from_pretrained(<base model>).save_pretrained({str(Path(path_or_id))!r})`"
         ) from error
     return model.eval(), processor
+
+
+def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return those keyword arguments of `from_pretrained` that say where files come from: configs and processors too."""
+    return {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
 
 
 def model_class(config: Any) -> Any:

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 KEPT_BY_ALLOCATOR = 1.2
 """Resident memory over what is in use, on a CPU: freed pieces that the system's allocator has not given back (measured)."""
 
+
 @dataclass(frozen=True)
 class Estimate:
     """Predicted peaks of a run.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -91,7 +93,7 @@ class Report:
         return plain | {"bits": self.bits}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(finite(self.to_dict()), indent=2)
 
     def __str__(self) -> str:
         lines = [f"{'role':<12}{'quantized weights':>18}{'bits/weight':>13}{'packed':>12}{'dense':>12}"]
@@ -150,6 +152,15 @@ def _coverage(model: nn.Module, roles: Roles) -> Coverage:
     linears = {name: m for name, m in model.named_modules() if isinstance(m, SABModule) and roles.of(name) == LANGUAGE}
     config = getattr(model.config, "quantization_config", None)
     return coverage(model, roles, linears, getattr(config, "modules_to_not_convert", None) or [])
+
+
+def finite(plain: Any) -> Any:
+    """Return plain data with None for NaN and infinity, which JSON lacks."""
+    if isinstance(plain, dict):
+        return {key: finite(value) for key, value in plain.items()}
+    if isinstance(plain, (list, tuple)):
+        return [finite(value) for value in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 def size_in_words(num_bytes: float) -> str:

@@ -78,7 +78,7 @@ def take_rows(value: Any, rows: slice, batch: int, length: int) -> Any:
 
 def _batch_axis(tensor: Tensor, batch: int, length: int) -> int | None:
     shape = tuple(tensor.shape)
-    if len(shape) == 4 and shape[2:] == (length, length):  # [B, heads, L, L], where there may be B heads
+    if len(shape) == 4 and shape[2:] == (length, length) and shape[0] in (1, batch):  # [B, heads, L, L], maybe B heads
         return 0 if shape[0] == batch else None
     beside = [axis for axis in range(len(shape) - 1) if shape[axis : axis + 2] == (batch, length)]
     if beside:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
 import os
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
+from .config import without_path
 from .packing import unpack_bits
-from .report import report
+from .report import finite, report
 from .version import __version__
 
 NUM_BINS = 64
@@ -43,7 +42,6 @@ def summarize(
         base_model = model.config._name_or_path or None
     sizes = report(model)
     config = model.config.quantization_config.to_dict()
-    config["calibration"] = without_path(config["calibration"])
     return {
         "created": datetime.date.today().isoformat(),
         "versions": {"sab_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
@@ -53,7 +51,7 @@ def summarize(
         "base_model": base_model,
         "format_version": config["format_version"],
         "config": {name: value for name, value in config.items() if name not in NOT_SHOWN},
-        "bits": None if math.isnan(sizes.bits) else sizes.bits,
+        "bits": finite(sizes.bits),
         "total_bytes": sizes.total_bytes,
         "bytes_at_16_bits": 2 * _num_parameters(model, sizes),
         "roles": {name: dataclasses.asdict(role) | {"bits": role.bits} for name, role in sizes.roles.items()},
@@ -68,12 +66,7 @@ def plain_evaluation(evaluation: Any) -> dict[str, Any] | None:
     if evaluation is None:
         return None
     plain = evaluation.to_dict() if hasattr(evaluation, "to_dict") else evaluation
-    return plain | {"data": without_path(plain["data"])}
-
-
-def without_path(name: str) -> str:
-    """Return the last two parts of a path on this machine, which means nothing elsewhere; anything else as it is."""
-    return "/".join(Path(name).absolute().parts[-2:]) if Path(name).exists() else name
+    return finite(plain) | {"data": without_path(plain["data"])}
 
 
 def spent(summary: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -86,7 +79,7 @@ def spent(summary: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def _modules(model: nn.Module, sizes: Any, record: Any) -> list[dict[str, Any]]:
-    fits = {fit.name: _plain(fit) for fit in getattr(record, "fits", ())}
+    fits = {fit.name: finite(dataclasses.asdict(fit)) for fit in getattr(record, "fits", ())}
     entries = []
     for module in sizes.modules:
         tensors = model.get_submodule(module.name).packed_tensors()
@@ -126,16 +119,8 @@ def _record(record: Any) -> dict[str, Any] | None:
     return {
         "calibration": record.calibration,
         "seconds": record.seconds,
-        "refinements": [list(result) for result in record.refinements],
-        "stages": {name: _plain(stage) for name, stage in stages.items()},
-    }
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    """Return a dataclass as a dict; NaN and infinity, which JSON lacks, become None."""
-    return {
-        name: None if isinstance(entry, float) and not math.isfinite(entry) else entry
-        for name, entry in dataclasses.asdict(value).items()
+        "refinements": finite(record.refinements),
+        "stages": {name: finite(dataclasses.asdict(stage)) for name, stage in stages.items()},
     }
 
 
@@ -156,6 +141,8 @@ def _device(model: nn.Module) -> str:
     return f"CPU, {os.cpu_count()} cores" if model.device.type == "cpu" else str(model.device)
 
 
-def _pipeline_tag(model: nn.Module) -> str:
-    mapping = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return "image-text-to-text" if type(model.config) in mapping else "text-generation"
+def _pipeline_tag(model: nn.Module) -> str | None:
+    """Return the Hub's name of what the model does; None, which leaves it to the Hub, for audio and other models."""
+    if type(model.config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return "image-text-to-text"
+    return "text-generation" if type(model.config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else None

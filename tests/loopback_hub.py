@@ -25,13 +25,15 @@ class LoopbackHub:
 
     Attributes:
         url: for `HF_ENDPOINT`.
-        repos: repo id → list of commits, each {path: content}; the last one is "main".
+        repos: repo id → list of commits, each {path: content}; the last one is "main", and every branch.
+        branches: (repo id, name) of those that were made.
         requests: method and path of every request.
         refused: name of an endpoint that answers "no quota", such as "commit"; None: all work.
     """
 
     def __init__(self, port: int = 0):
         self.repos: dict[str, list[dict[str, bytes]]] = {}
+        self.branches: set[tuple[str, str]] = set()
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.refused: str | None = None
@@ -126,13 +128,19 @@ class _Handler(BaseHTTPRequestHandler):
         assert json.loads(body)["content"].startswith("---")
         self._json({"errors": [], "warnings": []})
 
+    def branch(self, body, repo_id, name):
+        self.hub.branches.add((repo_id, name))
+        self._json({})
+
     def preupload(self, body, repo_id, revision):
+        if revision != "main" and (repo_id, revision) not in self.hub.branches:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = [
             {"path": file["path"], "shouldIgnore": False,
              "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular"}
             for file in json.loads(body)["files"]
         ]  # fmt: skip
-        self._json({"files": files})
+        return self._json({"files": files})
 
     def lfs_batch(self, body, repo_id):
         objects = [
@@ -209,6 +217,7 @@ _ROUTES = (
     (("GET",), r"/api/whoami-v2", _Handler.whoami),
     (("POST",), r"/api/repos/create", _Handler.create),
     (("POST",), r"/api/validate-yaml", _Handler.validate),
+    (("POST",), rf"/api/models/{_REPO}/branch/([^/]+)", _Handler.branch),
     (("POST",), rf"/api/models/{_REPO}/preupload/([^/]+)", _Handler.preupload),
     (("POST",), rf"/api/models/{_REPO}/commit/([^/]+)", _Handler.commit),
     (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),

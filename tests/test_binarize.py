@@ -53,12 +53,8 @@ def test_modules_keep_their_training_modes(model, make_config, processor):
     language_model(model).train()
     modes = {name: module.training for name, module in model.named_modules()}
     quantize(model, processor, None, make_config(refine_steps=0))
-    got = {name: module.training for name, module in model.named_modules()}
-    packed = {name for name, module in model.named_modules() if isinstance(module, SABLinear)}
-    assert packed
-    assert {name: got[name] for name in modes if name not in packed} == {
-        name: modes[name] for name in modes if name not in packed
-    }
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert any(isinstance(module, SABLinear) for module in model.modules())
 
 
 def test_refinement_leaves_dense_matrices_alone(model, make_config, processor):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load, logits, packed_linears
+from conftest import build_llama, build_tokenizer, load, logits, packed_linears
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -70,6 +70,11 @@ def test_inspect_prints_a_table_or_json(capsys, packed_dir):
     code, out, _ = run(capsys, "inspect", packed_dir, "--verify", "--json")
     assert json.loads(out)["bits"] == sab_hf.report(load(packed_dir)).bits
     assert json.loads(out)["checksums"] == "verified"
+
+
+def test_json_has_null_for_what_is_no_number(capsys, monkeypatch):
+    monkeypatch.setattr("sab_hf.commands.inspection.run", lambda args: ({"bits": float("nan")}, ""))
+    assert json.loads(run(capsys, "inspect", "anything", "--json")[1]) == {"bits": None}
 
 
 def test_quantize_writes_what_the_python_api_writes(capsys, vlm_dir, questions, tmp_path, inputs):
@@ -144,6 +149,12 @@ def test_card_can_be_published(capsys, saved, hub):
     assert hub.files("me/from-shell")["model.safetensors"] == (saved / "model.safetensors").read_bytes()
 
 
+def test_card_is_published_under_the_folder_s_name(capsys, saved, hub):
+    code, _, _ = run(capsys, "card", saved, "--push")
+    assert code == 0
+    assert 'from_pretrained("me/tiny-sab"' in hub.files("me/tiny-sab")["README.md"].decode()
+
+
 def test_demo_answers_about_a_picture(capsys, saved, tmp_path, monkeypatch):
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
     argv = ["demo", saved, "--image", tmp_path / "red.png", "--max-new-tokens", "3", "--json"]
@@ -156,6 +167,18 @@ def test_demo_answers_about_a_picture(capsys, saved, tmp_path, monkeypatch):
     assert code == 0
     assert [turn["prompt"] for turn in json.loads(out)] == ["What is it?", "And why?"]
     assert json.loads(out)[0] == turn
+
+
+def test_demo_answers_without_a_picture(capsys, tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}user: {{ message['content'] }}<end>{% endfor %}"
+    config = sab_hf.SABQuantizationConfig(calibration=["Some text."], num_samples=1, alternations=1, refine_steps=0)
+    model = build_llama()
+    sab_hf.quantize(model, tokenizer, None, config)
+    sab_hf.save(model, tokenizer, tmp_path / "saved")
+    code, out, _ = run(capsys, "demo", tmp_path / "saved", "--prompt", "Hello", "--max-new-tokens", "3", "--json")
+    assert code == 0
+    assert json.loads(out)[0]["prompt"] == "Hello"
 
 
 def test_demo_refuses_a_dense_checkpoint(capsys, vlm_dir):
@@ -192,6 +215,9 @@ def test_run_starts_a_module_too(capsys, tmp_path, monkeypatch):
     for argv in (["run", "-m", "a_module", "-m", "--json"], ["run", "a_module", "-m", "--json"]):
         assert main(argv) == 0
         assert capsys.readouterr().out.strip() == "['-m', '--json'] __main__"
+    for program in (["-m", "a_module"], ["a_module"], ["--", "a_module"]):
+        assert main(["run", *program, "--", "y"]) == 0
+        assert capsys.readouterr().out.strip() == "['--', 'y'] __main__"
     with pytest.raises(SystemExit) as stop:
         main(["run"])
     assert stop.value.code == 2

@@ -82,6 +82,14 @@ def test_packed_checkpoint_is_not_quantized_again(capsys, saved, tmp_path):
     assert message.startswith(f"`{saved}` is quantized already, with 'sab'; name the dense original")
 
 
+def test_error_without_a_message_is_named(capsys, saved, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError
+
+    monkeypatch.setattr("sab_hf.inspection.inspect", fail)
+    assert fails(capsys, "inspect", saved) == "RuntimeError\n"
+
+
 def test_card_needs_a_folder(capsys, tmp_path, saved):
     assert "there is no folder `me/somewhere`" in fails(capsys, "card", "me/somewhere")
     (tmp_path / "notes.json").write_text('{"data": "and nothing else"}')

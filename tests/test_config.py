@@ -217,6 +217,15 @@ def test_to_dict_leaves_objects_out():
     assert "processor" not in SABQuantizationConfig(processor="/somebody/s/folder").to_dict()
 
 
+def test_to_dict_records_no_path_of_the_machine(tmp_path):
+    data = tmp_path / "set" / "data.jsonl"
+    data.parent.mkdir()
+    data.touch()
+    for path in (data, str(data)):
+        assert SABQuantizationConfig(calibration=path).to_dict()["calibration"] == "set/data.jsonl"
+    assert SABQuantizationConfig(calibration=Path("nowhere.jsonl")).to_dict()["calibration"] == "nowhere.jsonl"
+
+
 def test_to_dict_shares_nothing_with_the_config():
     config = SABQuantizationConfig(modules={"a": [1, 0]}, modules_to_not_convert=["b"])
     plain = config.to_dict()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from conftest import build_llama, build_llava, build_processor, build_samples, build_tokenizer, load
 
-from sab_hf.evaluate import evaluate
+from sab_hf.evaluate import Evaluation, Scores, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,22 @@ def test_a_model_agrees_with_itself_by_path(packed_dir, samples):
     assert plain["model"]["perplexity"] == result.model.perplexity
     assert "KL to original, nats" in str(result)
     assert f"{len(samples)} questions and 0 passages" in str(result)
+
+
+def test_options_of_the_hub_hold_for_config_and_processor_and_not_for_the_original(
+    packed_dir, vlm_dir, samples, tmp_path
+):
+    shutil.copytree(packed_dir, tmp_path / "inner")
+    options = {"max_new_tokens": 2, "dtype": torch.float32}
+    result = evaluate(tmp_path, data=samples[:2], original=vlm_dir, subfolder="inner", **options)
+    assert result == evaluate(packed_dir, data=samples[:2], original=vlm_dir, **options)
+
+
+def test_json_has_null_for_what_is_no_number():
+    result = Evaluation("mine", 1, 1, 0, 1, Scores({}, math.nan), Scores({}, 1e9), kl=math.inf)
+    plain = json.loads(result.to_json(), parse_constant=pytest.fail)
+    assert plain["model"] == {"metrics": {}, "nll": None, "perplexity": None}
+    assert (plain["original"]["perplexity"], plain["kl"]) == (None, None)
 
 
 def test_passages_count_for_perplexity_only():

@@ -15,7 +15,7 @@ from conftest import load
 from PIL import Image
 
 from sab_hf import charts
-from sab_hf.html_report import html_report, plots, size_in_words
+from sab_hf.html_report import evaluation_rows, html_report, plots, size_in_words
 from sab_hf.summary import spent, summarize
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -79,6 +79,24 @@ def test_experts_of_a_block_share_a_row(summary):
     first = many["modules"][0]
     many["modules"] = [first | {"name": f"model.layers.0.mlp.experts.{i}.up_proj", "bits": 1.0 + i} for i in range(3)]
     assert "mlp.experts.up_proj, block 0: 2.00" in titles(plots(many)["bits_language"])
+
+
+def test_blocks_of_encoder_and_decoder_have_rows_of_their_own(summary):
+    both = copy.deepcopy(summary)
+    first = both["modules"][0]
+    both["modules"] = [
+        first | {"name": f"model.{part}.layers.0.fc1", "bits": bits}
+        for part, bits in (("encoder", 1.0), ("decoder", 2.0))
+    ]
+    assert {
+        "model.encoder.layers.fc1, block 0: 1.00",
+        "model.decoder.layers.fc1, block 0: 2.00",
+    } <= set(titles(plots(both)["bits_language"]))
+
+
+def test_evaluation_without_a_number_is_shown_as_such(summary):
+    scores = {"metrics": {"exact_match": None}, "nll": None}
+    assert evaluation_rows({"model": scores}) == [("exact match", "–", "–"), ("nats per token", "–", "–")]
 
 
 def test_layers_without_significant_columns_are_left_out_of_their_map(summary):

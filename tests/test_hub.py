@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import build_llava, build_processor, load, logits
 from huggingface_hub import ModelCard
 from transformers import AutoProcessor
@@ -94,6 +95,22 @@ def test_failure_while_saving_leaves_the_old_checkpoint(quantized, processor, tm
     assert list(tmp_path.iterdir()) == [tmp_path / "saved"]
 
 
+def test_failure_of_the_last_step_puts_the_old_checkpoint_back(quantized, processor, tmp_path, monkeypatch):
+    sab_hf.save(quantized, processor, tmp_path / "saved")
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.suffix == ".partial":
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="gone"):
+        sab_hf.save(quantized, processor, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == [tmp_path / "saved"]
+    assert inspect(tmp_path / "saved", verify=True).checksums == "verified"
+
+
 def test_saving_replaces_a_checkpoint_and_nothing_else(quantized, processor, tmp_path):
     sab_hf.save(quantized, processor, tmp_path / "saved", max_shard_size="60KB")
     sab_hf.save(quantized, processor, tmp_path / "saved")
@@ -163,6 +180,29 @@ def test_card_of_a_model_that_was_loaded_packed(packed_dir, processor, tmp_path)
     assert str(packed_dir) not in card
 
 
+def test_card_of_a_checkpoint_that_was_loaded_and_saved_again(quantized, processor, tmp_path):
+    sab_hf.save(quantized, processor, tmp_path / "first", base_model="someone/their-vlm", license="mit")
+    sab_hf.save(load(tmp_path / "first"), processor, tmp_path / "second")
+    first, second = (ModelCard.load(tmp_path / name / "README.md") for name in ("first", "second"))
+    assert second.data.to_dict() == first.data.to_dict()
+    assert quantized.hf_quantizer.record.calibration in second.text
+    first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("first", "second"))
+    assert [second[name] for name in ("record", "device")] == [first[name] for name in ("record", "device")]
+
+
+def test_card_of_an_audio_model_names_a_class_that_loads_it(processor, tmp_path):
+    from family_zoo.others import qwen2_audio
+
+    family = qwen2_audio()
+    config = sab_hf.SABQuantizationConfig(calibration=family.batches, num_samples=8, alternations=1, refine_steps=0)
+    sab_hf.quantize(family.model, processor, None, config)
+    sab_hf.save(family.model, processor, tmp_path / "saved")
+    card = ModelCard.load(tmp_path / "saved" / "README.md")
+    auto = getattr(transformers, re.search(r"model = (\w+)\.from_pretrained", card.text)[1])
+    assert type(auto.from_pretrained(tmp_path / "saved")) is type(family.model)
+    assert card.data.pipeline_tag is None
+
+
 def test_local_original_gives_its_license_but_not_its_path(vlm_dir, make_config, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module, "find_license", lambda base: {str(vlm_dir): "cc0-1.0"}[base])
     sab_hf.save(load(vlm_dir, quantization_config=make_config()), processor, tmp_path / "saved")
@@ -179,6 +219,8 @@ def test_license_is_read_from_the_card_of_the_original(tmp_path):
     assert find_license(str(tmp_path)) == "apache-2.0"
     assert find_license(str(tmp_path / "nothing")) is None
     assert find_license(None) is None
+    (tmp_path / "README.md").write_text("---\nlicense: [apache-2.0\ntags: - a: b\n---\n# A model\n")
+    assert find_license(str(tmp_path)) is None
 
 
 def test_local_paths_of_data_are_not_published(model, processor, make_config, tmp_path):
@@ -190,11 +232,37 @@ def test_local_paths_of_data_are_not_published(model, processor, make_config, tm
     evaluation = {"data": str(data), "seed": 1, "num_samples": 9, "model": scores}
     sab_hf.save(model, processor, tmp_path / "saved", evaluation=evaluation)
     pages = [(tmp_path / "saved" / name).read_text() for name in ("README.md", "report.json", "report.html")]
+    stored = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert stored["calibration"] == "questions/data.jsonl"
     assert all("questions/data.jsonl" in page for page in pages)
     assert not any(str(tmp_path) in page for page in pages)
 
 
 # ---- the hub
+
+
+def test_card_of_a_repository_without_an_owner_names_it(quantized, processor, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert sab_hf.save(quantized, processor, "tiny-sab", push=True) == f"{hub.url}/me/tiny-sab"
+    assert hub.files("me/tiny-sab")["README.md"].decode().count('from_pretrained("me/tiny-sab"') == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_branch_is_made(quantized, processor, hub):
+    sab_hf.save(quantized, processor, "me/tiny-sab", push=True, revision="new")
+    assert hub.branches == {("me/tiny-sab", "new")}
+    assert "model.safetensors" in hub.files("me/tiny-sab")
+
+
+def test_failure_before_publishing_leaves_nothing(quantized, processor, hub, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(hub_module, "html_report", fail)
+    with pytest.raises(OSError, match="full"):
+        sab_hf.save(quantized, processor, "me/tiny-sab", push=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_published_checkpoint_loads_by_its_id_in_a_new_process_which_publishes_it_again(

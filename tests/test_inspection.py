@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import file_bytes, file_entries, load
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +36,14 @@ def test_weights_are_not_read(packed_dir, tmp_path):
 
 def test_verified_checkpoint_says_so(packed_dir):
     assert inspect(packed_dir, verify=True).checksums == "verified"
+
+
+def test_weights_of_an_adapter_in_the_folder_are_not_the_model_s(packed_dir, tmp_path):
+    shutil.copytree(packed_dir, tmp_path / "copy")
+    save_file(
+        {"base_model.model.q_proj.lora_A.weight": torch.zeros(4, 40)}, tmp_path / "copy/adapter_model.safetensors"
+    )
+    assert inspect(tmp_path / "copy", verify=True).report == inspect(packed_dir).report
 
 
 def test_missing_packed_tensor_is_named(damage):

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 import sab_hf
 from sab_hf import SABQuantizationConfig, integrity
+from sab_hf.inspection import inspect
 
 
 def files_of(path: Path) -> list[Path]:
@@ -112,9 +113,31 @@ def test_files_under_the_model_s_own_names_are_checked_too(packed_dir, tmp_path,
     with safe_open(files_of(tmp_path)[0], framework="pt") as reader:
         assert "model.language_model.norm.weight" in reader.keys()  # noqa: SIM118
     assert torch.equal(logits(load(tmp_path), inputs), logits(load(packed_dir), inputs))
+    assert inspect(tmp_path, verify=True).checksums == "verified"
     rewrite(tmp_path, lambda tensors: tensors["model.language_model.norm.weight"].mul_(2))
     with pytest.raises(ValueError, match=r"first `language_model\.model\.norm`"):
         load(tmp_path)
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4.57 always saves under the original names")
+def test_files_under_the_model_s_own_names_are_checked_where_those_of_the_original_had_a_prefix(
+    vlm_dir, make_config, tmp_path
+):
+    def add_prefix(tensors):
+        for name in [name for name in tensors if name.startswith("vision_tower.")]:
+            tensors[name.replace(".", ".vision_model.", 1)] = tensors.pop(name)
+
+    shutil.copytree(vlm_dir, tmp_path / "dense")
+    rewrite(tmp_path / "dense", add_prefix)
+    model = load(tmp_path / "dense", quantization_config=make_config())
+    model.save_pretrained(tmp_path / "packed", save_original_format=False)
+    checksums = model.config.quantization_config.checksums["tensors"]
+    assert "vision_tower.vision_model.post_layernorm" in checksums
+    load(tmp_path / "packed")
+    assert inspect(tmp_path / "packed", verify=True).checksums == "verified"
+    rewrite(tmp_path / "packed", lambda tensors: tensors["model.vision_tower.post_layernorm.weight"].mul_(2))
+    with pytest.raises(ValueError, match=r"for 1 of \d+ parts, first `vision_tower\.vision_model\.post_layernorm`"):
+        load(tmp_path / "packed")
 
 
 # ---- what is found

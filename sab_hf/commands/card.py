@@ -31,8 +31,9 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     folder = Path(args.checkpoint)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder `{folder}`; the card is written into the folder of a checkpoint")
+    repo_id = args.repo_id or folder.resolve().name
     if args.push:
-        check_login(args.repo_id or folder.resolve().name)
+        repo_id = check_login(repo_id)
     evaluation = _read_evaluation(args.evaluation) if args.evaluation else None
     summary = read_summary(folder)
     if args.base_model:
@@ -40,7 +41,6 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     if evaluation:
         summary["evaluation"] = plain_evaluation(evaluation)
     license = args.license or find_license(str(folder)) or find_license(summary["base_model"])
-    repo_id = args.repo_id or folder.resolve().name
     write_pages(folder, summary, repo_id, license)
     plain = {"card": str(folder / "README.md"), "report": str(folder / "report.html")}
     if args.push:

@@ -43,7 +43,11 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..sources import quantization_method, read_config
 
     config, where_to = quantization_config(args), device_map(args)
-    check_login(args.output) if args.push else check_target(args.output)  # mistakes show before hours are spent
+    output = args.output
+    if args.push:
+        output = check_login(output)  # mistakes show before hours are spent
+    else:
+        check_target(output)
     model_config = read_config(args.model, revision=args.revision)
     method = quantization_method(model_config)
     if method is not None:
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     where = save(
         model,
         processor,
-        args.output,
+        output,
         push=args.push,
         private=args.private or None,
         base_model=args.model,

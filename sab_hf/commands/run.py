@@ -10,13 +10,15 @@ SUMMARY = "start another Python program in which packed checkpoints load"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", nargs=argparse.REMAINDER, dest="module", help="a module and its arguments")
-    parser.add_argument("program", nargs="?", help="a .py file, the command of an installed package, or a module")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
+    parser.add_argument(
+        "program", nargs=argparse.REMAINDER,
+        help="a .py file, the command of an installed package, or a module; and its arguments",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> Any:
     from ..run import main
 
     if args.module is not None:
-        return main(["-m", *args.module])
-    return main([] if args.program is None else [args.program, *args.arguments])
+        return main(["-m", *args.module, *args.program])
+    return main(args.program[1:] if args.program[:1] == ["--"] else args.program)
