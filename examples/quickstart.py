@@ -26,7 +26,11 @@ def main():
     parser.add_argument(
         "--output", type=Path, default=Path("quickstart_output"), help="folder for picture and checkpoint"
     )
-    parser.add_argument("--bits", type=float, help="stored bits per language weight; default: one plane and a tenth")
+    parser.add_argument(
+        "--bits",
+        type=float,
+        help="stored bits per language weight; default: as many as one plane and a tenth of the columns take",
+    )
     parser.add_argument("--questions", type=int, default=220, help="questions that the accuracy is measured on")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

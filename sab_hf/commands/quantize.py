@@ -17,7 +17,11 @@ _NOT_SET = {"modules", "tied_head", "checksums", "format_version", "processor"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="dense checkpoint: a folder or Hub id")
     parser.add_argument("output", help="folder to write, or with --push a Hub repository")
-    parser.add_argument("--bits", type=float, help="stored bits per language weight; default: one plane and a tenth")
+    parser.add_argument(
+        "--bits",
+        type=float,
+        help="stored bits per language weight; default: as many as one plane and a tenth of the columns take",
+    )
     parser.add_argument("--calibration", help='"builtin" (default), a Hub dataset, a folder, or a JSONL file')
     parser.add_argument("--num-samples", type=int, help="calibration samples")
     parser.add_argument("--refine-steps", type=int, help="steps of block refinement; 0 turns it off")
