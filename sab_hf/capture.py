@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -224,12 +223,11 @@ def count_first(rows: Iterable[int], num_samples: int) -> int:
 @contextmanager
 def observing(modules: dict[str, nn.Module], observe: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Call `observe(name, input, output)` after each run of one of the modules."""
-
-    def report(name: str, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        observe(name, args[0] if args else kwargs["input"], output)
-
     hooks = [
-        module.register_forward_hook(lambda _, *call, name=name: report(name, *call), with_kwargs=True)
+        module.register_forward_hook(
+            lambda _, args, kwargs, output, name=name: observe(name, args[0] if args else kwargs["input"], output),
+            with_kwargs=True,
+        )
         for name, module in modules.items()
     ]
     try:

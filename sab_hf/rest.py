@@ -157,14 +157,14 @@ def binarize_rest(
     if roles.embedding in planned:
         at_head = moments.get(roles.head) if tied else None
         _binarize_embedding(model, roles, planned[roles.embedding], at_head, config, workspace.device)
-        if tied:
-            tie_head(model)
-    _untie(model, roles, planned)
+    _settle_head(model, roles, planned, tied)
 
 
-def _untie(model: nn.Module, roles: Roles, planned: dict[str, int]) -> None:
-    """Have the config say that a packed embedding or head is tied to nothing, whatever it said of the dense ones."""
-    if {roles.embedding, roles.head} & planned.keys():
+def _settle_head(model: nn.Module, roles: Roles, planned: dict[str, int], tied: bool) -> None:
+    """Tie the head to the packed embedding, or have the config say that a packed embedding or head is tied to nothing."""
+    if tied:
+        tie_head(model)
+    elif {roles.embedding, roles.head} & planned.keys():
         set_tied(model, False)
 
 
@@ -186,9 +186,7 @@ def restore_rest(model: nn.Module, roles: Roles, planned: dict[str, int], tensor
         module = model.get_submodule(name)
         for key in module.packed_tensors():
             setattr(module, key, nn.Parameter(tensors[f"{name}.{key}"].to(device), requires_grad=False))
-    if tied:
-        tie_head(model)
-    _untie(model, roles, planned)
+    _settle_head(model, roles, planned, tied)
 
 
 def _binarize_linear(

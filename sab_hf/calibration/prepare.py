@@ -91,7 +91,7 @@ def prepare_calibration(
         num_samples: samples to take; fewer with a warning where there are not enough.
         seed: of the shuffle before taking them, and of the built-in set.
         max_length: tokens; longer samples are dropped and counted, never truncated.
-        batch_size: samples per batch; above 1 they are padded on the right, sorted by length.
+        batch_size: samples per batch; above 1 they are padded on the right, those of like length together.
         allow_text_only: accept a set without image tokens for a model that takes images.
         max_image_pixels: larger images are shrunk to this many pixels, keeping their shape; None keeps them.
 
