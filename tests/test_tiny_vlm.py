@@ -124,6 +124,17 @@ def test_training_loss_is_the_model_s(model):
             torch.testing.assert_close(loss, reference, rtol=1e-4, atol=1e-3)
 
 
+def test_a_taken_tower_stays_as_it_is_in_training(model):
+    small = train.build_model("small", seed=0)
+    train.take_tower(small, CHECKPOINT)
+    projector = small.model.multi_modal_projector.linear_1.weight.detach().clone()
+    trainer = train.Trainer(small, learning_rate=1e-3, num_steps=1, compile=False)
+    trainer.step(0, train.Batches(1, batch_size=2, seed=1)[0])
+    for name, tensor in model.model.vision_tower.state_dict().items():
+        assert torch.equal(small.model.vision_tower.state_dict()[name], tensor), name
+    assert not torch.equal(small.model.multi_modal_projector.linear_1.weight, projector)
+
+
 def test_shipped_tokenizer_holds_no_padding_or_truncation(processor):
     state = processor.tokenizer.backend_tokenizer
     assert state.padding is None

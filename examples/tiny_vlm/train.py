@@ -1,6 +1,7 @@
 """Train the small vision-language model from nothing, score it on held-out samples, and save it.
 
     python examples/tiny_vlm/train.py --size tiny --output tiny_vlm_checkpoint
+    python examples/tiny_vlm/train.py --size small --tower examples/tiny_vlm/checkpoint --output small
 
 Every batch is a function of `--seed` and its index, so `--samples` and `--seed` name a run; `--minutes` measures the
 rate first and prints the `--samples` that it chose. One GPU is assumed for a whole run; a few steps run on a CPU.
@@ -85,7 +86,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(256, 512, 4, 8, 160, 320, 4, 5, learning_rate=1.5e-3, samples=5_799_424),
-    "small": Size(512, 1408, 6, 8, 256, 768, 4, 8, learning_rate=1e-3, samples=2_000_000),
+    "small": Size(512, 1408, 6, 8, 160, 320, 4, 5, learning_rate=1e-3, samples=2_000_000),
 }
 
 
@@ -153,6 +154,13 @@ def build_model(size: str, seed: int) -> LlavaForConditionalGeneration:
     )
     torch.manual_seed(seed)
     return LlavaForConditionalGeneration(config)
+
+
+def take_tower(model: LlavaForConditionalGeneration, directory: Path) -> None:
+    """Give `model` the vision tower of the trained model in `directory`, in float32, which training then leaves as it is."""
+    trained = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).model.vision_tower
+    model.model.vision_tower.load_state_dict(trained.state_dict())
+    model.model.vision_tower.requires_grad_(False)
 
 
 def _byte_letters():
@@ -279,8 +287,9 @@ class Trainer:
 
     def restart(self) -> None:
         """Forget the optimizer's state and begin the schedule again."""
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.ndim >= 2]
+        vectors = [p for p in trained if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=self.device.type == "cuda")
 
@@ -414,6 +423,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=14, help="processes that draw data")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--eval-samples", type=int, default=2200)
+    parser.add_argument(
+        "--tower", type=Path, help="a trained model, whose vision tower is taken and not trained further"
+    )
     parser.add_argument("--state", type=Path, help="also save the float32 weights here, as safetensors")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -423,7 +435,10 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     recipe = SIZES[args.size]
     processor = build_processor()
-    model = build_model(args.size, args.seed).to(device).train()
+    model = build_model(args.size, args.seed)
+    if args.tower:
+        take_tower(model, args.tower)
+    model.to(device).train()
     logger.info(f"{args.size}: {model.num_parameters():,} parameters, on {device}")
 
     num_steps = (args.samples or recipe.samples) // args.batch_size
