@@ -23,6 +23,7 @@ from .fingerprint import digest, fingerprint
 from .fitting import fit_linear
 from .linear import SABLinear, replace_module
 from .placement import check_finite
+from .plain_torch import plain_torch
 from .plan import Plan, make_plan
 from .planes import SignPlanes
 from .preflight import Estimate, estimate_run, log_estimate
@@ -98,7 +99,7 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
     check_weights(model, plan.modules)
     check_rest(model, plan.rest)
     record = QuantizationRecord(plan.calibration.summary())
-    with _evaluating(model), _plain_torch():
+    with _evaluating(model), plain_torch():
         modules = _run_blocks(model, plan, config, record)
     tied = isinstance(model.get_output_embeddings(), SABTiedHead)
     _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | {"modules": modules, "tied_head": tied}))
@@ -128,18 +129,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training.get(name, training[""])
 
 
-@contextmanager
-def _plain_torch() -> Iterator[None]:
-    """Leave the caller's `torch.no_grad` and default dtype aside for a while: both would change what is computed."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
 @dataclass
 class _Run:
     """What the steps of a run share.
@@ -166,6 +155,7 @@ def _run_blocks(
     """Binarize the model; returns the sizes of its packed modules."""
     measure = record.stages.measure
     workspace = Workspace.of(model, config)
+    record.stages.device = workspace.device
     settings = _refine_settings(config, workspace.device)
     log_estimate(_estimate(model, plan, config, workspace))
     with _finished_blocks(model, plan, config, workspace, settings) as finished:

@@ -33,6 +33,7 @@ class BlockInputs:
         batches: the calibration set.
         workspace: where to compute and where to keep hidden states; None: where the model is.
         later: blocks that run after these and stay where they are: recording stops before them.
+        all_run: whether every block must run for some batch. Some run for images only, of which a few samples may have none.
     Raises:
         RuntimeError: the model does not run its blocks one after the other, each once, on one row per token.
     """
@@ -44,6 +45,7 @@ class BlockInputs:
         batches: list[CalibrationBatch],
         workspace: Workspace | None = None,
         later: tuple[str, ...] = (),
+        all_run: bool = True,
     ):
         blocks = [model.get_submodule(name) for name in block_names]
         self.workspace = workspace or Workspace.of(model)
@@ -60,7 +62,8 @@ class BlockInputs:
                 )
                 state.modality = state.modality.cpu()
                 self.states.append(state)
-        self._check_ran(model, len(blocks))
+        if all_run:
+            self._check_ran(model, len(blocks))
 
     def _check_ran(self, model: nn.Module, num_blocks: int) -> None:
         ran = distributed.merge({i: True for state in self.states for i in range(num_blocks) if state.runs(i)})

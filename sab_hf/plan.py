@@ -14,6 +14,7 @@ from .budget import allocate
 from .calibration import CalibrationSet, holds_batches, prepare_calibration
 from .config import SABQuantizationConfig
 from .linear import SABModule
+from .plain_torch import plain_torch
 from .rest import plan_rest, rest_names
 from .roles import Roles, find_roles
 from .selection import Coverage, coverage, language_linears
@@ -71,7 +72,8 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     logger.info(covered.summary())
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     modules = allocate(shapes, config.bits)
-    calibration = _calibration(model, config, processor, samples)
+    with plain_torch():
+        calibration = _calibration(model, config, processor, samples)
     return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered)
 
 

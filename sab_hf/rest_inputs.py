@@ -50,7 +50,7 @@ def moments_after_blocks(
     The blocks come to the compute device one at a time; in an encoder-decoder, the encoder's all at once.
     """
     stage, placement = roles.stages[-1], workspace.placement
-    inputs = BlockInputs(model, stage, batches, workspace)
+    inputs = BlockInputs(model, stage, batches, workspace, all_run=False)
     for index, name in enumerate(stage):
         with placement.visit(name) as block:
             inputs.advance(block, index)

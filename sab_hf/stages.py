@@ -33,9 +33,14 @@ class Stage:
 
 @dataclass
 class StageClock:
-    """Stages by name, in the order in which they first ran."""
+    """Stages by name, in the order in which they first ran.
+
+    Attributes:
+        device: whose memory is read, if it is a GPU; else, or None: the current GPU's.
+    """
 
     stages: dict[str, Stage] = field(default_factory=dict)
+    device: torch.device | None = None
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -43,21 +48,22 @@ class StageClock:
         if name not in self.stages:
             logger.info("%s …", name)  # once, not for every block
         gpu = torch.cuda.is_available()
+        device = self.device if self.device is not None and self.device.type == "cuda" else None
         if gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         try:
             yield
         finally:
             if gpu:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             stage = self.stages.setdefault(name, Stage())
             stage.last_seconds = time.perf_counter() - start
             stage.seconds += stage.last_seconds
             stage.peak_ram_mib = peak_ram_mib()
             if gpu:
-                stage.peak_gpu_mib = max(stage.peak_gpu_mib or 0.0, torch.cuda.max_memory_allocated() / 2**20)
+                stage.peak_gpu_mib = max(stage.peak_gpu_mib or 0.0, torch.cuda.max_memory_allocated(device) / 2**20)
 
 
 def peak_ram_mib() -> float | None:

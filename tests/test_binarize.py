@@ -35,6 +35,15 @@ def test_callers_default_dtype_changes_nothing(make_config, processor, dtype):
         assert torch.equal(model(input_ids=torch.arange(5)[None]).logits, expected)
 
 
+def test_callers_default_device_changes_nothing(make_config, processor):
+    expected, model = logits_of_run(make_config, processor, build_llava()), build_llava()
+    with torch.device("meta"):
+        quantize(model, processor, None, make_config(refine_steps=2))
+        assert torch.get_default_device().type == "meta"
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=torch.arange(5)[None]).logits, expected)
+
+
 def test_callers_no_grad_changes_nothing(make_config, processor):
     expected = logits_of_run(make_config, processor, build_llava())
     with torch.no_grad():

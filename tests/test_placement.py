@@ -15,6 +15,7 @@ import sab_hf
 from sab_hf import placement
 from sab_hf.capture import BlockInputs
 from sab_hf.placement import Placement, read_parameter
+from sab_hf.stages import StageClock
 from sab_hf.store import StateStore
 
 BLOCKS = "model.language_model.layers"
@@ -123,6 +124,24 @@ def test_visit_that_finds_no_memory_leaves_everything_as_it_was(model, monkeypat
         pass
     assert [part for part in block.modules() if hasattr(part, "_hf_hook")] == hooked
     assert all(p.is_meta for p in block.parameters())
+
+
+@pytest.mark.parametrize(("device", "read"), [("cuda:1", torch.device("cuda:1")), ("cpu", None)])
+def test_peak_memory_is_that_of_the_compute_device(monkeypatch, device, read):
+    asked = []
+
+    def ask(device=None):
+        asked.append(device)
+        return 2**20
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, ask)
+    clock = StageClock(device=torch.device(device))
+    with clock.measure("fit"):
+        pass
+    assert asked == [read] * 4
+    assert clock.stages["fit"].peak_gpu_mib == 1
 
 
 @pytest.mark.gpu

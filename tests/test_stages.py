@@ -14,10 +14,13 @@ import sab_hf
 from sab_hf import SABLinear, SABQuantizationConfig
 from sab_hf.calibration import AUDIO, IMAGE, TEXT, CalibrationBatch, token_modality
 from sab_hf.capture import BlockInputs
+from sab_hf.gradients import measure_sensitivity
 from sab_hf.linear import replace_module
 from sab_hf.planes import SignPlanes
+from sab_hf.rest_inputs import moments_after_blocks
 from sab_hf.roles import find_roles
 from sab_hf.selection import language_linears
+from sab_hf.states import Workspace
 
 NAMES = ["mllama", "florence2", "blip_2_t5", "gemma3n", "qwen3_vl", "instructblip"]
 NAMES += ["gemma4", "ernie4_5_vl_moe"] if V5 else []
@@ -32,6 +35,29 @@ def one_plane(linear: nn.Linear) -> SABLinear:
     W = linear.weight.detach()
     planes = SignPlanes(W[None] >= 0, W.abs().mean(1)[None], torch.ones(1, W.shape[1]))
     return SABLinear.from_planes(planes, linear.bias)
+
+
+def test_blocks_that_run_for_images_only_may_not_run_for_the_head_s_samples():
+    family = FAMILIES["mllama"]()
+    model, text = family.model, calibration(family)[:1]
+    assert text[0].modality.unique().tolist() == [TEXT]
+    roles, workspace = find_roles(model), Workspace.of(model)
+    moments = moments_after_blocks(model, roles, {"lm_head": model.lm_head}, text, workspace)["lm_head"]
+    assert moments.counts == {TEXT: text[0].modality.numel()}
+    with pytest.raises(RuntimeError, match="calibrate with images"):
+        BlockInputs(model, roles.blocks, text, workspace)
+
+
+def test_sensitivity_of_few_samples_without_an_image_leaves_out_blocks_that_did_not_run():
+    family = FAMILIES["mllama"]()
+    model, batches = family.model, calibration(family)
+    roles = find_roles(model)
+    names = list(language_linears(model, roles, []))
+    inputs = BlockInputs(model, roles.blocks, batches)
+    found = measure_sensitivity(model, inputs, batches, roles.blocks, names, damping=0.01, num_samples=1, seed=0)
+    ran = {name for index, name in enumerate(roles.blocks) if inputs.states[0].runs(index)}
+    assert 0 < len(ran) < len(roles.blocks)
+    assert set(found.outputs) == ran
 
 
 @torch.no_grad()
