@@ -190,11 +190,14 @@ def test_a_stopped_run_leaves_nothing(capsys, vlm_dir, questions, tmp_path, monk
     monkeypatch.setattr(hub_module, "html_report", stop)  # the last thing that is written
     (tmp_path / "out").mkdir()
     argv = ["quantize", vlm_dir, tmp_path / "out" / "folder", "--calibration", questions, *QUICK]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         found = main([str(argument) for argument in argv])
         assert "sab-hf quantize: interrupted" in capsys.readouterr().err
     except SystemExit as end:
         found = end.code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert found == code
     assert list((tmp_path / "out").iterdir()) == []
 
