@@ -20,7 +20,7 @@ from sab_hf.planes import SignPlanes
 from sab_hf.rest_inputs import moments_after_blocks
 from sab_hf.roles import find_roles
 from sab_hf.selection import language_linears
-from sab_hf.states import Workspace
+from sab_hf.workspace import Workspace
 
 NAMES = ["mllama", "florence2", "blip_2_t5", "gemma3n", "qwen3_vl", "instructblip"]
 NAMES += ["gemma4", "ernie4_5_vl_moe"] if V5 else []
