@@ -49,7 +49,7 @@ def model_rows(options: argparse.Namespace):
                 torch.compiler.reset()
                 try:
                     with turns.given_back():
-                        row |= measure(model, batch, options.tokens, repeats=3, ready=turns.take)
+                        row |= measure(model, batch, options.tokens, repeats=5, ready=turns.take)
                 except Exception as error:  # the others are still worth having
                     row[f"error of {measure.__name__}"] = repr(error)
             yield row

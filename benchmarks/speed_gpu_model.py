@@ -10,6 +10,7 @@ from speed_gpu import random_operands
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, StaticCache
 
+import sab_hf
 from sab_hf.linear import SABLinear, replace_module
 
 VARIANTS = ("bf16", "packed", "packed, 4-plane head")
@@ -94,7 +95,8 @@ def _replace(model: nn.Module, name: str, linear: nn.Linear, num_planes: int, nu
 def measure(model: Any, batch: int, tokens: int, repeats: int, ready: Any = None) -> dict[str, float]:
     """Return decoding speed of `generate` with a static cache, which compiles the model, and memory.
 
-    Two lengths are timed, and the difference divided: prefill and start-up cancel.
+    Two lengths are timed, and the difference divided: prefill and start-up cancel. In turn, `generate` waits for each token
+    and decodes ahead (`sab_hf.decode_ahead`).
 
     Args:
         ready: called after compilation, before anything is timed.
@@ -119,11 +121,18 @@ def measure(model: Any, batch: int, tokens: int, repeats: int, ready: Any = None
     if ready is not None:
         ready()
     torch.cuda.reset_peak_memory_stats()
-    seconds = [(generate(tokens) - generate(short)) / (tokens - short) for _ in range(repeats)]
-    step = statistics.median(seconds)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(repeats):
+        for ahead in seconds:
+            sab_hf.decode_ahead(ahead)
+            seconds[ahead].append((generate(tokens) - generate(short)) / (tokens - short))
+    sab_hf.decode_ahead(False)
+    step, step_ahead = (statistics.median(several) for several in seconds.values())
     return {
         "ms_per_step": step * 1e3,
         "tokens_per_second": batch / step,
+        "ahead_ms_per_step": step_ahead * 1e3,
+        "ahead_tokens_per_second": batch / step_ahead,
         "weights_GiB": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30,
         "peak_GiB": torch.cuda.max_memory_allocated() / 2**30,
         "first_generations_s": compiling,

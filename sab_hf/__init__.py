@@ -11,6 +11,7 @@ __all__ = [
     "SABHfQuantizer",
     "SABLinear",
     "SABQuantizationConfig",
+    "decode_ahead",
     "estimate",
     "load",
     "quantize",
@@ -22,6 +23,10 @@ __all__ = [
 
 def __getattr__(name: str):
     """Import on first use what loading a packed checkpoint does not need."""
+    if name == "decode_ahead":
+        from .decoding import decode_ahead
+
+        return decode_ahead
     if name == "estimate":
         from .binarize import estimate
 
