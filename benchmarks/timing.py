@@ -69,44 +69,49 @@ def median_graph_us(calls: list[Callable[[], Any]], repeats: int = 21, passes: i
 
 
 class Turns:
-    """Let several processes compile at the same time for one GPU, and time one after the other.
+    """Let several processes compile at the same time for one GPU, and time one after the other, while none compiles.
 
     Args:
         folder: shared by the processes, empty at the start; None for a process that is alone.
         count: processes.
-        patience: seconds to wait for the others to be ready.
+        patience: seconds to wait for the others, to be ready and to have had their turns.
     """
 
     def __init__(self, folder: str | None, count: int, patience: float = 100):
         self.folder, self.count, self.patience = None if folder is None else Path(folder), count, patience
-        self._round, self._lock = 0, None
+        self._round, self._ready, self._lock = 0, False, None
 
     def take(self) -> None:
         """Wait until all processes have come to this point, then for this one's turn."""
-        if self.folder is None:
-            return
-        self._round += 1
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{self._round}.{os.getpid()}").touch()
-        end = time.monotonic() + self.patience
-        while len(list(self.folder.glob(f"{self._round}.*"))) < self.count and time.monotonic() < end:
-            time.sleep(0.1)
-        self._lock = (self.folder / "lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        if self.folder is not None:
+            self._meet("ready")
+            self._ready = True
+            self._lock = (self.folder / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     @contextlib.contextmanager
     def given_back(self) -> Iterator[None]:
-        """Give the turn back at the end, also after an error, and count an error before `take` as having come to it."""
-        before = self._round
+        """Give the turn back at the end, also after an error before `take`, and wait until all have had theirs."""
         try:
             yield
         finally:
-            if self.folder is not None and self._round == before:
-                self._round += 1
-                (self.folder / f"{self._round}.{os.getpid()}").touch()
-            if self._lock is not None:
-                self._lock.close()
-                self._lock = None
+            if self.folder is not None:
+                if self._lock is not None:
+                    self._lock.close()
+                if not self._ready:
+                    self._come("ready")
+                self._meet("done")
+                self._round, self._ready, self._lock = self._round + 1, False, None
+
+    def _come(self, point: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{point}.{self._round}.{os.getpid()}").touch()
+
+    def _meet(self, point: str) -> None:
+        self._come(point)
+        end = time.monotonic() + self.patience
+        while len(list(self.folder.glob(f"{point}.{self._round}.*"))) < self.count and time.monotonic() < end:
+            time.sleep(0.1)
 
 
 def copy_bandwidth(device: str, nbytes: int) -> float:
