@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of the model")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--variants", nargs="+", help="of the model; all by default")
+    parser.add_argument("--measures", nargs="+", choices=["steps", "generate"], default=["steps", "generate"])
     parser.add_argument("--turns", help="folder shared by processes that measure models on one GPU and take turns")
     parser.add_argument("--processes", type=int, default=1, help="that share --turns")
     parser.add_argument("--output", default="speed.json")
@@ -41,17 +42,18 @@ def model_rows(options: argparse.Namespace):
     import speed_gpu_model
 
     turns = Turns(options.turns, options.processes)
+    measures = {"steps": speed_gpu_model.measure_steps, "generate": speed_gpu_model.measure_generate}
     for variant in options.variants or speed_gpu_model.VARIANTS:
         model = speed_gpu_model.build(variant)
         for batch in options.batches:
             row = {"variant": variant, "batch": batch}
-            for measure in (speed_gpu_model.measure_steps, speed_gpu_model.measure):
+            for name in options.measures:
                 torch.compiler.reset()
                 try:
                     with turns.given_back():
-                        row |= measure(model, batch, options.tokens, repeats=5, ready=turns.take)
+                        row |= measures[name](model, batch, options.tokens, repeats=5, ready=turns.take)
                 except Exception as error:  # the others are still worth having
-                    row[f"error of {measure.__name__}"] = repr(error)
+                    row[f"error of {name}"] = repr(error)
             yield row
         del model
         torch.cuda.empty_cache()

@@ -92,7 +92,7 @@ def _replace(model: nn.Module, name: str, linear: nn.Linear, num_planes: int, nu
 
 
 @torch.inference_mode()
-def measure(model: Any, batch: int, tokens: int, repeats: int, ready: Any = None) -> dict[str, float]:
+def measure_generate(model: Any, batch: int, tokens: int, repeats: int, ready: Any = None) -> dict[str, float]:
     """Return decoding speed of `generate` with a static cache, which compiles the model, and memory.
 
     Two lengths are timed, and the difference divided: prefill and start-up cancel. In turn, `generate` waits for each token
@@ -121,18 +121,18 @@ def measure(model: Any, batch: int, tokens: int, repeats: int, ready: Any = None
     if ready is not None:
         ready()
     torch.cuda.reset_peak_memory_stats()
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    milliseconds: dict[str, list[float]] = {"": [], "ahead_": []}
     for _ in range(repeats):
-        for ahead in seconds:
-            sab_hf.decode_ahead(ahead)
-            seconds[ahead].append((generate(tokens) - generate(short)) / (tokens - short))
+        for mode, several in milliseconds.items():
+            sab_hf.decode_ahead(mode == "ahead_")
+            several.append((generate(tokens) - generate(short)) / (tokens - short) * 1e3)
     sab_hf.decode_ahead(False)
-    step, step_ahead = (statistics.median(several) for several in seconds.values())
-    return {
-        "ms_per_step": step * 1e3,
-        "tokens_per_second": batch / step,
-        "ahead_ms_per_step": step_ahead * 1e3,
-        "ahead_tokens_per_second": batch / step_ahead,
+    speeds = {}
+    for mode, several in milliseconds.items():
+        speeds[f"{mode}ms_per_step"] = statistics.median(several)
+        speeds[f"{mode}ms_per_step_range"] = [min(several), max(several)]
+        speeds[f"{mode}tokens_per_second"] = batch / statistics.median(several) * 1e3
+    return speeds | {
         "weights_GiB": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30,
         "peak_GiB": torch.cuda.max_memory_allocated() / 2**30,
         "first_generations_s": compiling,
