@@ -23,8 +23,8 @@ class SABEmbedding(SABModule):
         super().__init__(tensors, embedding_dim)
         if self.num_significant:
             raise ValueError(f"an embedding has full planes only, got {self.num_significant} significant columns")
-        # holds nothing; follows the model's dtype, which integers do not
-        self.register_buffer("output_like", torch.empty(0, dtype=dtype, device=self.signs.device), persistent=False)
+        # holds nothing, so never on meta, where offloaded weights are; follows the model's dtype, which integers do not
+        self.register_buffer("output_like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
 
     @classmethod
     def from_planes(cls, planes: SignPlanes, dtype: torch.dtype) -> SABEmbedding:
@@ -45,8 +45,15 @@ class SABEmbedding(SABModule):
     def embedding_dim(self) -> int:
         return self.in_features
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the rows of the ids `input` [...], as [..., embedding_dim]."""
+    def forward(self, input: Tensor, as_head: bool = False, exact: bool = False) -> Tensor:
+        """Return the rows of the ids `input` [...], as [..., embedding_dim].
+
+        Args:
+            as_head: return the product `multiply(input, exact)` instead, for hidden states [..., embedding_dim]: as a forward
+                pass, so that hooks bring the planes, wherever they are, and the hidden states together.
+        """
+        if as_head:
+            return self.multiply(input, exact)
         r = self.row_scale.view(torch.float16)[:, input].float()  # [K, ...]
         c = self.col_scale.view(torch.float16).float()  # [K, embedding_dim]
         shifts = torch.arange(8, dtype=torch.uint8, device=input.device)
@@ -76,7 +83,8 @@ class SABTiedHead(nn.Module):
         return self._embedding[0].out_features
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._embedding[0].multiply(input, self.exact)
+        # `forward` is what accelerate replaces; hooks of the module, noise or gradients of rows, are not meant for logits
+        return self._embedding[0].forward(input, as_head=True, exact=self.exact)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, planes of the input embedding"
