@@ -15,7 +15,8 @@ needs_checks = pytest.mark.skipif(CHECKS is None, reason="this transformers cann
 
 
 @pytest.fixture(autouse=True)
-def as_before():
+def only_here():
+    sab_hf.decode_ahead(False)  # pages of the documentation, which other tests run, turn it on
     yield
     sab_hf.decode_ahead(False)
 
