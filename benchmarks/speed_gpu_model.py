@@ -121,17 +121,18 @@ def measure_generate(model: Any, batch: int, tokens: int, repeats: int, ready: A
     if ready is not None:
         ready()
     torch.cuda.reset_peak_memory_stats()
-    milliseconds: dict[str, list[float]] = {"": [], "ahead_": []}
+    milliseconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(repeats):
-        for mode, several in milliseconds.items():
-            sab_hf.decode_ahead(mode == "ahead_")
+        for ahead, several in milliseconds.items():
+            sab_hf.decode_ahead(ahead)
             several.append((generate(tokens) - generate(short)) / (tokens - short) * 1e3)
     sab_hf.decode_ahead(False)
     speeds = {}
-    for mode, several in milliseconds.items():
-        speeds[f"{mode}ms_per_step"] = statistics.median(several)
-        speeds[f"{mode}ms_per_step_range"] = [min(several), max(several)]
-        speeds[f"{mode}tokens_per_second"] = batch / statistics.median(several) * 1e3
+    for ahead, several in milliseconds.items():
+        prefix, step = "ahead_" if ahead else "", statistics.median(several)
+        speeds[f"{prefix}ms_per_step"] = step
+        speeds[f"{prefix}ms_per_step_range"] = [min(several), max(several)]
+        speeds[f"{prefix}tokens_per_second"] = batch / step * 1e3
     return speeds | {
         "weights_GiB": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30,
         "peak_GiB": torch.cuda.max_memory_allocated() / 2**30,

@@ -79,13 +79,12 @@ class Turns:
 
     def __init__(self, folder: str | None, count: int, patience: float = 100):
         self.folder, self.count, self.patience = None if folder is None else Path(folder), count, patience
-        self._round, self._ready, self._lock = 0, False, None
+        self._round, self._lock = 0, None
 
     def take(self) -> None:
         """Wait until all processes have come to this point, then for this one's turn."""
         if self.folder is not None:
             self._meet("ready")
-            self._ready = True
             self._lock = (self.folder / "lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
 
@@ -98,10 +97,9 @@ class Turns:
             if self.folder is not None:
                 if self._lock is not None:
                     self._lock.close()
-                if not self._ready:
-                    self._come("ready")
+                self._come("ready")  # it has not if an error came before `take`
                 self._meet("done")
-                self._round, self._ready, self._lock = self._round + 1, False, None
+                self._round, self._lock = self._round + 1, None
 
     def _come(self, point: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

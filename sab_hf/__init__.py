@@ -1,5 +1,7 @@
 """Binarized vision-language models for transformers. Importing this package registers the quantization method `sab`."""
 
+from importlib import import_module
+
 from .config import SABQuantizationConfig
 from .linear import SABLinear
 from .quantizer import SABHfQuantizer
@@ -21,30 +23,21 @@ __all__ = [
 ]
 
 
+_ON_FIRST_USE = {
+    "decode_ahead": ".decoding",
+    "estimate": ".binarize",
+    "load": ".loading",
+    "quantize": ".binarize",
+    "save": ".hub",
+}
+
+
 def __getattr__(name: str):
     """Import on first use what loading a packed checkpoint does not need."""
-    if name == "decode_ahead":
-        from .decoding import decode_ahead
-
-        return decode_ahead
-    if name == "estimate":
-        from .binarize import estimate
-
-        return estimate
-    if name == "quantize":
-        from .binarize import quantize
-
-        return quantize
-    if name == "load":
-        from .loading import load
-
-        return load
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(_ON_FIRST_USE[name], __name__), name)
     if name == "AutoModelForVision2Seq":  # gone in transformers 5, where AutoModelForImageTextToText took its place
         from transformers import AutoModelForImageTextToText
 
         return AutoModelForImageTextToText
-    if name == "save":
-        from .hub import save
-
-        return save
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,6 +41,11 @@ IMAGE_SIZE, PATCH_SIZE = 16, 8  # pixels
 PAD, END, IMAGE = 256, 257, 258  # ids 0 to 255 are the bytes
 SPECIAL_TOKENS = ("<pad>", "<end>", "<image>")
 VOCAB_SIZE = 264
+BLOCKS = "model.language_model.layers"
+PARTS = [f"model.{p}" for p in ("vision_tower", "multi_modal_projector", "language_model.embed_tokens")]
+PARTS += ["model.language_model.norm", "model.language_model.rotary_emb", "lm_head"]
+# device map of the tests' LLaVA
+CPU = dict.fromkeys([*PARTS, BLOCKS], "cpu")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}"
     "{% for part in message['content'] %}"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import load
-from transformers import TextStreamer
-from transformers.generation import utils
+from transformers.generation import BaseStreamer, utils
 
 import sab_hf
 
@@ -47,7 +46,7 @@ def test_a_transformers_that_cannot_is_named(monkeypatch, caplog):
     assert "5.17" in caplog.text
 
 
-class Tokens(TextStreamer):
+class Tokens(BaseStreamer):
     """Keeps the ids that it is given."""
 
     def __init__(self):

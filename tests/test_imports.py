@@ -41,7 +41,7 @@ RUN = {
 }
 HEAVY = {"datasets", "PIL"}
 RUN |= {"card", "charts", "cli", "demo", "html_report", "hub", "inspection", "integrity", "summary"}
-RUN |= {"loading", "peft", "run", "sources"}
+RUN |= {"decoding", "loading", "peft", "run", "sources"}
 RUN |= {name for name in MODULES if name == "commands" or name.startswith("commands.")}
 
 

@@ -8,7 +8,7 @@ import os
 import accelerate
 import pytest
 import torch
-from conftest import V5, build_llava, load, logits
+from conftest import BLOCKS, CPU, PARTS, V5, build_llava, load, logits
 from torch import nn
 
 import sab_hf
@@ -17,11 +17,6 @@ from sab_hf.capture import BlockInputs
 from sab_hf.placement import Placement, read_parameter
 from sab_hf.stages import StageClock
 from sab_hf.store import StateStore
-
-BLOCKS = "model.language_model.layers"
-PARTS = [f"model.{p}" for p in ("vision_tower", "multi_modal_projector", "language_model.embed_tokens")]
-PARTS += ["model.language_model.norm", "model.language_model.rotary_emb", "lm_head"]
-CPU = dict.fromkeys([*PARTS, BLOCKS], "cpu")
 
 
 def with_blocks(first: str, second: str) -> dict[str, str]:
