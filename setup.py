@@ -9,14 +9,14 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-_path = Path(__file__).parent / "sab_hf" / "kernels" / "build.py"
+_path = Path(__file__).parent / "sab_hf" / "kernels" / "cpu" / "build.py"
 _spec = importlib.util.spec_from_file_location("sab_kernels_build", _path)
 kernels = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(kernels)
 
 
 class BuildKernels(build_ext):
-    """Build the plain shared library that `sab_hf.kernels.library` loads; it is no Python module."""
+    """Build the plain shared library that `sab_hf.kernels.cpu.library` loads; it is no Python module."""
 
     def build_extension(self, ext):
         try:
@@ -36,6 +36,6 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension(f"sab_hf.kernels.{kernels.LIBRARY.stem}", sources=[], optional=True)],
+    ext_modules=[Extension(f"sab_hf.kernels.cpu.{kernels.LIBRARY.stem}", sources=[], optional=True)],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

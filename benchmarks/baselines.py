@@ -23,8 +23,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sab_hf.hessian import damp, feedback_factor
-from sab_hf.significance import significance_map
+from sab_hf.method.hessian import damp, feedback_factor
+from sab_hf.method.significance import significance_map
 
 DAMPING = 0.01  # of the mean diagonal
 SCALE_BITS = 16

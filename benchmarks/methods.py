@@ -13,11 +13,11 @@ from runner import Job, NotRunError, Settings
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import sab_hf
-from sab_hf.budget import average_bits
+from sab_hf.anatomy.roles import find_roles
+from sab_hf.anatomy.selection import language_linears
 from sab_hf.calibration import IMAGE, TEXT, prepare_calibration
-from sab_hf.capture import BlockInputs
-from sab_hf.roles import find_roles
-from sab_hf.selection import language_linears
+from sab_hf.method.budget import average_bits
+from sab_hf.passes.capture import BlockInputs
 
 FULL_PRECISION, OURS = "full precision", "sab_hf"
 

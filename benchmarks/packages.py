@@ -15,9 +15,9 @@ import torch
 from runner import NotRunError, Settings
 from torch import nn
 
+from sab_hf.anatomy.roles import find_roles
+from sab_hf.anatomy.selection import language_linears
 from sab_hf.calibration import prepare_calibration
-from sab_hf.roles import find_roles
-from sab_hf.selection import language_linears
 
 AUTO_ROUND_BITS, AUTO_ROUND_GROUP, AUTO_ROUND_STEPS = 2, 128, 200
 

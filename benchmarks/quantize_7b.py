@@ -25,7 +25,7 @@ import torch
 import transformers
 
 import sab_hf
-from sab_hf.stages import peak_ram_mib
+from sab_hf.machine.clock import peak_ram_mib
 
 GIB = 2**30
 ONCE = "capture", "sensitivity"
@@ -60,7 +60,7 @@ def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_s
         "batch_size": args.batch_size,
         "tokens": sum(batch["input_ids"].numel() for batch in given),
         "seconds": record.seconds,
-        "processes": sab_hf.distributed.size(),
+        "processes": sab_hf.machine.distributed.size(),
         "seconds_per_block": in_blocks / layers,
         "seconds_of_the_last_block": sum(s["last_seconds"] for name, s in stages.items() if name not in ONCE),
         "seconds_outside_of_blocks": record.seconds - in_blocks,
@@ -118,7 +118,7 @@ def main() -> None:
     blocks = min(args.blocks or shape.layers, shape.layers)
     runs = json.loads(args.output.read_text())["runs"] if args.output.exists() else {}
     row = measure(shape, blocks, args, args.refine_steps)
-    if sab_hf.distributed.rank() > 0:
+    if sab_hf.machine.distributed.rank() > 0:
         return
     row["all_layers"] = extrapolate(row)
     several = f", {row['processes']} processes" if row["processes"] > 1 else ""

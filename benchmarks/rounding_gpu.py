@@ -6,8 +6,8 @@ import torch
 from speed_gpu import random_operands
 from timing import provenance, write_json
 
-from sab_hf.kernels import triton as kernels
-from sab_hf.kernels.triton_planes import planes as collect
+from sab_hf.kernels.cuda import launch as kernels
+from sab_hf.kernels.cuda.planes import planes as collect
 
 SHAPE = (4096, 3584)
 KERNELS = ("single", "bits", "int8", "dot")

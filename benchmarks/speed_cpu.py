@@ -18,8 +18,8 @@ from timing import copy_bandwidth, merge_rows, provenance
 from torch import Tensor
 
 from sab_hf import packing
-from sab_hf.kernels import library
-from sab_hf.ops import sab_linear
+from sab_hf.kernels.cpu import library
+from sab_hf.kernels.ops import sab_linear
 
 SHAPES = ((18944, 3584), (3584, 18944), (4864, 896))
 SCHEMES = {"one plane": (1, 0.0), "one plane + 10 %": (1, 0.1), "two planes": (2, 0.0), "four planes": (4, 0.0)}

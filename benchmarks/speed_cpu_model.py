@@ -70,7 +70,7 @@ def random_packed(linear: nn.Linear, num_planes: int, num_significant: int):
 
 def pack_language(model: nn.Module, head_planes: int, residual: float) -> None:
     """Replace the meta-device Linears of the language blocks, and the head if asked, by random packed ones."""
-    from sab_hf.linear import replace_module
+    from sab_hf.packed.linear import replace_module
 
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for name, linear in linears:
@@ -183,7 +183,7 @@ def settled_resident_mib() -> float:
 
 
 def isa() -> str:
-    from sab_hf.kernels import library
+    from sab_hf.kernels.cpu import library
 
     kernels = library.load()
     return "torch" if kernels is None else kernels.sab_cpu_isa().decode()

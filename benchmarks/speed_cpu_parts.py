@@ -19,8 +19,8 @@ from timing import provenance, write_json
 from torch import nn
 
 from sab_hf import SABLinear
-from sab_hf.kernels import library
-from sab_hf.linear import replace_module
+from sab_hf.kernels.cpu import library
+from sab_hf.packed.linear import replace_module
 
 
 class Stub(nn.Module):

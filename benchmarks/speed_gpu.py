@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from timing import copy_bandwidth, median_graph_us
 
-from sab_hf.linear import SABLinear  # noqa: F401  registers the op's implementations
-from sab_hf.ops import sab_linear, sab_linears
+from sab_hf.kernels.ops import sab_linear, sab_linears
+from sab_hf.packed.linear import SABLinear  # noqa: F401  registers the op's implementations
 from sab_hf.packing import stored_bytes
 
 ROTATING_BYTES = 120e6

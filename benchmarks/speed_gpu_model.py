@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, StaticCache
 
 import sab_hf
-from sab_hf.linear import SABLinear, replace_module
+from sab_hf.packed.linear import SABLinear, replace_module
 
 VARIANTS = ("bf16", "packed", "packed, 4-plane head")
 PACKED_NAMES = (

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
-from sab_hf.evaluate import evaluate
+from sab_hf.evaluate.compare import evaluate
 
 TINY = Path(__file__).parent / "tiny_vlm" / "checkpoint"
 

@@ -3,9 +3,9 @@
 from importlib import import_module
 
 from .config import SABQuantizationConfig
-from .linear import SABLinear
+from .packed.linear import SABLinear
+from .publish.report import report
 from .quantizer import SABHfQuantizer
-from .report import report
 from .version import __version__
 
 __all__ = [
@@ -24,11 +24,11 @@ __all__ = [
 
 
 _ON_FIRST_USE = {
-    "decode_ahead": ".decoding",
-    "estimate": ".binarize",
-    "load": ".loading",
-    "quantize": ".binarize",
-    "save": ".hub",
+    "decode_ahead": ".packed.decoding",
+    "estimate": ".make.binarize",
+    "load": ".publish.open",
+    "quantize": ".make.binarize",
+    "save": ".publish.save",
 }
 
 

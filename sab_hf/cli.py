@@ -73,7 +73,7 @@ def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _json(plain: Any) -> str:
-    from .report import finite
+    from .publish.report import finite
 
     return json.dumps(finite(plain), indent=1)
 

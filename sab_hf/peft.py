@@ -32,7 +32,7 @@ except ImportError as error:
         f"adapters on packed models need PEFT, which is installed but cannot be imported: {error}"
     ) from error
 
-from .linear import SABLinear
+from .packed.linear import SABLinear
 
 _ALL_LINEAR = "all-linear"
 _INITIALIZATIONS = (True, False, "gaussian")  # the others start from a decomposition of the dense weight

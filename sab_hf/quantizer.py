@@ -9,9 +9,9 @@ from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from .integrity import check_checksums, checkpoint_files, expect_marker, seal
-from .swap import dequantize_modules, swap_in_empty
-from .verify import PACKED_NAMES, check_headers, check_loaded, packed_names, raise_if_missing, raise_if_unlisted
+from .packed.checksums import check_checksums, checkpoint_files, expect_marker, seal
+from .packed.swap import dequantize_modules, swap_in_empty
+from .packed.verify import PACKED_NAMES, check_headers, check_loaded, packed_names, raise_if_missing, raise_if_unlisted
 
 
 @register_quantizer("sab")
@@ -39,7 +39,7 @@ class SABHfQuantizer(HfQuantizer):
             check_checksums(files, self.quantization_config.checksums, model)
             expect_marker(model, self.quantization_config.modules)
             return model
-        from .binarize import make_plan
+        from .make.binarize import make_plan
 
         with torch.device("cpu"):  # transformers builds the skeleton under the meta device
             self._plan = make_plan(model, self.quantization_config)
@@ -49,7 +49,7 @@ class SABHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             check_loaded(model)
             return model
-        from .binarize import run_plan
+        from .make.binarize import run_plan
 
         self.record = run_plan(model, self._plan, self.quantization_config)
         del self._plan

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .calibration.chat import ChatEncoder, borrowed
-from .questions import Question, encode_with_targets, read_questions
+from .evaluate.questions import Question, encode_with_targets, read_questions
 
 IGNORED = -100
 """Label of a token that is not learnt."""

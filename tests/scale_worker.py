@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import multiprocessing
+import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import build_llava, build_processor, build_samples
+from helpers import build_llava, build_processor, build_samples
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import sab_hf.make.binarize
 from sab_hf import SABQuantizationConfig, quantize
 
 NUM_BLOCKS = 4
@@ -52,6 +56,46 @@ def begin_forked(limit: int = 100) -> None:
     tqdm.set_lock(threading.RLock())
     faulthandler.register(signal.SIGALRM, chain=True)
     signal.alarm(limit)
+
+
+def launch(count: int, output: Path, errors: Path, mortal: int | None = None, **changes) -> list[int]:
+    """Run `count` processes with the environment that `torchrun` gives them; returns their exit codes.
+
+    Each writes its model to `output` with its number in place of RANK, and the message of an error to a file in `errors`.
+    Process `mortal` kills itself at its second block.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    arguments = (count, port, output, errors, mortal, changes)
+    processes = [context.Process(target=_process, args=(rank, *arguments)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _process(rank: int, count: int, port: int, output: Path, errors: Path, mortal: int | None, changes: dict) -> None:
+    begin_forked()
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in here.items()})
+    original, blocks = sab_hf.make.binarize._fit_block, []
+
+    def fit_or_die(*args):
+        blocks.append(args)
+        if rank == mortal and len(blocks) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    sab_hf.make.binarize._fit_block = fit_or_die
+    try:
+        main(str(output), json.dumps(changes))
+    except Exception as error:
+        (errors / f"error {rank}").write_text(str(error))
+        raise
 
 
 def write(state: dict[str, torch.Tensor], output: Path) -> None:

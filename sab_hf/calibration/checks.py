@@ -8,8 +8,8 @@ from typing import Any
 
 from .chat import ChatEncoder
 from .modality import AUDIO, IMAGE, VIDEO, placeholder_id, takes_audio, takes_images
+from .origins import BUILTIN
 from .samples import Sample
-from .sources import BUILTIN
 
 logger = logging.getLogger(__name__)
 

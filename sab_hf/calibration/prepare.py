@@ -12,8 +12,8 @@ from torch import Tensor
 from .chat import ChatEncoder, borrowed
 from .checks import all_dropped, check_image_tokens, check_lengths, check_number, warn_of_lost_images
 from .modality import IMAGE, MODALITY_NAMES, PADDING, token_modality
+from .origins import read_samples, shuffled_order
 from .samples import ACCEPTED_FORMATS, Sample
-from .sources import read_samples, shuffled_order
 
 logger = logging.getLogger(__name__)
 

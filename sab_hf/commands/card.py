@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
-    from ..card import find_license
-    from ..hub import check_login, publish_folder, read_summary, write_pages
-    from ..summary import plain_evaluation
+    from ..publish.card import find_license
+    from ..publish.save import check_login, publish_folder, read_summary, write_pages
+    from ..publish.summary import plain_evaluation
 
     folder = Path(args.checkpoint)
     if not folder.is_dir():

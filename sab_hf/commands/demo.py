@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
-    from ..demo import Chat, check_image
+    from ..dialogue import Chat, check_image
 
     if args.image:
         check_image(args.image)

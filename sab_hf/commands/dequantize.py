@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
-    from ..hub import atomic_folder, check_target, fresh_processor
+    from ..publish.save import atomic_folder, check_target, fresh_processor
 
     check_target(args.output)
     model = load_packed(args.checkpoint, args.dtype, "cpu")

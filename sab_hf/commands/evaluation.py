@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
-    from ..evaluate import evaluate
+    from ..evaluate.compare import evaluate
 
     if args.output and not Path(args.output).absolute().parent.is_dir():
         raise FileNotFoundError(

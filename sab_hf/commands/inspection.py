@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
-    from ..inspection import inspect
+    from ..publish.inspect import inspect
 
     found = inspect(args.checkpoint, verify=args.verify, revision=args.revision)
     return found.to_dict(), str(found)

@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from transformers import AutoProcessor
 
-    from ..hub import check_login, check_target, save
-    from ..inspection import saved_class
-    from ..report import report
-    from ..sources import quantization_method, read_config
+    from ..publish.inspect import saved_class
+    from ..publish.locate import quantization_method, read_config
+    from ..publish.report import report
+    from ..publish.save import check_login, check_target, save
 
     config, where_to = quantization_config(args), device_map(args)
     output = args.output

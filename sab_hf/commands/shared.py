@@ -57,8 +57,8 @@ def load_packed(checkpoint: str, dtype: str, device_map: str | None) -> Any:
         ValueError: the checkpoint is not packed by this package, or is damaged.
         OSError: there is no such checkpoint.
     """
-    from ..inspection import saved_class
-    from ..sources import read_config, require_packed
+    from ..publish.inspect import saved_class
+    from ..publish.locate import read_config, require_packed
 
     config = read_config(checkpoint)
     require_packed(config, checkpoint)

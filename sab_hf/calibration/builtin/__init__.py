@@ -10,16 +10,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from . import (
-    charts,
-    documents,
-    messages,
-    objects,
-    prose,
-    scenes,
-    tasks,
-    textures,
-)
+from . import charts, documents, messages, objects, prose, scenes, tasks, textures
 
 _DRAWERS: tuple[Callable, ...] = (
     scenes.shapes,

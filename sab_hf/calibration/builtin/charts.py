@@ -7,18 +7,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from .drawing import (
-    COLOURS,
-    Turn,
-    fitting_size,
-    font,
-    image_size,
-    listed,
-    paper,
-    readable_on,
-    sentence,
-    text_width,
-)
+from .drawing import COLOURS, Turn, fitting_size, font, image_size, listed, paper, readable_on, sentence, text_width
 
 _THEMES = (
     ("Books sold", "books", ("Anna", "Bruno", "Carla", "David", "Elif", "Femi")),

@@ -1,0 +1,1 @@
+"""`sab::linear` on CPUs: C, compiled at installation, called through ctypes."""

@@ -1,0 +1,1 @@
+"""`sab::linear` on CUDA devices: Triton kernels, their launches and their tiles."""

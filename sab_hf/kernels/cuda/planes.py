@@ -1,0 +1,118 @@
+"""Packed planes as the Triton kernels read them: in place, as 32-bit words, with what is derived from them.
+
+Derived (`layouts.py`) are a padded copy where the rows are not whole words, and two small index tables of the significant
+columns.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...packing import unpack_bits
+from .. import layouts
+
+
+class Planes(NamedTuple):
+    """The op's tensors and what is derived from them.
+
+    words: [K, n, ≥⌈m/32⌉] int32, the planes. residual_words: [n, ≥⌈k/32⌉] int32; columns: [k] int32, the significant
+    columns; rank: [m] int32, a column's place among them or -1. Without a residual plane those are None.
+    """
+
+    signs: Tensor
+    row_scale: Tensor
+    col_scale: Tensor
+    residual_signs: Tensor | None
+    residual_row_scale: Tensor | None
+    residual_col_scale: Tensor | None
+    words: Tensor
+    residual_words: Tensor | None
+    columns: Tensor | None
+    rank: Tensor | None
+
+    @property
+    def num_planes(self) -> int:
+        return self.row_scale.shape[0]
+
+    @property
+    def rows(self) -> int:
+        return self.row_scale.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.col_scale.shape[1]
+
+    @property
+    def num_significant(self) -> int:
+        return 0 if self.residual_col_scale is None else self.residual_col_scale.numel()
+
+    @property
+    def num_words(self) -> int:
+        return -(-self.in_features // 32)
+
+    @property
+    def num_residual_words(self) -> int:
+        return -(-self.num_significant // 32)
+
+
+def planes(
+    signs: Tensor, row_scale: Tensor, col_scale: Tensor, significant_columns: Tensor | None, residual_signs: Tensor | None,
+    residual_row_scale: Tensor | None, residual_col_scale: Tensor | None,
+) -> Planes:  # fmt: skip
+    """Collect the op's tensors; derive what the kernels need at the first call."""
+    words, residual_words, columns, rank = _words(signs), None, None, None
+    if significant_columns is not None:
+        residual_words = _words(residual_signs)
+        count, length = residual_col_scale.numel(), col_scale.shape[1]
+
+        def index() -> tuple[Tensor, Tensor]:
+            mask = unpack_bits(significant_columns, length)
+            columns = torch.nonzero_static(mask, size=count).squeeze(1).int()
+            rank = torch.where(mask, mask.cumsum(0).int() - 1, -1).int()
+            return columns, rank
+
+        columns, rank = _derived(f"columns {length} {count}", significant_columns, index)
+    return Planes(
+        signs.contiguous(), row_scale.contiguous(), col_scale.contiguous(), residual_signs, residual_row_scale,
+        residual_col_scale, words, residual_words, columns, rank,
+    )  # fmt: skip
+
+
+def _words(packed: Tensor) -> Tensor:
+    """Return rows of bytes as rows of 32-bit words: a view where that can be, else a copy padded to 16 bytes."""
+    if packed.is_contiguous() and packed.shape[-1] % 4 == 0 and packed.storage_offset() % 4 == 0:
+        return packed.view(torch.int32)
+    pad = -packed.shape[-1] % 16
+    return _derived("words", packed, lambda: torch.nn.functional.pad(packed, (0, pad)).contiguous().view(torch.int32))
+
+
+def _derived(name, source, make):
+    """Return a cached layout.
+
+    It is made in a thread of its own, on the default stream, and waited for: in this thread, allocations may be going to
+    the memory pool of a CUDA graph, which forgets them. While this very stream is being captured nothing is kept.
+    """
+    if not source.is_cuda:
+        return layouts.cached(name, source, make)
+    if torch.cuda.is_current_stream_capturing():
+        return layouts.cached(name, source, make, keep=False)
+
+    def apart():
+        torch.cuda.current_stream(source.device).synchronize()
+        result = []
+
+        def work():
+            with torch.cuda.device(source.device), torch.no_grad():
+                result.append(make())
+                torch.cuda.current_stream().synchronize()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return result[0]
+
+    return layouts.cached(name, source, apart)

@@ -1,0 +1,236 @@
+"""Several processes on one calibration: who does what, and how their results come together.
+
+Processes are those of `torchrun` or `accelerate launch`, one for each device. All of them call `quantize` with the same model,
+samples and config; each runs its share of the calibration batches through the blocks. Second moments, errors and gradients
+are summed, the Linears of a block are fitted by different processes, and all end with the same model. Without other
+processes every function here is a no-op. Sums are in another order than those of one process: equal to rounding.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..method.hessian import SecondMoments
+from .store import map_nested
+
+logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+
+def start(device: torch.device, timeout: float) -> None:
+    """Join the other processes, if the environment names some and this process has not joined them yet.
+
+    Args:
+        device: the compute device of this process.
+        timeout: seconds that one process waits for the others.
+    Raises:
+        RuntimeError: the others do not come.
+    """
+    if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with _together("meeting the others"):
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    atexit.register(_leave)
+    logger.info("process %d of %d, computing on %s", rank() + 1, size(), device)
+
+
+def size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+def share(items: list[Item]) -> Iterator[tuple[int, Item]]:
+    """Yield the items that are this process's, each with its place among all."""
+    for number in range(rank(), len(items), size()):
+        yield number, items[number]
+
+
+def assign(costs: dict[str, float]) -> dict[str, int]:
+    """Give each task to a process, the dearest first, always to the one with the least to do.
+
+    Args:
+        costs: task → cost, in any unit.
+    Returns:
+        task → number of the process.
+    """
+    load = [0.0] * size()
+    owner = {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += costs[name]
+    return owner
+
+
+def divide(costs: dict[str, float], do: Callable[[str], Any], device: torch.device) -> dict[str, Any]:
+    """Return the result of `do` for each task; each is done by one process and sent to the others.
+
+    Args:
+        costs: task → cost, in any unit.
+        do: a task's name → its result: plain data, dataclasses, tensors, nested.
+        device: where the tensors of results are wanted.
+    """
+    if size() == 1:
+        return {name: do(name) for name in costs}
+    owner = assign(costs)
+    own = {name: do(name) for name in costs if owner[name] == rank()}
+    sent = {name: broadcast(_moved(own.get(name), torch.device("cpu")), owner[name]) for name in costs}
+    return {name: _moved(result, device) for name, result in sent.items()}
+
+
+def merge(own: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the union of all processes' dicts of plain data; of the values of one key, that of the lowest process."""
+    merged: dict[Any, Any] = {}
+    for other in _gather(own):
+        merged = other | merged
+    return {key: merged[key] for key in sorted(merged)} if size() > 1 else merged
+
+
+def sum_numbers(own: dict[Any, float]) -> dict[Any, float]:
+    """Add up the processes' values of each key."""
+    if size() == 1:
+        return own
+    total: dict[Any, float] = {}
+    for other in _gather(own):
+        for key, value in other.items():
+            total[key] = total.get(key, 0.0) + value
+    return total
+
+
+def sum_tensors(own: dict[Any, Tensor], device: torch.device) -> dict[Any, Tensor]:
+    """Add up the processes' tensors of each key, on `device`; a key that a process lacks counts as zero there."""
+    if size() == 1:
+        return {key: tensor.to(device) for key, tensor in own.items()}
+    shapes = merge({key: (tensor.shape, tensor.dtype) for key, tensor in own.items()})
+    total = {}
+    for key, (shape, dtype) in shapes.items():
+        total[key] = own[key].to(device) if key in own else torch.zeros(shape, dtype=dtype, device=device)
+        _sum(total[key])
+    return total
+
+
+def sum_moments(moments: dict[str, SecondMoments], names: list[str], device: torch.device) -> None:
+    """Add up second moments in place, so that each process has those of all samples; what one lacks is created.
+
+    Args:
+        moments: of this process, by Linear.
+        names: of all Linears that accumulate, on any process.
+        device: of created accumulators.
+    """
+    if size() == 1:
+        return
+    plans = _gather({name: (moment.in_features, moment.counts) for name, moment in moments.items()})
+    for name in names:
+        seen = [plan[name] for plan in plans if name in plan]
+        moment = moments.setdefault(name, SecondMoments(seen[0][0], device))
+        for modality in sorted({m for _, counts in seen for m in counts}):
+            _sum(moment.total(modality))
+            moment.counts[modality] = sum(counts.get(modality, 0) for _, counts in seen)
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Add up the gradients of all processes; a parameter that a process has no gradient for counts as zero there.
+
+    One that no process has a gradient for (of an expert without tokens in this step) keeps none.
+    """
+    if size() == 1:
+        return
+    parameters = list(parameters)
+    holders = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+    _sum(holders)
+    for parameter, count in zip(parameters, holders.tolist(), strict=True):
+        if not count:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        _sum(parameter.grad)
+
+
+def broadcast(value: Any, source: int) -> Any:
+    """Return the `value` of process `source`: plain data and CPU tensors, nested."""
+    if size() == 1:
+        return value
+    box = [value if rank() == source else None]
+    with _together("sending results"):
+        dist.broadcast_object_list(box, src=source, device=_wire())
+    return box[0]
+
+
+def check_same(what: dict[str, Any]) -> None:
+    """Raise a ValueError if the processes do not have the same values."""
+    for number, other in enumerate(_gather(what)):
+        wrong = next((key for key in what if what[key] != other.get(key)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"all processes must quantize the same: process {rank()} has the {wrong} {what[wrong]!r:.120}, process "
+                f"{number} has {other.get(wrong)!r:.120}"
+            )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(
+            value, **{f.name: _moved(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        )
+    return map_nested(value, lambda item: _moved(item, device))
+
+
+def _sum(tensor: Tensor) -> None:
+    with _together("summing"):
+        if tensor.device.type == _wire().type:
+            dist.all_reduce(tensor)
+        else:
+            moved = tensor.to(_wire())
+            dist.all_reduce(moved)
+            tensor.copy_(moved)
+
+
+def _gather(value: Any) -> list[Any]:
+    if size() == 1:
+        return [value]
+    values = [None] * size()
+    with _together("comparing notes"):
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _wire() -> torch.device:
+    """Return the device that tensors must be on to be sent."""
+    cuda = "nccl" in dist.get_backend()
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+@contextmanager
+def _together(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"process {os.environ.get('RANK', '0')} lost another process while {doing}: it ended, was killed, never called "
+            "`quantize`, or did not answer within `process_timeout`; the first error in the logs of the other processes is "
+            f"the cause. With `checkpoint_dir`, the finished blocks are kept: start all processes again. ({error})"
+        ) from error
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""The recipe: from a dense model to a packed one."""

@@ -1,0 +1,110 @@
+"""What will be done to a model, decided and checked before its weights are touched."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoProcessor
+
+from ..anatomy.roles import Roles, find_roles
+from ..anatomy.selection import Coverage, coverage, language_linears
+from ..calibration import CalibrationSet, holds_batches, prepare_calibration
+from ..config import SABQuantizationConfig
+from ..machine.plain_torch import plain_torch
+from ..method.budget import allocate
+from ..packed.linear import SABModule
+from .rest import plan_rest, rest_names
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done to a model.
+
+    Attributes:
+        roles: the parts of the model.
+        shapes: name → (out_features, in_features) of each Linear to binarize, experts of fused parameters included.
+        modules: name → [full planes, significant columns] of each of them; where `bits` go by sensitivity, the sizes are those
+            of an even budget until it is measured.
+        rest: name → full planes of each matrix outside the language blocks; planned anew once there are weights.
+        calibration: the processed calibration set.
+        coverage: the share of the language weights that `modules` is.
+    """
+
+    roles: Roles
+    shapes: dict[str, tuple[int, int]]
+    modules: dict[str, list[int]]
+    rest: dict[str, int]
+    calibration: CalibrationSet
+    coverage: Coverage
+
+
+def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = None, samples: Any = None) -> Plan:
+    """Check everything that can be checked without weights, and prepare the calibration set.
+
+    Args:
+        model: the model or its skeleton on the meta device.
+        config, processor, samples: as in `quantize`.
+    Raises:
+        ValueError, RuntimeError: see `quantize`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "quantization trains scales and signs, which torch.inference_mode() rules out; quantize (or load with "
+            "`quantization_config`) outside of it"
+        )
+    packed = next((name for name, module in model.named_modules() if isinstance(module, SABModule)), None)
+    if packed or getattr(model, "quantization_method", "sab") != "sab":
+        raise ValueError(
+            f"{type(model).__name__} is quantized already ({packed or str(model.quantization_method)}); start from the dense "
+            "checkpoint, or call `model.dequantize()` first"
+        )
+    roles = find_roles(model, config.language_blocks)
+    skipped = config.modules_to_not_convert or []
+    linears = language_linears(model, roles, skipped, others=rest_names(model, roles, config))
+    covered = coverage(model, roles, linears, skipped)
+    covered.check(config.allow_low_coverage)
+    logger.info(covered.summary())
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    modules = allocate(shapes, config.bits)
+    with plain_torch():
+        calibration = _calibration(model, config, processor, samples)
+    return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered)
+
+
+def _calibration(model: nn.Module, config: SABQuantizationConfig, processor: Any, samples: Any) -> CalibrationSet:
+    samples = config.calibration if samples is None else samples
+    processor = config.processor if processor is None else processor
+    if not holds_batches(samples):
+        processor = _load_processor(model, processor)
+    return prepare_calibration(
+        samples,
+        processor,
+        model.config,
+        num_samples=config.num_samples,
+        seed=config.seed,
+        max_length=config.max_length,
+        batch_size=config.batch_size,
+        allow_text_only=config.allow_text_only,
+    )
+
+
+def _load_processor(model: nn.Module, processor: Any) -> Any:
+    """Return `processor`, loading it if it is a path, and from where the model came if it is None."""
+    if processor is not None and not isinstance(processor, str):
+        return processor
+    source, revision = processor, None
+    if source is None:
+        source, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
+    try:
+        return AutoProcessor.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"calibration needs the model's processor, and none could be loaded from {source!r}; pass "
+            "`SABQuantizationConfig(processor=...)` with the processor (or tokenizer) or the path of one"
+        ) from error

@@ -1,0 +1,42 @@
+"""What a run tells afterwards: how each fit and each refinement went, and where the time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..machine.clock import StageClock
+from ..method.recipe import FitRecord
+from .refine import RefineResult
+
+
+@dataclass
+class QuantizationRecord:
+    """What `quantize` did.
+
+    Attributes:
+        calibration: the calibration set in words.
+        fits: one record for each Linear of the language blocks.
+        refinements: block output errors before and after, one for each block that was refined.
+        stages: time and peak memory by stage.
+        seconds: in all, from the first weight on.
+        measured: whether the sensitivity of the loss was measured; if not, bits are spread evenly.
+    """
+
+    calibration: str
+    fits: list[FitRecord] = field(default_factory=list)
+    refinements: list[RefineResult] = field(default_factory=list)
+    stages: StageClock = field(default_factory=StageClock)
+    seconds: float = 0.0
+    measured: bool = False
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Names of the experts that saw too few calibration tokens for a fit of their own."""
+        return [fit.name for fit in self.fits if fit.fallback]
+
+    def note(self, block_record: dict[str, Any]) -> None:
+        """Add what was done to one block, plain data under "fits" and "refinement"."""
+        self.fits += [FitRecord(**fit) for fit in block_record["fits"]]
+        if block_record["refinement"]:
+            self.refinements.append(RefineResult(**block_record["refinement"]))

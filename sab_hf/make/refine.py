@@ -1,0 +1,254 @@
+"""Block refinement: train the planes of one block until the block gives the full-precision block's output."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import PADDING
+from ..machine import distributed
+from ..method.trainable import TrainablePlanes, building
+from ..packed.linear import SABLinear, replace_module
+from ..passes.capture import BlockInputs
+from ..passes.states import BatchState, block_output
+from ..planes import SignPlanes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """Numbers of block refinement; see `SABQuantizationConfig`."""
+
+    steps: int
+    samples_per_step: int
+    scale_rate: float
+    latent_rate: float
+    seed: int
+
+
+class RefineResult(NamedTuple):
+    """Relative squared error of the block's output before and after: `Σ‖y − t‖² / Σ‖t‖²`, modalities in equal parts."""
+
+    before: float
+    after: float
+
+
+def refine_block(
+    model: nn.Module,
+    block: nn.Module,
+    index: int,
+    planes: dict[str, SignPlanes],
+    inputs: BlockInputs,
+    settings: RefineSettings,
+    gradient: dict[int, Tensor] | None = None,
+) -> RefineResult:
+    """Train planes, norms and biases of a block to give the full-precision block's output, and pack the planes into it.
+
+    Where training does not lower the error, the block is packed as it was before, and a warning says so. Where it ends with an
+    error, the block is as it was given. Matrices that stay dense are not trained.
+
+    Args:
+        model: the model; its Linears called as in `planes` become `SABLinear`s.
+        block: the block that they are in.
+        index: its place among the blocks.
+        planes: fitted planes of the block's Linears, by module name.
+        inputs: calibration batches, with the block's inputs `hidden` and the wanted outputs `target`; those that the model leaves
+            the block out for do not count. Each process of several has its own; gradients and errors are summed over all.
+        settings: steps and rates.
+        gradient: modality → [hidden_size], weights of the error at each output feature; None: modalities in equal parts, which
+            also holds where they are of modalities that do not come.
+    Returns:
+        The relative output error before and after.
+    Raises:
+        RuntimeError: out of memory; the message says what to lower.
+
+    Source: block reconstruction (BRECQ, arXiv 2102.05426) with straight-through signs; method §5.
+    """
+    linears = {name: model.get_submodule(name) for name in planes}
+    biases = {name: linear.bias for name, linear in linears.items()}
+    trainable = {
+        name: TrainablePlanes(planes[name], linear.weight.detach().float(), linear.bias)
+        for name, linear in linears.items()
+    }
+    for name, module in trainable.items():
+        replace_module(model, name, module)
+    beside = [p for p in _beside(block, trainable) if p.is_floating_point()]
+    others = [p for p in beside if p.ndim < 2]
+    start = {p: (p.data if p.ndim > 1 else p.detach().clone(), p.requires_grad) for p in beside}
+    for p in beside:
+        p.data = p.data.float()
+        p.requires_grad_(p.ndim < 2)
+
+    def settle(refined: bool) -> None:
+        for p, (value, requires_grad) in start.items():
+            p.data = p.data.to(value.dtype) if refined and p.ndim < 2 else value
+            p.grad = None
+            p.requires_grad_(requires_grad)
+
+    try:
+        result = _train(block, index, trainable, others, inputs, settings, gradient)
+    except BaseException as error:
+        settle(False)
+        for name, linear in linears.items():
+            replace_module(model, name, linear)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RuntimeError(
+                f"out of memory while refining block {index}; lower `batch_size` (activations) or `max_length`, or set "
+                "`refine_steps=0`"
+            ) from error
+        raise
+    refined = result.after < result.before  # False also for NaN
+    if not refined:
+        logger.warning(
+            "refining block %d did not lower its error (%.4f, then %.4f); it stays unrefined", index, *result
+        )
+        result = RefineResult(result.before, result.before)
+    settle(refined)
+    for name, module in trainable.items():
+        bias = biases[name]
+        if refined and bias is not None:
+            bias = module.bias.detach().to(bias.dtype)
+        replace_module(model, name, SABLinear.from_planes(module.planes() if refined else planes[name], bias))
+    return result
+
+
+def _train(
+    block: nn.Module,
+    index: int,
+    modules: dict[str, TrainablePlanes],
+    others: list[nn.Parameter],
+    inputs: BlockInputs,
+    settings: RefineSettings,
+    gradient: dict[int, Tensor] | None,
+) -> RefineResult:
+    weights = _ErrorWeights(inputs, index, gradient)
+    before = _mean_error(block, index, modules, inputs, weights)
+    optimizer = _optimizer(modules, others, settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    )
+    own = {state.number: state for state in inputs.running(index)}
+    draws = _draw_batches(distributed.merge({number: state.rows for number, state in own.items()}), settings)
+    for _ in range(settings.steps):
+        optimizer.zero_grad(set_to_none=True)
+        drawn = [own[number] for number in next(draws) if number in own]
+        with building(modules):
+            _accumulate_gradients(block, index, modules, drawn, inputs, weights)
+        distributed.sum_gradients(p for group in optimizer.param_groups for p in group["params"])
+        optimizer.step()
+        schedule.step()
+    return RefineResult(before, _mean_error(block, index, modules, inputs, weights))
+
+
+def _accumulate_gradients(
+    block: nn.Module,
+    index: int,
+    modules: dict[str, TrainablePlanes],
+    drawn: list[BatchState],
+    inputs: BlockInputs,
+    weights: _ErrorWeights,
+) -> None:
+    """Add up the gradients of the drawn batches, in parts where memory asks for it."""
+
+    def run() -> None:
+        block.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
+        for module in modules.values():
+            module.forget_gradient()
+        for state in drawn:
+            for piece in state.pieces(index):
+                _error(block, index, piece, weights).backward()
+
+    inputs.workspace.limit.retry(f"refining block {index}", max((state.rows for state in drawn), default=1), run)
+
+
+def _beside(block: nn.Module, modules: dict[str, TrainablePlanes]) -> list[nn.Parameter]:
+    """Return the parameters of the block that are not those of the modules."""
+    own = {p for module in modules.values() for p in module.parameters()}
+    return [p for p in block.parameters() if p not in own]
+
+
+class _ErrorWeights:
+    """Weights that make the summed squared errors of a whole set a relative error, `Σ w (y − t)² / Σ w t²`.
+
+    Args:
+        inputs: the set, with targets; of several processes, each has its part.
+        index: of the block.
+        gradient: modality → [hidden_size], the weight w of each feature; None: w is 1 and modalities have equal parts.
+    """
+
+    def __init__(self, inputs: BlockInputs, index: int, gradient: dict[int, Tensor] | None):
+        power: dict[int, Tensor] = {}
+        for state in inputs.running(index):
+            squares = state.target.to(inputs.workspace.device).float().square()
+            modality = state.modality.to(squares.device)
+            for m in modality.unique().tolist():
+                if m != PADDING:
+                    power[m] = power.get(m, 0) + squares[..., modality == m, :].flatten(0, -2).sum(0)
+        power = distributed.sum_tensors(power, inputs.workspace.device)
+        if gradient is None or not gradient.keys() & power.keys():
+            self.by_modality = {
+                m: torch.ones_like(p) / (len(power) * p.sum().clamp_min(1e-30)) for m, p in power.items()
+            }
+        else:
+            gradient = {m: g.to(inputs.workspace.device) for m, g in gradient.items()}
+            total = sum((gradient[m] * power[m]).sum() for m in power if m in gradient)
+            self.by_modality = {m: gradient[m] / total.clamp_min(1e-30) for m in power if m in gradient}
+
+    def error(self, output: Tensor, state: BatchState) -> Tensor:
+        """Return the weighted squared error of a batch's output [..., batch, length, hidden_size]."""
+        squares = (output.float() - state.target.float()).square()
+        return sum((squares @ weight)[..., state.modality == m].sum() for m, weight in self.by_modality.items())
+
+
+def _error(block: nn.Module, index: int, state: BatchState, weights: _ErrorWeights) -> Tensor:
+    device = state.hidden.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        output = block_output(block, index, state, state.hidden.float())
+    return weights.error(output, state)
+
+
+@torch.no_grad()
+def _mean_error(
+    block: nn.Module, index: int, modules: dict[str, TrainablePlanes], inputs: BlockInputs, weights: _ErrorWeights
+) -> float:
+    def run(state: BatchState) -> float:
+        return sum(float(_error(block, index, piece, weights)) for piece in state.pieces(index))
+
+    limit, what = inputs.workspace.limit, f"measuring block {index}"
+    with building(modules):
+        own = sum(limit.retry(what, state.rows, lambda state=state: run(state)) for state in inputs.running(index))
+    return distributed.sum_numbers({"error": own})["error"]
+
+
+def _optimizer(
+    modules: dict[str, TrainablePlanes], others: list[nn.Parameter], settings: RefineSettings
+) -> torch.optim.Optimizer:
+    named = [item for module in modules.values() for item in module.named_parameters()]
+    latents = [p for name, p in named if name.endswith("latent")]
+    scales = [p for name, p in named if not name.endswith("latent")]
+    groups = [{"params": latents, "lr": settings.latent_rate}, {"params": scales + others, "lr": settings.scale_rate}]
+    return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=latents[0].is_cuda)
+
+
+def _draw_batches(sizes: dict[int, int], settings: RefineSettings) -> Iterator[list[int]]:
+    """Yield batches of at least `samples_per_step` samples (all, if there are fewer), epoch after epoch, shuffled.
+
+    Args:
+        sizes: batch number → samples, of all processes.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    numbers, total = list(sizes), sum(sizes.values())
+    drawn: list[int] = []
+    while True:
+        for i in torch.randperm(len(numbers), generator=generator).tolist():
+            drawn.append(numbers[i])
+            if sum(sizes[number] for number in drawn) >= min(settings.samples_per_step, total):
+                yield drawn
+                drawn = []

@@ -1,0 +1,78 @@
+"""Where the bits of a run go: the sensitivity of the model to each Linear, and the sizes that a budget gives them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SABQuantizationConfig
+from ..machine.resume import FinishedBlocks
+from ..machine.weights import iter_weights
+from ..method.budget import allocate, average_bits
+from ..method.sensitivity import Sensitivity, UnmeasurableError, needs_sensitivity
+from ..passes.capture import BlockInputs
+from ..passes.gradients import measure_sensitivity
+from .plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def find_sensitivity(
+    model: nn.Module,
+    inputs: BlockInputs,
+    plan: Plan,
+    config: SABQuantizationConfig,
+    refine_steps: int,
+    finished: FinishedBlocks,
+) -> Sensitivity:
+    """Measure the sensitivity of all Linears, if anything asks for it, or read what this run measured before.
+
+    Where it cannot be measured, a warning says why, and the result is empty.
+    """
+    if not needs_sensitivity(config, refine_steps):
+        return Sensitivity()
+
+    def measure() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return measure_sensitivity(
+            model,
+            inputs,
+            plan.calibration.batches,
+            plan.roles.blocks,
+            list(plan.modules),
+            damping=config.damping,
+            num_samples=config.sensitivity_samples,
+            seed=config.seed,
+        ).pack()
+
+    try:
+        if len(plan.roles.stages) > 1:
+            raise UnmeasurableError(
+                f"the loss depends on `{plan.roles.stages[0][0]}` only through the blocks of `{plan.roles.stages[-1][0]}`, "
+                "which read its output"
+            )
+        return Sensitivity.unpack(*finished.remember("sensitivity", measure))
+    except UnmeasurableError as reason:
+        logger.warning(
+            "the sensitivity of the loss could not be measured (%s): bits are spread evenly, a significance map is the published "
+            "one, and refinement balances modalities",
+            reason,
+        )
+        return Sensitivity()
+
+
+def spend(
+    model: nn.Module, plan: Plan, sensitivity: Sensitivity, config: SABQuantizationConfig
+) -> dict[str, list[int]]:
+    """Return the sizes of all Linears of the language blocks: the plan's, or those that the sensitivity asks for."""
+    modules, shapes = plan.modules, plan.shapes
+    if config.budget == "sensitivity" and sensitivity.linears:
+        scores = {name: torch.zeros(width) for name, (_, width) in shapes.items()}  # stays 0 where no token came
+        for name, weight in iter_weights(model, [name for name in shapes if name in sensitivity.linears]):
+            for by_modality in sensitivity.linears[name].column_scores(weight).values():
+                scores[name] += by_modality.cpu()
+        modules = allocate(shapes, config.bits, scores)
+    logger.info("budget: %.4f bits/weight over %d Linears", average_bits(shapes, modules), len(modules))
+    return modules

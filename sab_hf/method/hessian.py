@@ -1,0 +1,115 @@
+"""Second moments of a Linear's inputs, one matrix for each modality, and the factors that the fit needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..calibration.modality import TEXT
+
+
+class SecondMoments:
+    """Stream `H_m = (1/N_m) Σ x xᵀ` over the tokens of each modality m, in float32.
+
+    Args:
+        in_features: width of the inputs.
+        device: of the accumulators.
+
+    Source: SAB-LVLM, Hessians for text and visual inputs; here all from one forward pass (method §2).
+    """
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.in_features, self.device = in_features, device
+        self._sums: dict[int, Tensor] = {}
+        self.counts: dict[int, int] = {}
+
+    def add(self, x: Tensor, modality: Tensor) -> None:
+        """Add the inputs of one forward pass.
+
+        Args:
+            x: [tokens, in_features], any floating dtype.
+            modality: [tokens] integer, negative for padding (counts nowhere).
+        """
+        for m in modality.unique().tolist():
+            if m < 0:
+                continue
+            rows = x[modality == m].float()
+            self.total(m).addmm_(rows.T, rows)
+            self.counts[m] = self.counts.get(m, 0) + rows.shape[0]
+
+    def total(self, modality: int) -> Tensor:
+        """Return the accumulator `Σ x xᵀ` [in_features, in_features] of one modality, zero where it saw nothing."""
+        if modality not in self._sums:
+            self._sums[modality] = torch.zeros(self.in_features, self.in_features, device=self.device)
+        return self._sums[modality]
+
+    @classmethod
+    def pooled(cls, parts: list[SecondMoments]) -> SecondMoments:
+        """Return the second moments over the tokens of all `parts`; one that occurs twice counts once."""
+        parts = list({id(part): part for part in parts}.values())
+        total = cls(parts[0].in_features, parts[0].device)
+        for part in parts:
+            for m, matrix in part._sums.items():
+                total._sums[m] = total._sums[m] + matrix if m in total._sums else matrix
+                total.counts[m] = total.counts.get(m, 0) + part.counts[m]
+        return total
+
+    def is_finite(self) -> bool:
+        """Whether every input so far was finite (the diagonal tells: it sums squares)."""
+        return all(bool(total.diagonal().isfinite().all()) for total in self._sums.values())
+
+    def matrices(self) -> dict[int, Tensor]:
+        """Return `H_m` [in_features, in_features] for each modality that was seen."""
+        return {m: total / self.counts[m] for m, total in sorted(self._sums.items())}
+
+
+def mix(moments: SecondMoments | None, in_features: int, device: torch.device, balance: str = "equal") -> Tensor:
+    """Mix the modalities' second moments, by default with equal weight, `H = mean_m H_m` (text and visual: one half each).
+
+    A token-count mix lets the many image tokens drown the text. A layer that saw no token at all gets the identity, which
+    makes its fit plain least squares on the weights.
+
+    Args:
+        balance: "equal", "tokens" (by their numbers of tokens) or "text" (alone, where there is any).
+
+    Source: method §2. Deviation: the published code mixes by token count and calibrates the feedback on text only.
+    """
+    matrices = moments.matrices() if moments else {}
+    if not matrices:
+        return torch.eye(in_features, device=device)
+    if balance == "text" and TEXT in matrices:
+        return matrices[TEXT]
+    weights = {m: moments.counts[m] if balance == "tokens" else 1 for m in matrices}
+    return sum(matrices[m] * (weight / sum(weights.values())) for m, weight in weights.items())
+
+
+def damp(H: Tensor, damping: float) -> Tensor:
+    """Add `damping` × the mean diagonal to the diagonal; an all-zero matrix becomes the identity.
+
+    Args:
+        H: [in_features, in_features] float32, symmetric positive semidefinite.
+    """
+    mean = H.diagonal().mean()
+    if mean <= 0:
+        return torch.eye(H.shape[0], device=H.device, dtype=H.dtype)
+    return H + damping * mean * torch.eye(H.shape[0], device=H.device, dtype=H.dtype)
+
+
+def inverse(H: Tensor) -> Tensor:
+    """Invert a damped second-moment matrix through its Cholesky factor; float64 where that of float32 does not exist."""
+    L, failed = torch.linalg.cholesky_ex(H)
+    if failed:
+        L = torch.linalg.cholesky(H.double())
+    return torch.cholesky_inverse(L).to(H.dtype)
+
+
+def feedback_factor(H: Tensor) -> Tensor:
+    """Return the upper triangular U with `H⁻¹ = UᵀU`, contiguous, whose rows say how an error spreads to later columns.
+
+    Source: GPTQ (arXiv 2210.17323), step 3.
+    """
+    H_inv = inverse(H)
+    U, failed = torch.linalg.cholesky_ex(H_inv, upper=True)
+    if failed:
+        U = torch.linalg.cholesky(inverse(H.double()), upper=True).to(H.dtype)
+    return U.contiguous()  # LAPACK leaves it by columns, and the sweep reads it by rows

@@ -1,0 +1,1 @@
+"""Triton kernels of fitting; each has its specification in PyTorch beside its call."""

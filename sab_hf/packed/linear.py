@@ -1,0 +1,163 @@
+"""Modules that hold packed sign planes only: what all have in common, and `SABLinear`."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import packing
+from ..kernels.cpu import linear as _cpu  # registers the op's implementation too
+from ..kernels.cuda import linear as _cuda  # noqa: F401  registers the op's implementation
+from ..kernels.ops import is_plain_cpu, sab_linear
+from ..planes import SignPlanes
+
+
+class PackedWeight(NamedTuple):
+    """Shape, dtype of storage and device of a packed weight. It is no tensor, and models that ask (T5) leave it alone."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return True  # transformers 5 initializes what has no such flag
+
+
+class SABModule(nn.Module):
+    """A matrix [out_features, in_features] held as packed sign planes (`packing.py`); no dense weight exists at any time.
+
+    The packed tensors are parameters without gradient, under the names of the file format, so that `state_dict` is the
+    format, and device maps, offloading and sharding treat them as any weight. All of them are integers, which `.to(dtype)`
+    and dtype casts at loading leave alone.
+
+    Args:
+        tensors: the packed tensors by name, as `packing.to_tensors` gives them.
+        in_features: columns of the matrix.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], in_features: int):
+        super().__init__()
+        out_features, num_planes, num_significant = _sizes(tensors)
+        self.in_features, self.out_features = in_features, out_features
+        self.num_planes, self.num_significant = num_planes, num_significant
+        specs = packing.tensor_specs(out_features, in_features, num_planes, num_significant)
+        for name, (dtype, shape) in specs.items():
+            tensor = tensors.get(name)
+            if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
+                got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(
+                    f"`{name}` must be {dtype} {list(shape)} for a {out_features}×{in_features} matrix, got {got}"
+                )
+            self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+        self._direct = _cpu.Direct()
+
+    @property
+    def weight(self) -> PackedWeight:
+        """What models and adapters may ask of a matrix's weight; the values are in the packed tensors only."""
+        return PackedWeight((self.out_features, self.in_features), self.signs.dtype, self.signs.device)
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """Return the packed tensors by their names in the file, bias excluded."""
+        return {name: parameter for name, parameter in self.named_parameters() if name != "bias"}
+
+    def planes(self) -> SignPlanes:
+        """Unpack into sign planes (scales float16)."""
+        return packing.from_tensors(self.packed_tensors(), self.in_features)
+
+    def multiply(self, x: Tensor, exact: bool) -> Tensor:
+        """Return `x Wᵀ` [..., out_features], in the dtype of x; `exact` as in `ops.linear_reference`.
+
+        Where a gradient of `x` will be asked for, the product is exact in any case: its gradient is that of the exact one.
+        """
+        recorded = x.requires_grad and torch.is_grad_enabled()
+        exact = exact or recorded
+        if not recorded and is_plain_cpu(x):
+            y = self._direct(x, self._parameters, exact)
+            if y is not None:
+                return y
+        residual: tuple[Tensor | None, ...] = (None, None, None, None)
+        if self.num_significant:
+            residual = (
+                self.significant_columns,
+                self.residual_signs,
+                self.residual_row_scale.view(torch.float16),
+                self.residual_col_scale.view(torch.float16),
+            )
+        scales = self.row_scale.view(torch.float16), self.col_scale.view(torch.float16)
+        return sab_linear(x, self.signs, *scales, *residual, exact)
+
+    def extra_repr(self) -> str:
+        residual = f", {self.num_significant} significant columns" if self.num_significant else ""
+        return f"{self.in_features}, {self.out_features}, {self.num_planes} planes{residual}"
+
+
+class SABLinear(SABModule):
+    """`y = x Wᵀ + bias` with W as packed sign planes.
+
+    Args:
+        tensors, in_features: see `SABModule`.
+        bias: [out_features] floating point, or None.
+
+    Attributes:
+        exact: compute in the dtype of the input; otherwise kernels may round activations to int8 where that is faster.
+            False, unless the environment variable `SAB_EXACT` is 1 when the module is made. In training, where gradients
+            of the input are recorded, products are exact in any case: so are their gradients.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None = None):
+        super().__init__(tensors, in_features)
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"`bias` must be [{self.out_features}], got {list(bias.shape)}")
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.exact = exact_by_default()
+
+    @classmethod
+    def from_planes(cls, planes: SignPlanes, bias: Tensor | None = None) -> SABLinear:
+        """Pack `planes` into a module; scales are rounded to float16."""
+        return cls(packing.to_tensors(planes), planes.shape[1], bias)
+
+    @classmethod
+    def empty_like(cls, linear: nn.Linear, num_planes: int, num_significant: int) -> SABLinear:
+        """Return a module of the shape of `linear`, on its device, with uninitialised planes for a loader to fill."""
+        return cls(empty_tensors(linear.weight, num_planes, num_significant), linear.in_features, linear.bias)
+
+    def forward(self, input: Tensor) -> Tensor:  # named as `nn.Linear` names it: some models pass it by name
+        y = self.multiply(input, self.exact)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+def exact_by_default() -> bool:
+    """Return whether the environment variable `SAB_EXACT` asks for products without rounded activations."""
+    return os.environ.get("SAB_EXACT", "0") == "1"
+
+
+def empty_tensors(weight: Tensor, num_planes: int, num_significant: int) -> dict[str, Tensor]:
+    """Return uninitialised packed tensors for a dense `weight` [out_features, in_features], on its device."""
+    specs = packing.tensor_specs(*weight.shape, num_planes, num_significant)
+    return {name: torch.empty(shape, dtype=dtype, device=weight.device) for name, (dtype, shape) in specs.items()}
+
+
+def _sizes(tensors: dict[str, Tensor]) -> tuple[int, int, int]:
+    """Return out_features, full planes and significant columns as the tensors' shapes tell them."""
+    row_scale, residual = tensors.get("row_scale"), tensors.get("residual_col_scale")
+    if row_scale is None or row_scale.ndim != 2:
+        got = "nothing" if row_scale is None else f"{row_scale.dtype} {list(row_scale.shape)}"
+        raise ValueError(f"`row_scale` must be torch.int16 [planes, out_features], got {got}")
+    if "significant_columns" in tensors and (residual is None or not residual.numel()):
+        raise ValueError("`residual_col_scale` must be torch.int16 [significant columns], got nothing")
+    return row_scale.shape[1], row_scale.shape[0], 0 if residual is None else residual.numel()
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` (dotted) is in `model`, in the training mode of the module it replaces."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    attribute = name.rpartition(".")[2]
+    module.train(getattr(parent, attribute).training)
+    setattr(parent, attribute, module)

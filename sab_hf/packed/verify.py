@@ -1,0 +1,167 @@
+"""Checks of a packed checkpoint while it loads: everything is there, nothing is left over, every size and dtype is right.
+
+A loader leaves what a file lacks as uninitialised memory, ignores what it has no place for, and casts what has another
+dtype. Each of these would be a silently different model, so each is an error here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+
+from ..packing import tensor_specs, unpack_bits
+from .linear import SABModule
+
+PACKED_NAMES = frozenset(tensor_specs(1, 1, 1, 1))
+"""Last name parts of packed tensors."""
+_SUFFIXES = tuple(f".{name}" for name in PACKED_NAMES)
+_HEADER_DTYPES = {torch.uint8: "U8", torch.int16: "I16"}
+
+
+def packed_names(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of all packed modules, biases too, by their names in the state dict."""
+    return {
+        f"{name}.{tensor_name}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, SABModule)
+        for tensor_name, tensor in module.named_parameters(recurse=False)
+    }
+
+
+def check_headers(model: nn.Module, checkpoint_files: Iterable[str | os.PathLike]) -> None:
+    """Compare the packed tensors in the files' headers with what the skeleton expects, before any weight is read.
+
+    Raises:
+        ValueError: a packed tensor is missing, left over, or has another dtype or shape.
+    """
+    check_entries(model, [entry for file in checkpoint_files for entry in header_entries(file)])
+
+
+def header_entries(file: str | os.PathLike) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Read a file's header: name, dtype (as safetensors writes it) and shape of each tensor.
+
+    Raises:
+        ValueError: the file is cut off or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as reader:
+            slices = [(name, reader.get_slice(name)) for name in reader.keys()]  # noqa: SIM118 (a reader is no dict)
+            return [(name, stored.get_dtype(), tuple(stored.get_shape())) for name, stored in slices]
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut off ({error}); download or quantize it again") from error
+
+
+def check_entries(model: nn.Module, entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+    """Compare packed tensors by name, dtype and shape with what the skeleton expects.
+
+    Loaders may rename the first parts of a tensor's name, so tensors are matched by the rest of it, dtype and shape.
+
+    Raises:
+        ValueError: see `check_headers`.
+    """
+    expected = {
+        name: _Entry(_tail(name), _HEADER_DTYPES[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in packed_names(model).items()
+        if name.endswith(_SUFFIXES)
+    }
+    found = Counter(_Entry(_tail(name), *stored) for name, *stored in entries if name.endswith(_SUFFIXES))
+    surplus = found - Counter(expected.values())
+    missing = []
+    for name, entry in expected.items():
+        if found[entry]:
+            found[entry] -= 1
+            continue
+        other = next((e for e in surplus if e.tail == entry.tail), None)
+        if other:
+            raise_if_altered(name, entry.dtype, entry.shape, other.dtype, other.shape)
+        missing.append(name)
+    raise_if_missing(missing)
+    raise_if_unlisted([entry.tail for entry in surplus])
+
+
+class _Entry(NamedTuple):
+    """What a file's header tells of a packed tensor; `tail` is the part of its name that loaders do not change."""
+
+    tail: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _tail(name: str) -> str:
+    """Return `name` from its first number on (the block's), or its last two parts: loaders rename what is before."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    return ".".join(parts[first:])
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Check the packed modules of a loaded model. Tensors that are offloaded to disk were checked by their headers.
+
+    Raises:
+        ValueError: a tensor was not in the checkpoint, has another dtype or shape, or a significance mask does not fit.
+    """
+    # transformers 4.57 reports missing tensors to the quantizer; 5 flags each parameter that it has loaded
+    if not hasattr(HfQuantizer, "update_missing_keys"):
+        raise_if_missing(
+            [
+                name
+                for name, tensor in packed_names(model).items()
+                if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False))
+            ]
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, SABModule):
+            _check_module(name, module)
+
+
+def _check_module(name: str, module: SABModule) -> None:
+    tensors = module.packed_tensors()
+    specs = tensor_specs(module.out_features, module.in_features, module.num_planes, module.num_significant)
+    for tensor_name, (dtype, shape) in specs.items():
+        tensor = tensors[tensor_name]
+        raise_if_altered(f"{name}.{tensor_name}", dtype, shape, tensor.dtype, tensor.shape)
+    mask = tensors.get("significant_columns")
+    if mask is not None and not mask.is_meta:
+        marked = int(unpack_bits(mask, module.in_features).sum())
+        if marked != module.num_significant:
+            raise ValueError(
+                f"`{name}.significant_columns` marks {marked} columns, the residual plane has {module.num_significant}; the "
+                "checkpoint is damaged: download or quantize it again"
+            )
+
+
+def raise_if_altered(
+    name: str, dtype: object, shape: Sequence[int], got_dtype: object, got_shape: Sequence[int]
+) -> None:
+    """Raise a ValueError if the checkpoint has a tensor of another dtype or shape than its config says."""
+    if (dtype, tuple(shape)) != (got_dtype, tuple(got_shape)):
+        raise ValueError(
+            f"`{name}` must be {dtype} {list(shape)}, the checkpoint has {got_dtype} {list(got_shape)}; it was altered: "
+            "download or quantize it again"
+        )
+
+
+def raise_if_missing(names: list[str]) -> None:
+    """Raise a ValueError if packed tensors called `names` are not in the checkpoint."""
+    if names:
+        raise ValueError(
+            f"the checkpoint says `sab` but lacks packed tensors: {len(names)} in all, first `{names[0]}`; it is incomplete or "
+            "holds dense weights. Download it again, or remove quantization_config from its config.json if "
+            "it is dense"
+        )
+
+
+def raise_if_unlisted(names: list[str]) -> None:
+    """Raise a ValueError if the checkpoint has packed tensors called `names` that its config does not list."""
+    if names:
+        raise ValueError(
+            f"the checkpoint has packed tensors that its config.json does not list: {len(names)}, first `{names[0]}`; its "
+            "quantization_config was altered: download or quantize it again"
+        )

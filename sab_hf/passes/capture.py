@@ -1,0 +1,240 @@
+"""The calibration set's hidden states, cached between blocks, so that the model never runs again for a layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import CalibrationBatch, media_modality
+from ..machine import distributed
+from ..machine.workspace import Workspace
+from ..method.hessian import SecondMoments
+from .recording import record
+from .routing import RowLabels
+from .states import BatchState, Left, block_output, join
+
+
+class BlockInputs:
+    """Inputs of successive blocks for the whole calibration set.
+
+    Recording runs the model once, with blocks that only note what they are called with and hand their input on: masks and
+    positions do not depend on the hidden states, so one cheap pass gives the arguments of all blocks. What a model does
+    to hidden states between blocks must be an addition (it is, in the families known), and is replayed as such.
+
+    Where several processes work together, each holds its share of the batches.
+
+    Args:
+        model: a transformers model in evaluation mode.
+        block_names: blocks that run one after the other, in order; blocks that run before them compute as they are.
+        batches: the calibration set.
+        workspace: where to compute and where to keep hidden states; None: where the model is.
+        later: blocks that run after these and stay where they are: recording stops before them.
+        all_run: whether every block must run for some batch. Some run for images only, of which a few samples may have none.
+    Raises:
+        RuntimeError: the model does not run its blocks one after the other, each once, on one row per token.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        block_names: tuple[str, ...],
+        batches: list[CalibrationBatch],
+        workspace: Workspace | None = None,
+        later: tuple[str, ...] = (),
+        all_run: bool = True,
+    ):
+        blocks = [model.get_submodule(name) for name in block_names]
+        self.workspace = workspace or Workspace.of(model)
+        self.keeps = False
+        placement, store = self.workspace.placement, self.workspace.store
+        self.states: list[BatchState] = []
+        with placement.visit_rest((*block_names, *later)), placement.visit(block_names[0]):
+            for number, batch in distributed.share(batches):
+                state = new_state(number, self.workspace, batch)
+                record(model, blocks, batch, state, to_the_end=not later)
+                seen = {}
+                state.hidden, state.calls, state.injections = (
+                    store.put_all(value, seen) for value in (state.hidden, state.calls, state.injections)
+                )
+                state.modality = state.modality.cpu()
+                self.states.append(state)
+        if all_run:
+            self._check_ran(model, len(blocks))
+
+    def _check_ran(self, model: nn.Module, num_blocks: int) -> None:
+        ran = distributed.merge({i: True for state in self.states for i in range(num_blocks) if state.runs(i)})
+        if len(ran) != num_blocks:
+            raise RuntimeError(
+                f"{type(model).__name__} ran {len(ran)} of its {num_blocks} language blocks for the calibration samples; if some "
+                "run for images only, calibrate with images, else this architecture is not supported yet"
+            )
+
+    def running(self, index: int) -> list[BatchState]:
+        """Return the batches for which the model runs block number `index`."""
+        return [state for state in self.states if state.runs(index)]
+
+    def first(self, num_samples: int) -> BlockInputs:
+        """Return the inputs of the first batches, as many as hold `num_samples` samples; they advance by themselves.
+
+        Of several processes, each has its share of these batches. What they advanced from stays as it was, so each `advance`
+        takes room in the store until it is given to `StateStore.forget`.
+        """
+        part = copy.copy(self)
+        part.keeps = True
+        sizes = sorted(distributed.merge({state.number: state.rows for state in self.states}).items())
+        count = count_first([rows for _, rows in sizes], num_samples)
+        chosen = {number for number, _ in sizes[:count]}
+        part.states = [copy.copy(state) for state in self.states if state.number in chosen]
+        return part
+
+    def close(self) -> None:
+        """Give up the room that the batches take; nobody reads them any more."""
+        for state in self.states:
+            kept = (state.hidden, state.target, state.calls, state.injections, state.left, state.target_left)
+            self.workspace.store.forget(*kept)
+        self.states = []
+
+    @torch.no_grad()
+    def advance_targets(self, block: nn.Module, index: int) -> None:
+        """Compute what the full-precision `block`, number `index`, makes of its full-precision input."""
+        store = self.workspace.store
+        for state in self.running(index):
+            output, left = self._output(block, index, state, of_target=True)
+            state.target = store.put(output) if state.target is None else store.replace(state.target, output)
+            state.target_left = self._merged(state.target_left, left)
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Replace the cached hidden states by the output of `block`, which is number `index`."""
+        store = self.workspace.store
+        for state in self.states:
+            output = state.hidden
+            if state.runs(index):
+                output, left = self._output(block, index, state)
+                state.left = self._merged(state.left, left)
+            injection = state.injections[index + 1] if index + 1 < len(state.injections) else None
+            if injection is not None:
+                output = output + injection.to(output.device)
+                if state.target is not None:
+                    state.target = store.replace(state.target, state.target + injection.to(state.target.device))
+            if output is not state.hidden:
+                state.hidden = store.put(output) if self.keeps else store.replace(state.hidden, output)
+
+    def _output(self, block: nn.Module, index: int, state: BatchState, of_target: bool = False) -> tuple[Tensor, Left]:
+        """Run the block on a whole batch, in parts where memory asks for it; returns what it gives and what it leaves."""
+        of_target = of_target and state.target is not None  # what enters the first block is both
+
+        def run() -> tuple[Tensor, Left]:
+            outputs, left = [], []
+            for piece in state.pieces(index, of_target):
+                outputs.append(block_output(block, index, piece, piece.target if of_target else piece.hidden))
+                left.append(piece.left)
+            return join(outputs, left)
+
+        return self.workspace.limit.retry(f"running block {index}", state.rows, run)
+
+    def _merged(self, known: Left, new: Left) -> Left:
+        """Return what was left before and now, kept in the store."""
+        store, merged = self.workspace.store, {name: dict(values) for name, values in known.items()}
+        for name, values in new.items():
+            own = merged.setdefault(name, {})
+            for key, value in values.items():
+                if key in own and not self.keeps:
+                    store.forget(own[key])
+                own[key] = store.put_all(value, {})
+        return merged
+
+    @torch.no_grad()
+    def second_moments(self, block: nn.Module, index: int, linears: dict[str, nn.Linear]) -> dict[str, SecondMoments]:
+        """Collect the second moments of the inputs of all `linears` of a block in one streaming pass.
+
+        Linears that get the very same tensor (query, key and value; gate and up) share one accumulator. A Linear that was
+        never called is missing from the result.
+
+        The moments are those of the samples of all processes.
+
+        Raises:
+            ValueError: inputs are not finite, or are not rows whose modality is known.
+        """
+        largest = max((state.rows for state in self.states), default=1)
+        owner, moments = self.workspace.limit.retry(
+            f"collecting second moments of block {index}", largest, lambda: self._own_moments(block, index, linears)
+        )
+        owner = distributed.merge(owner)
+        distributed.sum_moments(moments, sorted(set(owner.values())), self.workspace.device)
+        for name, moment in moments.items():
+            if not moment.is_finite():
+                raise ValueError(
+                    f"the inputs of `{name}` are not finite on the calibration set; load the model with "
+                    "dtype=torch.bfloat16 or torch.float32 (float16 overflows in many models)"
+                )
+        return {name: moments[first] for name, first in owner.items()}
+
+    def _own_moments(
+        self, block: nn.Module, index: int, linears: dict[str, nn.Linear]
+    ) -> tuple[dict[str, str], dict[str, SecondMoments]]:
+        """Return the Linear that accumulates for each Linear, and the moments of this process's samples by the former."""
+        owner: dict[str, str] = {}
+        moments: dict[str, SecondMoments] = {}
+        last_input = last_owner = None
+        labels = RowLabels(block)
+
+        def observe(name: str, x: Tensor, _: Tensor) -> None:
+            nonlocal last_input, last_owner
+            if name not in owner:
+                owner[name] = last_owner if x is last_input else name
+            last_input, last_owner = x, owner[name]
+            if owner[name] != name:
+                return
+            modality = labels.of(linears[name], x)
+            if modality is None:
+                raise ValueError(
+                    f"`{name}` gets inputs of shape {list(x.shape)}, whose rows are not the tokens; add it to "
+                    "`modules_to_not_convert`"
+                )
+            moments.setdefault(name, SecondMoments(x.shape[-1], x.device)).add(x.flatten(0, -2), modality)
+
+        with observing(linears, observe), labels.watching():
+            for state in self.running(index):
+                for piece in state.pieces(index):
+                    labels.start(piece)
+                    block_output(block, index, piece, piece.hidden)
+        return owner, moments
+
+
+def new_state(number: int, workspace: Workspace, batch: CalibrationBatch, modality: Tensor | None = None) -> BatchState:
+    """Return the state of a batch before it is recorded; `modality`: of the hidden states, if not that of the batch."""
+    media = media_modality(batch.inputs)
+    return BatchState(number, workspace, batch.modality if modality is None else modality, batch.modality, media)
+
+
+def count_first(rows: Iterable[int], num_samples: int) -> int:
+    """Return how many of the first batches, which have so many rows each, hold `num_samples` samples (all, if too few)."""
+    total = count = 0
+    for size in rows:
+        if total >= num_samples:
+            break
+        total += size
+        count += 1
+    return count
+
+
+@contextmanager
+def observing(modules: dict[str, nn.Module], observe: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `observe(name, input, output)` after each run of one of the modules."""
+    hooks = [
+        module.register_forward_hook(
+            lambda _, args, kwargs, output, name=name: observe(name, args[0] if args else kwargs["input"], output),
+            with_kwargs=True,
+        )
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

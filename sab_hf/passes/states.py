@@ -1,0 +1,134 @@
+"""One calibration batch on its way through the blocks, and how a block runs on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..machine.limits import take_rows
+from ..machine.store import map_nested, map_tensors
+from ..machine.workspace import Workspace
+
+Left = dict[str, dict[Any, Any]]
+"""Argument name → what blocks left in that dict for later blocks (keys and values that several of them use)."""
+
+
+@dataclass
+class BatchState:
+    """One calibration batch. Its tensors live where the workspace has room for them.
+
+    Attributes:
+        number: of the batch in the calibration set, counted over all processes.
+        workspace: where it is computed and kept.
+        modality: [batch, length] int8 of the positions of `hidden`, see `calibration/modality.py`.
+        given: [batch, length] int8 of the batch's own tokens: the same, but for a decoder that reads an encoder's output.
+        foreign: the modality of what blocks read beside them (image features through cross-attention).
+        hidden: [..., batch, length, hidden_size], the input of the next block, from the binarized blocks before it. Some
+            models have several streams of hidden states, on a first axis. None if the model ran no block for the batch.
+        target: as `hidden`, the same from the full-precision blocks; None where it is not needed.
+        calls: for each block, the other arguments that the model gives it (masks, rotary positions, …); None for a block
+            that the model leaves out for this batch (cross-attention without an image).
+        injections: for each block, what the model adds to the hidden states before it (as deep visual features), or None.
+        others: what blocks return beside the hidden states; None if they return a bare tensor.
+        left, target_left: what the binarized and the full-precision blocks so far have left for later ones.
+    """
+
+    number: int
+    workspace: Workspace
+    modality: Tensor
+    given: Tensor
+    foreign: int
+    hidden: Tensor | None = None
+    target: Tensor | None = None
+    calls: list[tuple[tuple, dict[str, Any]] | None] = field(default_factory=list)
+    injections: list[Tensor | None] = field(default_factory=list)
+    others: tuple | None = None
+    left: Left = field(default_factory=dict)
+    target_left: Left = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Samples of the batch."""
+        return self.modality.shape[0]
+
+    def runs(self, index: int) -> bool:
+        """Whether the model runs block number `index` for this batch."""
+        return self.calls[index] is not None
+
+    def pieces(self, index: int, of_target: bool = False) -> Iterator[BatchState]:
+        """Yield the batch on the compute device, ready for block number `index`, in parts that fit into its memory.
+
+        Args:
+            index: of a block that runs for this batch.
+            of_target: the block will run on `target`, and reads what full-precision blocks left.
+        """
+        device = self.workspace.device
+        batch, length = self.modality.shape
+        for rows in self.workspace.limit.slices(batch):
+            parts = (t[rows].to(device) for t in (self.modality, self.given))
+            piece = BatchState(self.number, self.workspace, *parts, self.foreign)
+            piece.hidden = _rows_of(self.hidden, rows).to(device)
+            piece.target = None if self.target is None else _rows_of(self.target, rows).to(device)
+            args, kwargs = take_rows(self.calls[index], rows, batch, length)
+            left = self.target_left if of_target else self.left
+            kwargs = _with_left(kwargs, map_tensors(left, lambda tensor, rows=rows: tensor[rows]))
+            piece.calls = [None] * index + [map_tensors((args, kwargs), lambda tensor: tensor.to(device))]
+            yield piece
+
+
+def block_output(block: nn.Module, index: int, state: BatchState, hidden: Tensor) -> Tensor:
+    """Run `block`, number `index`, on `hidden` with the arguments that the model gives it for this batch.
+
+    Floating-point arguments (masks, rotary positions) take the dtype of `hidden`. `state.left` becomes what the block left.
+    """
+    args, kwargs = _cast(state.calls[index], hidden.dtype)
+    before = {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
+    output = block(hidden, *args, **kwargs)
+    state.left = {
+        name: {key: value for key, value in kwargs[name].items() if value is not known.get(key)}
+        for name, known in before.items()
+    }
+    return output[0] if isinstance(output, tuple) else output
+
+
+def join(outputs: list[Tensor], left: list[Left]) -> tuple[Tensor, Left]:
+    """Put the outputs [..., batch, length, hidden_size] of a batch's parts together, and what the block left for them."""
+    if len(outputs) == 1:
+        return outputs[0], left[0]
+    joined = {
+        name: {key: _joined([part[name][key] for part in left]) for key in values} for name, values in left[0].items()
+    }
+    return torch.cat(outputs, dim=-3), joined
+
+
+def _joined(values: list[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    if isinstance(values[0], (tuple, list)):
+        return type(values[0])(_joined(list(items)) for items in zip(*values, strict=True))
+    return values[0]
+
+
+def _rows_of(hidden: Tensor, rows: slice) -> Tensor:
+    return hidden.narrow(-3, rows.start, rows.stop - rows.start)
+
+
+def _with_left(kwargs: dict[str, Any], left: Left) -> dict[str, Any]:
+    """Return the arguments with what earlier blocks left in those that are dicts."""
+    filled = dict(kwargs)
+    for name, value in kwargs.items():
+        if isinstance(value, MutableMapping):
+            filled[name] = copy.copy(value)  # of the same type; the block at hand may write to it
+            filled[name].update(left.get(name, {}))
+    return filled
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return map_nested(value, lambda item: _cast(item, dtype))

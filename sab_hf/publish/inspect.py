@@ -1,0 +1,161 @@
+"""Look into a packed checkpoint without reading its weights: bits by role, sizes, shapes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
+from torch import nn
+from transformers import AutoConfig
+
+from ..config import SABQuantizationConfig
+from ..packed.checksums import check_checksums, checkpoint_files
+from ..packed.swap import swap_in_empty
+from ..packed.verify import PACKED_NAMES, check_entries, header_entries
+from .locate import check_name, not_found, require_packed
+from .report import Report, report
+
+NONE, PRESENT, VERIFIED = "none", "present, not checked", "verified"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a checkpoint; `str()` gives a table, `to_dict()` plain data.
+
+    Attributes:
+        name: folder or Hub id.
+        format_version: of the packed tensors.
+        num_files, num_tensors: weights files, and tensors in them.
+        checksums: NONE, PRESENT or VERIFIED.
+        report: sizes by role and module, from the headers and the config.
+    """
+
+    name: str
+    format_version: int
+    num_files: int
+    num_tensors: int
+    checksums: str
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {
+            name: getattr(self, name) for name in ("name", "format_version", "num_files", "num_tensors", "checksums")
+        }
+        return plain | self.report.to_dict()
+
+    def __str__(self) -> str:
+        about = (
+            f"{self.name}: format version {self.format_version}, {self.report.bits:.3f} bits per binarized weight\n"
+            f"{self.num_tensors} tensors in {self.num_files} files, shapes and sums as in the config; checksums: {self.checksums}"
+        )
+        return f"{about}\n{self.report}"
+
+
+def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: str | None = None) -> Inspection:
+    """Read the headers of a packed checkpoint and compare them with its config: dtypes, shapes, number of weights.
+
+    Args:
+        path_or_id: a folder, or a Hub repository (of which only headers are fetched).
+        verify: read everything and check the checksums as well; a repository is downloaded for that.
+        revision: of the repository.
+    Raises:
+        ValueError: the checkpoint is not packed by this package, or is damaged; the message says where.
+        OSError: there is no such checkpoint.
+    """
+    name = str(path_or_id)
+    check_name(name)
+    folder = Path(path_or_id) if Path(path_or_id).is_dir() else _download(name, revision) if verify else None
+    raw = _raw_config(name, folder, revision)
+    require_packed(raw, name)
+    config = SABQuantizationConfig.from_dict(raw["quantization_config"])
+    model = skeleton(folder or path_or_id, config, revision)
+    files = checkpoint_files(model) if folder else []
+    if folder and not files:
+        raise ValueError(f"`{name}` has no safetensors files; download or quantize it again")
+    entries = {file: header_entries(file) for file in files} if folder else _remote_entries(name, revision)
+    flat = [entry for of_file in entries.values() for entry in of_file]
+    check_entries(model, flat)
+    _check_sums(model, flat)
+    if verify:
+        check_checksums(files, config.checksums, model)
+    state = NONE if config.checksums is None else VERIFIED if verify else PRESENT
+    return Inspection(name, config.format_version, len(entries), len(flat), state, report(model))
+
+
+def skeleton(
+    path_or_id: str | os.PathLike, quantization: SABQuantizationConfig, revision: str | None = None
+) -> nn.Module:
+    """Return the packed model of a checkpoint without any weights (on the meta device)."""
+    config = AutoConfig.from_pretrained(path_or_id, revision=revision)
+    with torch.device("meta"):
+        model = saved_class(config)._from_config(config, dtype=config.dtype)
+        swap_in_empty(model, quantization.modules, quantization.tied_head)
+    return model
+
+
+def saved_class(config: Any) -> Any:
+    """Return the class that saved a checkpoint.
+
+    Raises:
+        ValueError: this transformers has no such class.
+    """
+    name = (config.architectures or ["nothing"])[0]
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ValueError(
+            f"transformers {transformers.__version__} has no class {name!r}, which the config names; upgrade it"
+        )
+    return found
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Return the folder into which a repository's weights and configs were downloaded."""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise not_found(name, error) from error
+
+
+def _raw_config(name: str, folder: Path | None, revision: str | None) -> dict[str, Any]:
+    """Return the content of `config.json`."""
+    try:
+        file = folder / "config.json" if folder else hf_hub_download(name, "config.json", revision=revision)
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise not_found(name, error) from error
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: it is no JSON ({error}); download or quantize it again") from error
+
+
+def _remote_entries(name: str, revision: str | None) -> dict[str, list[tuple[str, str, tuple[int, ...]]]]:
+    metadata = get_safetensors_metadata(name, revision=revision)
+    return {
+        file: [(tensor, info.dtype, tuple(info.shape)) for tensor, info in content.tensors.items()]
+        for file, content in metadata.files_metadata.items()
+    }
+
+
+def _check_sums(model: nn.Module, entries: list[tuple[str, str, tuple[int, ...]]]) -> None:
+    """Check that the files hold as many dense weights as the model has."""
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    dense = {
+        id(tensor): tensor.numel()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name.rpartition(".")[2] not in PACKED_NAMES and name not in ignored
+    }
+    expected = sum(dense.values())
+    found = sum(math.prod(shape) for name, _, shape in entries if name.rpartition(".")[2] not in PACKED_NAMES)
+    if found != expected:
+        raise ValueError(
+            f"the files hold {found:,} dense weights, the model of the config has {expected:,}; the checkpoint is incomplete or "
+            "its config was altered: download or quantize it again"
+        )

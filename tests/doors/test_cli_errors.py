@@ -1,0 +1,244 @@
+"""The command `sab-hf` in the hands of somebody careless: clear errors, right exit codes, nothing half written, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from helpers import file_bytes
+
+from sab_hf.cli import main
+from sab_hf.publish import save as hub_module
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("--set", "alternations=1", "--set", "refine_steps=0", "--set", "allow_text_only=true")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network: names that are no folders fail at once. Old clients keep sessions, which remember it."""
+    forget = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def fails(capsys, *argv: str | Path) -> str:
+    """Run a command that must fail with exit code 1; return its message."""
+    code = main([str(argument) for argument in argv])
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (1, "")
+    found = re.search(rf"^sab-hf {argv[0]}: error: (.*)", captured.err, re.MULTILINE | re.DOTALL)
+    assert found, captured.err
+    return found[1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("command", ["inspect", "demo", "eval", "dequantize", "quantize"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "there is no folder `./nowhere`"),
+        ("nowhere", "there is no folder `nowhere` here, and it could not be read from the Hub"),
+        ("a file", "`a file` is a file; name the folder"),
+        ("empty", "the folder `empty` holds no checkpoint: it has no config.json"),
+    ],
+)
+def test_wrong_names_are_told_apart(capsys, tmp_path, monkeypatch, offline, command, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").write_text("a file")
+    (tmp_path / "empty").mkdir()
+    more = {"demo": ["--prompt", "Hello"], "dequantize": ["out"], "quantize": ["out"]}
+    assert message in fails(capsys, command, name, *more.get(command, []))
+    assert {path.name for path in tmp_path.iterdir()} == {"a file", "empty"}
+
+
+@pytest.mark.parametrize("command", ["inspect", "demo", "dequantize", "card"])
+def test_dense_checkpoint_is_named_as_such(capsys, vlm_dir, tmp_path, command):
+    more = {"demo": ["--prompt", "Hello"], "dequantize": [tmp_path / "out"]}
+    message = fails(capsys, command, vlm_dir, *more.get(command, []))
+    assert f"`{vlm_dir}` holds dense weights, and a checkpoint packed by sab_hf is required" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_packed_checkpoint_is_not_quantized_again(capsys, saved, tmp_path):
+    message = fails(capsys, "quantize", saved, tmp_path / "out")
+    assert message.startswith(f"`{saved}` is quantized already, with 'sab'; name the dense original")
+
+
+def test_error_without_a_message_is_named(capsys, saved, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError
+
+    monkeypatch.setattr("sab_hf.publish.inspect.inspect", fail)
+    assert fails(capsys, "inspect", saved) == "RuntimeError\n"
+
+
+def test_card_needs_a_folder(capsys, tmp_path, saved):
+    assert "there is no folder `me/somewhere`" in fails(capsys, "card", "me/somewhere")
+    (tmp_path / "notes.json").write_text('{"data": "and nothing else"}')
+    message = fails(capsys, "card", saved, "--evaluation", tmp_path / "notes.json")
+    assert "must be a file that `sab-hf eval --output` wrote" in message
+
+
+def test_picture_is_looked_for_before_the_model_is_loaded(capsys, saved, monkeypatch):
+    monkeypatch.setattr("sab_hf.commands.demo.load_packed", None)
+    message = fails(capsys, "demo", saved, "--image", "nowhere.png", "--prompt", "What is it?")
+    assert "there is no picture `nowhere.png`" in message
+
+
+def test_evaluation_speaks_of_its_data(capsys, saved):
+    assert fails(capsys, "eval", saved, "--data", "nowhere.jsonl").startswith("`data` must be")
+
+
+def test_evaluation_is_not_run_for_a_file_that_cannot_be_written(capsys, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("sab_hf.evaluate.evaluate", None)
+    message = fails(capsys, "eval", saved, "--output", tmp_path / "no" / "evaluation.json")
+    assert f"there is no folder `{tmp_path / 'no'}`" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_a_device_that_is_not_there_is_named(capsys, vlm_dir, tmp_path):
+    message = fails(capsys, "quantize", vlm_dir, tmp_path / "out", "--device-map", "cuda")
+    assert "sees no CUDA device here" in message
+
+
+@pytest.mark.parametrize("verify", [[], ["--verify"]])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("model.safetensors", "model.safetensors is damaged or cut off"), ("config.json", "it is no JSON")],
+)
+def test_damaged_files_are_named(capsys, saved, tmp_path, verify, name, message):
+    path = tmp_path / "cut"
+    shutil.copytree(saved, path)
+    (path / name).write_bytes((path / name).read_bytes()[:100])
+    found = fails(capsys, "inspect", path, *verify)
+    assert message in found
+    assert "download or quantize it again" in found
+
+
+# ---- where to write
+
+
+@pytest.mark.parametrize("target", ["file", "letters", "the original", "below a file"])
+def test_quantize_refuses_its_target_before_it_reads_the_model(capsys, vlm_dir, tmp_path, monkeypatch, target):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "to_my_aunt.txt").write_text("Dear aunt")
+    shutil.copytree(vlm_dir, tmp_path / "the original")
+    monkeypatch.setattr("sab_hf.publish.locate.read_config", None)
+    before = contents(tmp_path)
+    output = tmp_path / ("file/out" if target == "below a file" else target)
+    message = fails(capsys, "quantize", tmp_path / "the original", output)
+    assert "is not replaced; choose another folder" in message or "is no folder that can be written" in message
+    assert contents(tmp_path) == before
+
+
+def test_dequantize_replaces_no_dense_checkpoint(capsys, saved, vlm_dir, tmp_path):
+    shutil.copytree(vlm_dir, tmp_path / "original")
+    before = contents(tmp_path)
+    assert "that sab_hf did not pack, so it is not replaced" in fails(
+        capsys, "dequantize", saved, tmp_path / "original"
+    )
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs resource limits")
+@pytest.mark.parametrize("command", ["quantize", "dequantize"])
+def test_a_full_disk_leaves_nothing(command, saved, vlm_dir, questions, tmp_path):
+    """A limit on the size of files stands for it."""
+    arguments = {
+        "quantize": [vlm_dir, tmp_path / "out" / "folder", "--calibration", questions, *QUICK],
+        "dequantize": [saved, tmp_path / "out" / "folder"],
+    }[command]
+    (tmp_path / "out").mkdir()
+    limit = min(file_bytes(saved), file_bytes(vlm_dir)) // 2
+    script = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "from sab_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, command, *map(str, arguments)],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert f"error: `{tmp_path / 'out' / 'folder'}` could not be written, and nothing was left there" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_leaves_nothing(capsys, vlm_dir, questions, tmp_path, monkeypatch, number, code):
+    def stop(*args, **kwargs):
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(hub_module, "html_report", stop)  # the last thing that is written
+    (tmp_path / "out").mkdir()
+    argv = ["quantize", vlm_dir, tmp_path / "out" / "folder", "--calibration", questions, *QUICK]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        found = main([str(argument) for argument in argv])
+        assert "sab-hf quantize: interrupted" in capsys.readouterr().err
+    except SystemExit as end:
+        found = end.code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found == code
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_reader_that_has_enough_is_no_error(saved):
+    command = f"{sys.executable} -m sab_hf.cli inspect '{saved}' | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout.strip() == "0"
+    assert "Traceback" not in done.stderr
+
+
+# ---- publishing
+
+
+def test_publishing_needs_a_login_and_a_possible_name_before_work_is_done(capsys, vlm_dir, hub, monkeypatch):
+    monkeypatch.setattr("sab_hf.publish.locate.read_config", None)
+    assert "Repo id must" in fails(capsys, "quantize", vlm_dir, "me/no good name", "--push")
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere")
+    assert "hf auth login" in fails(capsys, "quantize", vlm_dir, "me/tiny", "--push")
+    assert hub.repos == {}
+
+
+def test_a_checkpoint_that_could_not_be_published_is_kept(
+    capsys, caplog, vlm_dir, questions, hub, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    hub.refused = "commit"
+    message = fails(capsys, "quantize", vlm_dir, "me/tiny", "--push", "--calibration", questions, *QUICK)
+    assert "no quota" in message
+    kept = Path(re.search(r"complete in (\S+)\.", caplog.text)[1])
+    assert hub.files("me/tiny") == {}
+    hub.refused = None
+    assert main(["card", str(kept), "--push", "--repo-id", "me/tiny"]) == 0
+    assert hub.files("me/tiny")["model.safetensors"] == (kept / "model.safetensors").read_bytes()
+
+
+def test_nothing_is_kept_of_what_was_published(capsys, vlm_dir, questions, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["quantize", str(vlm_dir), "me/tiny", "--push", "--calibration", questions, *QUICK]) == 0
+    assert "model.safetensors" in hub.files("me/tiny")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]

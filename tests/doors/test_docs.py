@@ -1,0 +1,174 @@
+"""Every snippet of the user guide runs, on the small model of the repository; outputs that are marked are to the letter."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from docs_reader import DOCS, PAGES, Block, links, read_page
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import sab_hf
+from sab_hf import SABQuantizationConfig, cli
+from sab_hf.evaluate.compare import evaluate
+
+ROOT = Path(sab_hf.__file__).parents[1]
+TINY = ROOT / "examples" / "tiny_vlm" / "checkpoint"
+NOT_RUN = (
+    "pip install ",
+    "torchrun ",
+    "accelerate launch ",
+    "python -m sab_hf.run transformers serve",
+    "python -m sab_hf.run lm_eval ",
+    "python -m sab_hf.run -m lmms_eval ",
+    "PYTHONPATH=examples python -m tiny_vlm.export ",
+    "hf auth login",
+)
+NEEDS = {"fine_tune.md": "peft", "walk.md": "peft"}
+ELSEWHERE = {"openai": "tests/test_serving.py"}
+"""Modules whose snippets another test runs, against a server."""
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory) -> Path:
+    """A folder with what pages name: the dense model `tiny`, a packed one, questions about pictures."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from tiny_vlm import world
+
+    folder = tmp_path_factory.mktemp("materials")
+    (folder / "tiny").symlink_to(TINY)
+    rows = []
+    for i, sample in enumerate(world.samples(8, "docs", world.VISUAL_SKILLS)):
+        sample.image.save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": sample.turns[0][0], "answer": sample.answer})
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = SABQuantizationConfig(
+        calibration=str(folder / "questions.jsonl"), num_samples=8, alternations=1, refine_steps=0
+    )
+    model = AutoModelForImageTextToText.from_pretrained(TINY, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(folder / "packed")
+    AutoProcessor.from_pretrained(TINY).save_pretrained(folder / "packed")
+    return folder
+
+
+def run_python(block: Block, namespace: dict) -> str:
+    code = compile("\n" * block.line + block.code, f"line {block.line} of the page", "exec")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, namespace)
+    return out.getvalue()
+
+
+def run_bash(block: Block) -> str:
+    """Run the commands of a block in this process, which spares a start of Python for each."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for line in block.code.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "sab-hf", line
+            assert cli.main(arguments) == 0, line
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_of_the_page_run(page, materials, hub, tmp_path, monkeypatch):
+    if page in NEEDS:
+        pytest.importorskip(NEEDS[page])
+    for item in materials.iterdir():
+        (tmp_path / item.name).symlink_to(item)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {"__name__": "__main__"}
+    printed = ""
+    for block in read_page(page)[0]:
+        if block.is_output:
+            assert block.code == printed, f"{page}, line {block.line}"
+        elif block.kind == "python" and not any(f"from {name} import" in block.code for name in ELSEWHERE):
+            printed = run_python(block, namespace)
+        elif block.kind == "bash":
+            printed = run_bash(block)
+    if page == "walk.md":
+        assert hub.files("me/tiny-sab")["model.safetensors"] == (tmp_path / "tiny-sab/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("program", "module", "changes"),
+    [
+        ("lm_eval", "lm_eval", {}),
+        ("-m lmms_eval", "lmms_eval", {"doc_to_image": "doc_to_visual", '"<image>{{question}}"': "question"}),
+    ],
+)
+def test_harnesses_score_as_the_package_does(program, module, changes, materials, tmp_path):
+    """The task of the page, with its command in a process of its own; lmms-eval needs decord as well."""
+    pytest.importorskip(module)
+    if module == "lmms_eval":
+        pytest.importorskip("decord")
+    blocks = read_page("evaluate.md")[0]
+    task = next(block.code for block in blocks if block.kind == "yaml")
+    for old, new in changes.items():
+        assert old in task
+        task = task.replace(old, new)
+    (tmp_path / "my_tasks").mkdir()
+    (tmp_path / "my_tasks" / "tiny_world.yaml").write_text(task)
+    pictures = next(block.code for block in blocks if "def of(row)" in block.code)
+    (tmp_path / "my_tasks" / "pictures.py").write_text(pictures)
+    for item in materials.iterdir():
+        (tmp_path / item.name).symlink_to(item)
+    command = next(block.code for block in blocks if block.code.startswith(f"python -m sab_hf.run {program} "))
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.search(r"^\|tiny_world *\|.*\|exact_match\|↑ *\| *([\d.]+)\|", done.stdout, re.MULTILINE)
+    expected = evaluate(str(materials / "packed"), data=str(materials / "questions.jsonl"), dtype=torch.float32)
+    assert float(found[1]) == pytest.approx(expected.model.metrics["exact_match"], abs=1e-4)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_replacements_blocks_and_links_are_as_they_should_be(page):
+    blocks, replacements = read_page(page)
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for old in replacements:
+        assert text.count(old) > 1, f"`{old}` is replaced but not there"
+    assert {block.kind for block in blocks} <= {"python", "bash", "shell", "text", "json", "yaml"}
+    for block in blocks:
+        if block.kind == "shell":
+            assert all(line.startswith(NOT_RUN) for line in block.code.splitlines()), block.code
+    for target in links(page):
+        assert (DOCS / target).exists(), target
+
+
+def test_the_guide_links_every_page():
+    assert {"guide.md", *links("guide.md")} >= set(PAGES)
+
+
+def test_snippets_left_to_another_test_name_one_that_exists():
+    assert all((ROOT / test).is_file() for test in ELSEWHERE.values())
+
+
+OTHERS_SAY = (
+    "Unknown quantization type, got sab",
+    "You cannot perform fine-tuning on purely quantized models",
+    "You set `ignore_mismatched_sizes`",
+    "Target module",
+)
+"""Messages of transformers and PEFT that the questions and errors quote."""
+
+
+def test_messages_among_the_questions_are_those_of_the_package():
+    code = "".join(path.read_text() for path in (ROOT / "sab_hf").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?r?"', "", code)  # literals that go on in the next line
+    titles = re.findall(r"^\*\*(.+?)\*\*", (DOCS / "faq.md").read_text(encoding="utf-8"), re.MULTILINE)
+    quoted = [text for title in titles for text in re.findall(r'"([^"]+)"', title) if not text.startswith(OTHERS_SAY)]
+    assert len(quoted) > 10
+    assert [text for text in quoted if any(part.strip() not in code for part in text.split("…"))] == []

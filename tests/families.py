@@ -1,0 +1,176 @@
+"""Quantize, generate, save and reload a tiny random model of every family, and write docs/families.md.
+
+python tests/families.py [FAMILY ...]            # check families on the installed transformers
+python tests/families.py --json results.json     # the same, and keep the results
+python tests/families.py --table results*.json   # write docs/families.md from results of several versions
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from family_zoo import FAMILIES
+from family_zoo.table import write_table
+from torch import Tensor, nn
+
+import sab_hf
+from sab_hf import SABLinear, SABQuantizationConfig
+from sab_hf.anatomy.roles import find_roles
+from sab_hf.anatomy.selection import is_plain_linear, is_worth_packing
+from sab_hf.packed.experts import fused_parameters
+
+NEW_TOKENS = 4
+
+
+@dataclass
+class Outcome:
+    """What became of one family on one version of transformers.
+
+    Attributes:
+        family, version: which.
+        problem: why it does not work; None if it does.
+        quantized: Linears by kind (the last parts of their names, numbers left open) → how many.
+        coverage: share of the language weights that was quantized.
+        stages: lists of language blocks.
+        modalities: those of the calibration tokens.
+        vision: prefixes of the towers.
+        fallbacks: experts that saw too few tokens.
+        measured: whether the sensitivity of the loss could be measured.
+    """
+
+    family: str
+    version: str
+    problem: str | None = None
+    quantized: dict[str, int] = field(default_factory=dict)
+    coverage: float = 0.0
+    stages: int = 0
+    modalities: list[str] = field(default_factory=list)
+    vision: list[str] = field(default_factory=list)
+    fallbacks: int = 0
+    measured: bool = True
+
+
+def check(name: str, folder: Path) -> Outcome:
+    """Take a family through its life: dense checkpoint, quantized while loading, generating, saved, reloaded.
+
+    Raises:
+        AssertionError: a result is not what it must be. Any other error is one of the model or the package.
+    """
+    family = FAMILIES[name]()
+    model_class, inputs = type(family.model), family.batches[-1]
+    dense = dense_logits(family.model, inputs)
+    family.model.save_pretrained(folder / "dense")
+    config = SABQuantizationConfig(calibration=family.batches, num_samples=8, refine_steps=1, alternations=2)
+    model = load(model_class, folder / "dense", quantization_config=config)
+    roles = find_roles(model)
+    assert_nothing_dense(model, roles.blocks)
+    expected, text = logits(model, inputs), generate(model, inputs)
+    assert expected.isfinite().all(), "logits are not finite"
+    assert (expected - dense).abs().max() > 1e-3, "logits are those of the dense model"
+    model.save_pretrained(folder / "packed")
+    again = load(model_class, folder / "packed")
+    assert torch.equal(logits(again, inputs), expected), "logits differ after reloading"
+    assert torch.equal(generate(again, inputs), text), "generated tokens differ after reloading"
+    record = model.hf_quantizer.record
+    return Outcome(
+        name,
+        transformers.__version__,
+        quantized=dict(Counter(kind(n, roles.blocks) for n, m in model.named_modules() if isinstance(m, SABLinear))),
+        coverage=sab_hf.report(again).coverage.share,
+        stages=len(roles.stages),
+        modalities=sorted({m for fit in record.fits for m in fit.tokens}),
+        vision=list(roles.vision),
+        fallbacks=len(record.fallbacks),
+        measured=record.measured,
+    )
+
+
+def load(model_class: type, path: Path, **kwargs) -> nn.Module:
+    model = model_class.from_pretrained(path, dtype=torch.float32, **kwargs).eval()
+    model.generation_config.eos_token_id = None  # so that generation has a known length
+    return model
+
+
+def assert_nothing_dense(model: nn.Module, blocks: tuple[str, ...]) -> None:
+    """Check that no Linear of the language blocks is dense but routers and those too small to shrink, and no fused expert."""
+    assert not fused_parameters(model, blocks), "fused experts stayed dense"
+    dense = [
+        f"{block}.{name}"
+        for block in blocks
+        for name, module in model.get_submodule(block).named_modules()
+        if is_plain_linear(module) and is_worth_packing(module)
+    ]
+    assert all(name.rpartition(".")[2] in ("gate", "router", "proj") for name in dense), f"dense: {dense}"
+
+
+def kind(name: str, blocks: tuple[str, ...]) -> str:
+    block = next(block for block in blocks if name.startswith(f"{block}."))
+    return ".".join("*" if part.isdigit() else part for part in name[len(block) + 1 :].split("."))
+
+
+def dense_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    try:
+        return logits(model, inputs)
+    except Exception as error:
+        raise RuntimeError(f"transformers cannot run the dense model ({type(error).__name__}: {error})") from error
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**without(inputs, "modality")).logits
+
+
+def generate(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return model.generate(**without(inputs, "labels", "modality"), max_new_tokens=NEW_TOKENS, do_sample=False)
+
+
+def without(inputs: dict[str, Tensor], *keys: str) -> dict[str, Tensor]:
+    return {key: value for key, value in inputs.items() if key not in keys}
+
+
+def run(names: list[str]) -> list[Outcome]:
+    outcomes = []
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                outcome = check(name, Path(folder))
+            except Exception as error:  # a row of the table says what does not work
+                said = (
+                    str(error) if isinstance(error, (ImportError, RuntimeError)) else f"{type(error).__name__}: {error}"
+                )
+                outcome = Outcome(name, transformers.__version__, said.split("\n")[0][:300])
+        outcomes.append(outcome)
+        print(f"{name:<22} {outcome.problem or f'ok, {100 * outcome.coverage:.1f} % covered'}", flush=True)
+    return outcomes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="names; all if none is given")
+    parser.add_argument("--json", type=Path, help="write the outcomes to this file")
+    parser.add_argument(
+        "--table", type=Path, nargs="+", help="read outcomes from these files and write docs/families.md"
+    )
+    args = parser.parse_args()
+    if args.table:
+        write_table([outcome for file in args.table for outcome in json.loads(file.read_text())])
+        return
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("sab_hf").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    outcomes = run(args.families or list(FAMILIES))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""docs/families.md from the outcomes of `tests/families.py`."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DOC = Path(__file__).parents[2] / "docs" / "families.md"
+
+NOTES = {
+    "gemma3n": "its text model; the vision tower needs `timm`, which was not installed",
+    "kosmos2": "batches need a `modality` entry: the config names no image token",
+    "florence2": "encoder and decoder, the encoder first; batches need `labels` or `decoder_input_ids`",
+    "blip_2_t5": "BLIP-2 on T5: encoder and decoder; batches need `labels` or `decoder_input_ids`",
+    "blip_2": "BLIP-2 on OPT; the Q-Former counts as projector",
+    "instructblip": "on OPT; the Q-Former counts as projector",
+    "mllama": "cross-attention blocks too; text-only samples pass them by",
+    "llama4_text": "the text model alone",
+    "gemma4": "blocks that share keys and values, embeddings for each layer",
+    "qwen2_5_omni_thinker": "text, image and audio in one set",
+}
+
+HEAD = """# Families
+
+Which model families can be quantized, found out by doing it. For each, a tiny random model of its real class is saved as a
+dense checkpoint, quantized while it loads (one step of refinement, a few processed batches with the family's placeholder
+tokens), made to generate, saved, and loaded again: logits and generated tokens must be bitwise those of the saved model, and no
+language Linear and no expert may stay dense, except routers and Linears too small to shrink. Random weights say nothing about
+accuracy, and tiny ones nothing about speed; processors are not part of this check.
+
+No code of the package knows a family by name. "Language weights covered" is `report(model).coverage`: the rest are routers,
+low-rank side paths and gates. Tower and projector stay dense here (the defaults of `SABQuantizationConfig`).
+
+"""
+
+TAIL = """
+## What is quantized
+
+- **Blocks**: every `nn.Linear` of the language blocks that is worth it. A Linear of which one sign plane would take more than 4
+  bits per weight (a gate of one row, a 4×4 mixing matrix) stays dense.
+- **Experts**: each one has planes of its own, also where the model keeps all in one 3-D parameter; such an expert is called
+  `….experts.split.gate_up_proj.3`. Its second moments are those of the tokens that the router sent it. An expert that saw fewer
+  tokens than it has inputs is fitted to the tokens of all experts of its layer; `report(model)` and the log count these.
+- **Routers** stay dense.
+- **Encoder-decoders**: the encoder's blocks, then the decoder's on what the quantized encoder gives.
+- **Cross-attention**: keys and values of image features are calibrated on those features, as the image's modality.
+- **Bits** go where the measured sensitivity of the loss asks for them. Where it cannot be measured (an encoder's blocks, which
+  the loss reaches only through the decoder), they are spread evenly and a warning says so. Blocks that share keys and values
+  with later ones (Gemma 3n, Gemma 4) are measured by their own use of them.
+- **Coverage**: below 90 % of the language weights, quantizing is refused with a list of what stays dense and why;
+  `allow_low_coverage=True` permits it.
+
+## What does not work, or differs
+
+- A mixture of experts that was packed under transformers 4 cannot be loaded under 5, and the other way round, where the two name
+  the experts differently (Qwen3-MoE, GLM-4V-MoE, Aria): loading says so. Pack it with the version that will read it. The same
+  holds for Gemma 3n from 4 to 5, which no longer has the keys and values that its last blocks do not use.
+- `Conv1D` weights (GPT-2) are no `nn.Linear`: no list of blocks is found. Models whose blocks are not in a `ModuleList` under the
+  text model can name it: `SABQuantizationConfig(language_blocks=["decoder.stack"])`.
+- Models without one forward pass over tokens (Qwen2.5-Omni as a whole) are quantized by their part that reads tokens: load the
+  thinker's class.
+- Blocks that run twice, out of order, or never for the calibration samples are refused.
+- Samples with video need a video processor, which needs torchvision; processed batches do not.
+"""
+
+
+def write_table(outcomes: list[Mapping[str, Any]]) -> None:
+    """Write docs/families.md from the outcomes of one or several versions of transformers."""
+    versions = sorted({o["version"] for o in outcomes}, key=lambda version: [int(part) for part in version.split(".")])
+    families = list(dict.fromkeys(o["family"] for o in outcomes))
+    by_key = {(o["family"], o["version"]): o for o in outcomes}
+    lines = [
+        f"| family | language weights covered | calibrated on | quantized Linears, by kind | {' | '.join(versions)} | remark |",
+        "|" + "---|" * (5 + len(versions)),
+    ]
+    reasons = []
+    for family in families:
+        rows = [by_key.get((family, version)) for version in versions]
+        works = [row for row in rows if row and not row["problem"]]
+        cells = []
+        for row in rows:
+            if row is None:
+                cells.append("not run")
+            elif not row["problem"]:
+                cells.append("yes")
+            elif row["problem"].startswith("not in transformers"):
+                cells.append("–")
+            else:
+                reasons.append(f"{len(reasons) + 1}. `{family}`, {row['version']}: {row['problem']}")
+                cells.append(f"no ({len(reasons)})")
+        shown = works[-1] if works else None
+        covered = f"{100 * shown['coverage']:.1f} %" if shown else ""
+        media = ", ".join(shown["modalities"]) if shown else ""
+        remarks = [NOTES.get(family, ""), "" if shown is None or shown["measured"] else "bits spread evenly"]
+        remark = "; ".join(part for part in remarks if part)
+        lines.append(f"| {family} | {covered} | {media} | {_kinds(shown)} | {' | '.join(cells)} | {remark} |")
+    legend = '\n"–": this version has no such class.\n'
+    if reasons:
+        legend += "\nWhy not:\n\n" + "\n".join(reasons) + "\n"
+    command = (
+        f"\n`python tests/families.py --json FILE` on each version, then `--table FILE …`; two CPU cores, "
+        f"{datetime.date.today().isoformat()}. `pytest tests/test_families.py` runs a part of it, with `-m slow` the rest.\n"
+    )
+    DOC.parent.mkdir(exist_ok=True)
+    DOC.write_text(HEAD + "\n".join(lines) + "\n" + legend + command + TAIL)
+
+
+def _kinds(outcome: Mapping[str, Any] | None) -> str:
+    """Return the kinds of quantized Linears, the parts of their names before the last one joined."""
+    if outcome is None:
+        return ""
+    groups: dict[str, list[str]] = {}
+    for name in outcome["quantized"]:
+        head, _, last = name.rpartition(".")
+        if last == "*":
+            head, _, last = head.rpartition(".")
+        groups.setdefault(head, []).append(last)
+    return "; ".join(f"`{head}`: {' '.join(tails)}" if head else " ".join(tails) for head, tails in groups.items())

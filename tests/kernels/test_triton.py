@@ -1,0 +1,296 @@
+"""The Triton kernels against a dense product in float64: in Triton's interpreter here, on a GPU with the marker `gpu`.
+
+bfloat16 runs on GPUs only: the interpreter mis-evaluates products of it.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import inputs, level_problem
+
+from sab_hf.method import fit, levels
+from sab_hf.method.hessian import feedback_factor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton_cases import GPU_DTYPES, INTERPRETED, interpreted, kernels, problem
+
+JOINED = str(Path(__file__).with_name("test_triton_joined.py"))
+SIZES = [(6, 13, 1, 0), (9, 40, 2, 7), (37, 300, 1, 33), (5, 64, 2, 1), (3, 33, 3, 33), (1, 8, 4, 0)]
+GPU_SIZES = [
+    *SIZES,
+    (70, 530, 3, 530),
+    (129, 1000, 2, 100),
+    (256, 3584, 1, 358),
+    (515, 4304, 2, 1),
+    (64, 18944, 1, 1895),
+]
+
+
+def test_kernels_pass_in_the_interpreter():
+    """Run the tests of the kernels in a process of its own: the interpreter is chosen when Triton is imported."""
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__, JOINED],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip("this Triton's interpreter does not run with this NumPy")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+
+
+def hold_exact(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes, scaled_dtype: torch.dtype) -> None:
+    """Hold `y` to float32 sums, one rounding of each scaled activation to `scaled_dtype`, and one of the result."""
+    x64 = x.cpu().double()
+    exact = x64 @ W.T
+    magnitude = x64.abs() @ magnitudes(planes).T
+    bound = torch.finfo(x.dtype).eps * exact.abs() + (torch.finfo(scaled_dtype).eps / 2 + 4e-6) * magnitude + 1e-6
+    assert y.shape == exact.shape
+    assert y.dtype == x.dtype
+    assert ((y.cpu().double() - exact).abs() <= bound).all()
+
+
+def magnitudes(planes) -> torch.Tensor:
+    """Return Σ_k |r_k| |c_k|ᵀ and the residual plane's, [n, m] float64: what rounding errors scale with."""
+    total = torch.einsum("kn,km->nm", planes.row_scale.double().abs(), planes.col_scale.double().abs())
+    if planes.columns is not None:
+        extra = torch.outer(planes.residual_row_scale.double().abs(), planes.residual_col_scale.double().abs())
+        total[:, planes.columns.long()] += extra
+    return total.cpu()
+
+
+def hold_rounded(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes, group: int, levels: int) -> None:
+    """Hold `y` to half a step of its group's scale for each scaled activation: |r| Σ_groups group · max |c ⊙ x| / 2 levels."""
+    x64, m = x.cpu().double(), W.shape[1]
+    exact = x64 @ W.T
+
+    def half_steps(scaled: torch.Tensor) -> torch.Tensor:  # [batch, columns] → [batch]
+        padded = torch.nn.functional.pad(scaled.abs(), (0, -scaled.shape[1] % group)).unflatten(1, (-1, group))
+        return (padded.amax(2) * group / (2 * levels)).sum(1)
+
+    bound = torch.finfo(x.dtype).eps * exact.abs() + 1e-6 + 4e-6 * x64.abs() @ magnitudes(planes).T
+    for r, c in zip(planes.row_scale.cpu().double(), planes.col_scale.cpu().double(), strict=True):
+        bound = bound + half_steps(x64 * c)[:, None] * r.abs() * 1.001
+    if planes.columns is not None:
+        scaled = x64[:, planes.columns.cpu().long()] * planes.residual_col_scale.cpu().double()
+        bound = bound + half_steps(scaled)[:, None] * planes.residual_row_scale.cpu().double().abs() * 1.001
+    assert y.shape == (x.shape[0], W.shape[0])
+    assert m == x.shape[1]
+    assert ((y.cpu().double() - exact).abs() <= bound).all()
+
+
+def hold_int8(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes) -> None:
+    hold_rounded(y, x, W, planes, 32, 127)
+
+
+def hold_bits(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes) -> None:
+    hold_rounded(y, x, W, planes, 512, 32767)
+
+
+def check_all(size, dtype, batch, device):
+    planes, W = problem(size, device)
+    x = inputs(batch, size[1], dtype=dtype, seed=batch).to(device)
+    hold_exact(kernels().dot_product(x, planes), x, W, planes, dtype)
+    hold_exact(kernels().dense_product(x, planes), x, W, planes, dtype)
+    if batch <= 16:
+        hold_bits(kernels().bits_product(x, planes), x, W, planes)
+    if batch == 1 and planes.num_planes <= 2 and planes.num_words + 2 * planes.num_residual_words <= 128:
+        hold_int8(kernels().single_product(x, planes), x, W, planes)
+    if batch <= 4:
+        hold_int8(kernels().int8_product(x, planes), x, W, planes)
+
+
+@interpreted
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float16, 1), (torch.float32, 2)])
+def test_kernels_equal_dense_matmul(size, dtype, batch):
+    check_all(size, dtype, batch, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("size", GPU_SIZES)
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+@pytest.mark.parametrize("batch", [1, 3, 16, 70, 300])
+def test_kernels_equal_dense_matmul_on_gpu(size, dtype, batch):
+    check_all(size, dtype, batch, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("batch", [1, 16, 70, 300])
+def test_results_do_not_change_from_run_to_run_on_gpu(batch):
+    planes, _ = problem((256, 3584, 1, 358), "cuda")
+    x = inputs(batch, 3584).bfloat16().cuda()
+    first = kernels().linear(x, planes, False)
+    assert all(torch.equal(kernels().linear(x, planes, False), first) for _ in range(20))
+
+
+@interpreted
+@pytest.mark.parametrize("tiles", [(16, 2, 16, 3, 4, 2), (64, 4, 16, 1, 4, 3), (32, 1, 32, 2, 4, 2)])
+def test_rows_shared_among_programs_add_up(tiles):
+    from sab_hf.kernels.cuda.tiles import DotTiles
+
+    planes, W = problem((37, 300, 1, 33), "cpu")
+    x = inputs(3, 300)
+    hold_exact(kernels().dot_product(x, planes, DotTiles(*tiles)), x, W, planes, torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("tiles", [(1, 1, 1), (1, 1, 2), (4, 2, 1), (4, 4, 3), (8, 4, 1)])
+def test_warps_that_share_rows_make_every_row(tiles):
+    """1,200 columns are three pieces: warps get unequal numbers of them, or none."""
+    from sab_hf.kernels.cuda.tiles import BitsTiles
+
+    planes, W = problem((37, 1200, 2, 520), "cpu")
+    x = inputs(2, 1200)
+    hold_bits(kernels().bits_product(x, planes, BitsTiles(*tiles)), x, W, planes)
+
+
+@interpreted
+@pytest.mark.parametrize("tiles", [(4, 16, 16, 3), (2, 16, 16, 2), (8, 16, 16, 2), (32, 16, 16, 1)])
+def test_programs_of_several_tiles_make_every_row(tiles):
+    from sab_hf.kernels.cuda.tiles import Int8Tiles
+
+    planes, W = problem((37, 300, 1, 33), "cpu")
+    x = inputs(2, 300)
+    hold_int8(kernels().int8_product(x, planes, Int8Tiles(*tiles)), x, W, planes)
+
+
+@interpreted
+@pytest.mark.parametrize("tiles", [(16, 16, 4, 4, 2), (8, 32, 8, 8, 1), (64, 16, 2, 4, 5)])
+def test_programs_that_take_tiles_in_turn_make_every_row(tiles):
+    from sab_hf.kernels.cuda.tiles import SingleTiles
+
+    for size in [(37, 300, 1, 33), (37, 300, 2, 33), (37, 300, 1, 0)]:
+        planes, W = problem(size, "cpu")
+        x = inputs(1, 300)
+        if planes.num_residual_words <= tiles[2]:
+            hold_int8(kernels().single_product(x, planes, SingleTiles(*tiles)), x, W, planes)
+
+
+@interpreted
+def test_strided_inputs():
+    planes, W = problem((9, 40, 2, 7), "cpu")
+    x = inputs(40, 6).T[::2]
+    hold_exact(kernels().dot_product(x, planes), x, W, planes, torch.float32)
+    hold_int8(kernels().int8_product(x, planes), x, W, planes)
+    hold_bits(kernels().bits_product(x, planes), x, W, planes)
+    hold_int8(kernels().single_product(x[1:2], planes), x[1:2], W, planes)
+
+
+@interpreted
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_never_give_finite_numbers(value):
+    planes, _ = problem((9, 40, 2, 0), "cpu")
+    x = inputs(1, 40)
+    x[0, 3] = value
+    assert not kernels().int8_product(x, planes).isfinite().any()
+    assert not kernels().bits_product(x, planes).isfinite().any()
+    assert not kernels().single_product(x, planes).isfinite().any()
+
+
+@interpreted
+def test_int8_products_of_nothing_are_nothing():
+    planes, _ = problem((9, 40, 2, 7), "cpu")
+    assert torch.equal(kernels().int8_product(torch.zeros(1, 40), planes), torch.zeros(1, 9))
+    assert torch.equal(kernels().bits_product(torch.zeros(1, 40), planes), torch.zeros(1, 9))
+
+
+@interpreted
+@pytest.mark.parametrize(("product", "bound"), [("bits_product", 0.02), ("int8_product", 0.2)])
+def test_outlier_channels_leave_the_others_right(product, bound):
+    """Some channels 1,000 times the others: what the others add to the output is still right.
+
+    One plane loses over half of a random weight's output, and rounding of activations has to stay far below that.
+    """
+    planes, W = problem((200, 1024, 1, 0), "cpu")
+    x = inputs(1, 1024)
+    outliers = torch.arange(5, 1024, 300)
+    ordinary = x.clone()
+    ordinary[0, outliers] = 0
+    x[0, outliers] *= 1000
+    error = getattr(kernels(), product)(x, planes).double() - x.double() @ W.T
+    assert error.norm() < bound * (ordinary.double() @ W.T).norm()
+
+
+@interpreted
+def test_unpacking_in_parts_gives_the_same_product(monkeypatch):
+    planes, W = problem((37, 300, 1, 33), "cpu")
+    monkeypatch.setattr(kernels(), "DENSE_BYTES", 20 * 300 * 4)
+    monkeypatch.setattr(kernels(), "DENSE_ROWS", 8)
+    x = inputs(5, 300)
+    hold_exact(kernels().dense_product(x, planes), x, W, planes, torch.float32)
+
+
+def sweep_problem(rows, columns, planes, device):
+    generator = torch.Generator().manual_seed(rows + columns)
+    W = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    H = x.T @ x / len(x) + 0.1 * torch.eye(columns)
+    significant = None if planes == 1 else torch.rand(columns, generator=generator) < 0.3
+    state = fit.initial_state(W, planes, significant)
+    return [t.to(device) for t in (W.T.contiguous(), feedback_factor(H), state.r, state.c)]
+
+
+def compare_sweeps(rows, columns, planes, start, end, device):
+    rest, U, r, c = sweep_problem(rows, columns, planes, device)
+    kernel = importlib.import_module("sab_hf.method.kernels.sweep")
+    choices, errors = kernel.sweep_block(rest.clone(), U, r, c, start, end)
+    expected_choices, expected_errors = fit._sweep_block(rest.clone(), U, r, c, start, end)
+    torch.testing.assert_close(errors, expected_errors, rtol=1e-3, atol=1e-3)
+    same_level = choices == expected_choices
+    assert same_level.float().mean() > 0.999  # a tie may go either way by rounding
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "columns", "planes", "start", "end"), [(5, 40, 1, 0, 40), (33, 21, 2, 8, 21)])
+def test_sweep_chooses_as_the_specification(rows, columns, planes, start, end):
+    compare_sweeps(rows, columns, planes, start, end, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("planes", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("rows", "columns", "start", "end"), [(5, 40, 0, 40), (700, 301, 128, 256), (3584, 384, 256, 384)]
+)
+def test_sweep_chooses_as_the_specification_on_a_gpu(rows, columns, planes, start, end):
+    compare_sweeps(rows, columns, planes, start, end, "cuda")
+
+
+def compare_levels(rows, columns, planes, device):
+    latent, unit, r, c = (t.to(device) for t in level_problem(rows, columns, planes))
+    kernel = importlib.import_module("sab_hf.method.kernels.levels")
+    W, choice, inside = kernel.nearest_level(latent, unit, r, c)
+    expected_W, expected_choice, expected_inside = levels.nearest_level(latent, unit, r, c)
+    same = choice == expected_choice  # a tie may go either way by rounding
+    assert same.float().mean() > 0.999
+    torch.testing.assert_close(W[same], expected_W[same])
+    assert (inside == expected_inside).float().mean() > 0.999
+    gradient = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)).to(device)
+    found = kernel.gradients(gradient, choice, inside, unit, r, c)
+    for mine, expected in zip(found, levels.gradients(gradient, choice, inside, unit, r, c), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+    again = kernel.gradients(gradient, choice, inside, unit, r, c)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "columns", "planes"), [(5, 70, 1), (33, 21, 3)])
+def test_nearest_levels_and_their_gradients_are_as_specified(rows, columns, planes):
+    compare_levels(rows, columns, planes, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("planes", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 70), (701, 301), (3584, 1024)])
+def test_nearest_levels_and_their_gradients_are_as_specified_on_a_gpu(rows, columns, planes):
+    compare_levels(rows, columns, planes, "cuda")

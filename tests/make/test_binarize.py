@@ -1,0 +1,129 @@
+"""What a run must not depend on, and what it must leave as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import build_llama, build_llava
+from torch import nn
+
+from sab_hf import SABLinear, quantize
+
+TEXT = [{"input_ids": torch.arange(40).reshape(2, 20) + 40 * i} for i in range(3)]
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    return model.model.language_model
+
+
+def logits_of_run(make_config, processor, model: nn.Module) -> torch.Tensor:
+    quantize(model, processor, None, make_config(refine_steps=2))
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5)[None]).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_callers_default_dtype_changes_nothing(make_config, processor, dtype):
+    expected, model = logits_of_run(make_config, processor, build_llava()), build_llava()
+    torch.set_default_dtype(dtype)
+    try:
+        quantize(model, processor, None, make_config(refine_steps=2))
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=torch.arange(5)[None]).logits, expected)
+
+
+def test_callers_default_device_changes_nothing(make_config, processor):
+    expected, model = logits_of_run(make_config, processor, build_llava()), build_llava()
+    with torch.device("meta"):
+        quantize(model, processor, None, make_config(refine_steps=2))
+        assert torch.get_default_device().type == "meta"
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=torch.arange(5)[None]).logits, expected)
+
+
+def test_callers_no_grad_changes_nothing(make_config, processor):
+    expected = logits_of_run(make_config, processor, build_llava())
+    with torch.no_grad():
+        assert torch.equal(logits_of_run(make_config, processor, build_llava()), expected)
+        assert not torch.is_grad_enabled()
+
+
+def test_inference_mode_is_refused_before_any_work(model, make_config, processor):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of it"):
+        quantize(model, processor, None, make_config())
+    assert not any(isinstance(module, SABLinear) for module in model.modules())
+
+
+def test_modules_keep_their_training_modes(model, make_config, processor):
+    model.eval()
+    language_model(model).train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    quantize(model, processor, None, make_config(refine_steps=0))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert any(isinstance(module, SABLinear) for module in model.modules())
+
+
+def test_refinement_leaves_dense_matrices_alone(model, make_config, processor):
+    before = {name: p.detach().clone() for name, p in language_model(model).named_parameters()}
+    kept = make_config(refine_steps=5, modules_to_not_convert=["down_proj"], allow_low_coverage=True)
+    quantize(model.bfloat16(), processor, None, kept)
+    after = dict(language_model(model).named_parameters())
+    matrices = [name for name in before if name in after and before[name].ndim > 1]
+    assert any("down_proj" in name for name in matrices)
+    assert all(torch.equal(after[name], before[name].bfloat16()) for name in matrices)
+    assert not torch.equal(
+        after["layers.0.input_layernorm.weight"], before["layers.0.input_layernorm.weight"].bfloat16()
+    )
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_interrupted_refinement_leaves_the_block_as_it_was(make_config, processor, monkeypatch, error):
+    model = build_llava().bfloat16().requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def fail(block, index, modules, others, *args):
+        others[0].data += 1
+        raise error
+
+    monkeypatch.setattr("sab_hf.make.refine._train", fail)
+    with pytest.raises((RuntimeError, KeyboardInterrupt)):
+        quantize(model, processor, None, make_config(refine_steps=2))
+    monkeypatch.undo()
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) and not after[name].requires_grad for name in before)
+    quantize(model, processor, None, make_config(refine_steps=0))  # what the message tells to do
+
+
+def test_linear_of_several_blocks_is_refused_by_its_names(make_config):
+    model = build_llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp\.gate_proj` and `model\.layers\.1\.mlp\.gate_proj` are one Linear"
+    ):
+        quantize(model, None, TEXT, make_config())
+    names = ["gate_proj", "up_proj", "down_proj"]
+    quantize(model, None, TEXT, make_config(modules_to_not_convert=names, allow_low_coverage=True, refine_steps=0))
+
+
+def test_inputs_may_be_given_by_name(make_config):
+    def forward(self, x):
+        return self.down_proj(input=self.act_fn(self.gate_proj(input=x)) * self.up_proj(input=x))
+
+    models = [build_llama(), build_llama()]
+    for layer in models[1].model.layers:
+        layer.mlp.forward = forward.__get__(layer.mlp)
+    for model in models:
+        quantize(model, None, TEXT, make_config(refine_steps=2))
+    with torch.no_grad():
+        first, second = (model(input_ids=TEXT[0]["input_ids"]).logits for model in models)
+    assert torch.equal(first, second)
+
+
+def test_sensitivity_is_measured_where_something_uses_it(model, make_config, processor):
+    config = make_config(significance="none", budget="uniform", refine_loss="gradient", refine_steps=0)
+    assert not quantize(model, processor, None, config).measured

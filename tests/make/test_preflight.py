@@ -1,0 +1,135 @@
+"""The prediction made before a run is what the run then needs."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import multiprocessing
+import sys
+from pathlib import Path
+
+import pytest
+import shapes
+import torch
+
+import sab_hf
+from sab_hf import SABQuantizationConfig
+
+MIB = 2**20
+
+
+def small_model(hidden: int, intermediate: int):
+    shape = dataclasses.replace(
+        shapes.SHAPES["tiny"], hidden=hidden, intermediate=intermediate, heads=hidden // 64, kv_heads=hidden // 64
+    )
+    model = shapes.build(shape, 2, torch.device("cpu"), torch.float32)
+    return model, shapes.batches(model, shape, 8, 4)
+
+
+def config(given: list, **changes) -> SABQuantizationConfig:
+    return SABQuantizationConfig(calibration=given, num_samples=8, alternations=1, **{"refine_steps": 1} | changes)
+
+
+def resident(key: str) -> int:
+    """Return bytes that this process has, or had at most since the mark was reset, in RAM."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def _measure(hidden: int, intermediate: int, sender) -> None:
+    torch.set_num_threads(1)
+    model, given = small_model(64, 160)
+    sab_hf.quantize(model, None, None, config(given))  # what is imported and allocated once
+    model, given = small_model(hidden, intermediate)
+    predicted = sab_hf.estimate(model, None, None, config(given)).peak_ram
+    weights = sum(p.nbytes for p in model.parameters())
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
+    before = resident("VmRSS") - weights
+    sab_hf.quantize(model, None, None, config(given))
+    sender.send((predicted, resident("VmHWM") - before))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("hidden", "intermediate"), [(256, 704), (448, 1216)])
+def test_predicted_peak_is_the_measured_one(hidden, intermediate):
+    """Peak resident memory above what a fresh process had."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_measure, args=(hidden, intermediate, sender))
+    process.start()
+    sender.close()
+    predicted, measured = receiver.recv()
+    process.join()
+    assert 0.75 * measured < predicted < 1.34 * measured, f"{predicted / MIB:.0f} MiB, was {measured / MIB:.0f} MiB"
+
+
+def test_estimate_counts_weights_packed_bytes_and_states():
+    model, given = small_model(64, 160)
+    estimate = sab_hf.estimate(model, None, None, config(given))
+    tokens = sum(batch["input_ids"].numel() for batch in given)
+    assert estimate.weights == sum(p.nbytes for p in model.parameters())
+    assert estimate.states["ram"] > 2 * tokens * 64 * 4
+    assert estimate.states["disk"] == 0
+    assert "refine" in estimate.operations
+    assert 0 < estimate.peak_device <= estimate.peak_ram
+    assert "RAM peak" in str(estimate)
+    sab_hf.quantize(model, None, None, config(given))
+    assert estimate.packed == sum(module.stored_bytes for module in sab_hf.report(model).modules)
+
+
+def test_estimate_follows_the_settings():
+    model, given = small_model(64, 160)
+    whole = sab_hf.estimate(model, None, None, config(given))
+    on_disk = sab_hf.estimate(model, None, None, config(given, cache_ram_gib=0.0))
+    assert on_disk.states == {"device": 0.0, "ram": 0.0, "disk": whole.states["ram"]}
+    plain = {"significance": "paper", "budget": "uniform", "refine_loss": "balanced"}
+    unmeasured = sab_hf.estimate(model, None, None, config(given, **plain))
+    assert "measure" in whole.working.keys() - unmeasured.working.keys()
+    assert unmeasured.states["ram"] < whole.states["ram"]
+    unrefined = sab_hf.estimate(model, None, None, config(given, refine_steps=0, **plain))
+    assert "refine" not in unrefined.working
+    assert unrefined.states["ram"] < unmeasured.states["ram"]
+    half = sab_hf.estimate(model, None, None, config(given, sensitivity_samples=4))
+    assert unmeasured.states["ram"] <= half.states["ram"] < whole.states["ram"]
+    more = sab_hf.estimate(model, None, None, config(given, bits=4.0))
+    assert more.working["fit"] > whole.working["fit"]
+
+
+def test_line_is_logged_before_work_starts(caplog, monkeypatch):
+    model, given = small_model(64, 160)
+    monkeypatch.setattr("sab_hf.make.binarize.BlockInputs", None)
+    with caplog.at_level("INFO", "sab_hf"), pytest.raises(TypeError):
+        sab_hf.quantize(model, None, None, config(given))
+    assert "estimate: RAM peak" in caplog.text
+
+
+def test_warning_where_memory_is_short(caplog, monkeypatch):
+    from sab_hf.make.preflight import log_estimate
+
+    model, given = small_model(64, 160)
+    estimate = sab_hf.estimate(model, None, None, config(given))
+    log_estimate(estimate)
+    assert "may be needed" not in caplog.text
+    log_estimate(dataclasses.replace(estimate, packed=1e18))
+    assert "may be needed; lower `batch_size`" in caplog.text
+
+
+def test_experts_have_moments_of_their_own():
+    """Each expert sees other tokens, so none shares an accumulator with its neighbour."""
+    from family_zoo import FAMILIES
+
+    from sab_hf.anatomy.roles import find_roles
+    from sab_hf.anatomy.selection import language_linears
+    from sab_hf.make.preflight import _Block
+
+    model = FAMILIES["qwen3_vl_moe"]().model
+    roles = find_roles(model)
+    shapes_ = {n: (m.out_features, m.in_features) for n, m in language_linears(model, roles, []).items()}
+    block = _Block.of(model, roles.blocks[0], shapes_, {n: [1, 0] for n in shapes_})
+    experts = [n for n in shapes_ if n.startswith(roles.blocks[0]) and "experts" in n]
+    attention = [n for n in shapes_ if n.startswith(roles.blocks[0]) and "self_attn" in n]
+    assert len(experts) == 8
+    assert len(attention) == 4
+    assert len(block.inputs) == len(experts) + 2  # what query, key and value read, and the output projection

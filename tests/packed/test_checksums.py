@@ -1,0 +1,342 @@
+"""Damage of every kind to a saved checkpoint: an error or the very same model, never another one in silence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    V5,
+    build_llama,
+    build_llava,
+    build_processor,
+    build_samples,
+    build_tokenizer,
+    load,
+    logits,
+    save_dense,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils import logging as transformers_logging
+
+import sab_hf
+from sab_hf import SABQuantizationConfig
+from sab_hf.packed import checksums as integrity
+from sab_hf.publish.inspect import inspect
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+def rewrite(path: Path, change) -> None:
+    """Change the tensors of the one weights file of a checkpoint, keeping all else."""
+    (file,) = files_of(path)
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def copied(packed_dir, tmp_path) -> Path:
+    shutil.copytree(packed_dir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+# ---- what is recorded
+
+
+def test_checksums_cover_every_tensor_of_the_file(packed_dir):
+    checksums = json.loads((packed_dir / "config.json").read_text())["quantization_config"]["checksums"]
+    with safe_open(files_of(packed_dir)[0], framework="pt") as reader:
+        groups = {integrity._group(name) for name in reader.keys()}  # noqa: SIM118
+    assert checksums["tensors"].keys() == groups
+    assert checksums["aliases"] == {}
+
+
+def test_untouched_checkpoint_loads_and_says_nothing(packed_dir, caplog):
+    model, info = AutoModelForImageTextToText.from_pretrained(packed_dir, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert "checksums" not in caplog.text
+    assert model.config.quantization_config.checksums is not None
+
+
+def test_marker_is_at_a_layer_of_a_block_that_is_no_expert():
+    names = ["lm_head", "model.layers.0.mlp.experts.3.up_proj", "model.layers.1.self_attn.q_proj", "model.embed_tokens"]
+    assert integrity.marker(names) == "model.layers.1.self_attn.q_proj.weight"
+    assert integrity.marker(["lm_head", "embed_tokens"]) == "embed_tokens.weight"
+
+
+def test_tied_weights_are_sealed_once(make_config, tmp_path, inputs):
+    dense = save_dense(build_llava(tied=True, tie_word_embeddings=True), tmp_path / "dense")
+    model = load(dense, quantization_config=make_config())
+    model.save_pretrained(tmp_path / "packed")
+    aliases = model.config.quantization_config.checksums["aliases"]
+    assert len(aliases) == 1
+    assert torch.equal(logits(load(tmp_path / "packed"), inputs), logits(model, inputs))
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4.57 cannot save offloaded models whose tensors it renames")
+def test_saving_an_offloaded_model_writes_no_checksums_and_says_so(packed_dir, tmp_path, caplog, inputs):
+    device_map = {
+        "model.vision_tower": "cpu",
+        "model.multi_modal_projector": "cpu",
+        "model.language_model.embed_tokens": "cpu",
+        "model.language_model.rotary_emb": "cpu",
+        "model.language_model.norm": "cpu",
+        "model.language_model.layers.0": "cpu",
+        "model.language_model.layers.1": "disk",
+        "lm_head": "cpu",
+    }
+    offloaded = load(packed_dir, device_map=device_map, offload_folder=tmp_path / "offload")
+    with pytest.warns(UserWarning, match="offloaded"):
+        offloaded.save_pretrained(tmp_path / "saved")
+    assert "saved without checksums" in caplog.text
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["quantization_config"]["checksums"] is None
+    assert torch.equal(logits(load(tmp_path / "saved"), inputs), logits(load(packed_dir), inputs))
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4.57 always saves under the original names")
+def test_files_under_the_model_s_own_names_are_checked_too(packed_dir, tmp_path, inputs):
+    load(packed_dir).save_pretrained(tmp_path, save_original_format=False)
+    with safe_open(files_of(tmp_path)[0], framework="pt") as reader:
+        assert "model.language_model.norm.weight" in reader.keys()  # noqa: SIM118
+    assert torch.equal(logits(load(tmp_path), inputs), logits(load(packed_dir), inputs))
+    assert inspect(tmp_path, verify=True).checksums == "verified"
+    rewrite(tmp_path, lambda tensors: tensors["model.language_model.norm.weight"].mul_(2))
+    with pytest.raises(ValueError, match=r"first `language_model\.model\.norm`"):
+        load(tmp_path)
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4.57 always saves under the original names")
+def test_files_under_the_model_s_own_names_are_checked_where_those_of_the_original_had_a_prefix(
+    vlm_dir, make_config, tmp_path
+):
+    def add_prefix(tensors):
+        for name in [name for name in tensors if name.startswith("vision_tower.")]:
+            tensors[name.replace(".", ".vision_model.", 1)] = tensors.pop(name)
+
+    shutil.copytree(vlm_dir, tmp_path / "dense")
+    rewrite(tmp_path / "dense", add_prefix)
+    model = load(tmp_path / "dense", quantization_config=make_config())
+    model.save_pretrained(tmp_path / "packed", save_original_format=False)
+    checksums = model.config.quantization_config.checksums["tensors"]
+    assert "vision_tower.vision_model.post_layernorm" in checksums
+    load(tmp_path / "packed")
+    assert inspect(tmp_path / "packed", verify=True).checksums == "verified"
+    rewrite(tmp_path / "packed", lambda tensors: tensors["model.vision_tower.post_layernorm.weight"].mul_(2))
+    with pytest.raises(ValueError, match=r"for 1 of \d+ parts, first `vision_tower\.vision_model\.post_layernorm`"):
+        load(tmp_path / "packed")
+
+
+# ---- what is found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language_model.model.norm.weight",
+        "language_model.lm_head.weight",
+        "multi_modal_projector.linear_1.bias",
+        "language_model.model.layers.1.mlp.up_proj.signs",
+        "language_model.model.layers.0.self_attn.q_proj.bias",
+    ],
+)
+def test_one_changed_number_is_found_and_its_part_named(copied, name):
+    def change(tensors):
+        flat = tensors[name].view(torch.uint8).reshape(-1)
+        flat[len(flat) // 2] ^= 1
+
+    rewrite(copied, change)
+    with pytest.raises(ValueError, match=rf"checksums differ for 1 of \d+ parts, first `{integrity._group(name)}`"):
+        load(copied)
+
+
+def test_missing_dense_tensor_is_an_error(copied):
+    rewrite(copied, lambda tensors: tensors.pop("language_model.model.norm.weight"))
+    with pytest.raises(ValueError, match=r"altered, lost or added .*first `language_model\.model\.norm`"):
+        load(copied)
+
+
+def test_swapped_dense_tensors_are_an_error(copied):
+    def swap(tensors):
+        names = [f"language_model.model.layers.{i}.self_attn.q_proj.bias" for i in (0, 1)]
+        tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
+
+    rewrite(copied, swap)
+    with pytest.raises(ValueError, match="checksums differ for 2 of"):
+        load(copied)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config", None])
+def test_changed_config_is_an_error(copied, part):
+    content = json.loads((copied / "config.json").read_text())
+    target = content if part is None else content[part]
+    key = {"text_config": "rms_norm_eps", "vision_config": "layer_norm_eps", None: "vision_feature_layer"}[part]
+    target[key] = -2 if part is None else 0.1
+    (copied / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json was altered .*set `checksums` .* to null"):
+        load(copied)
+
+
+def test_meant_changes_can_be_allowed(copied):
+    content = json.loads((copied / "config.json").read_text())
+    content["text_config"]["rms_norm_eps"] = 0.1
+    content["quantization_config"]["checksums"] = None
+    (copied / "config.json").write_text(json.dumps(content))
+    assert load(copied).config.text_config.rms_norm_eps == 0.1
+
+
+def test_formatting_of_the_config_is_free(copied):
+    content = json.loads((copied / "config.json").read_text())
+    content["transformers_version"] = "99"
+    (copied / "config.json").write_text(json.dumps(content, indent=7))
+    load(copied)
+
+
+def test_loading_without_the_plugin_raises(packed_dir):
+    """The marker: a weight of the wrong shape, where transformers would only warn and initialize randomly."""
+    script = (
+        "import sys; from transformers import AutoModelForImageTextToText as Auto; Auto.from_pretrained(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(packed_dir)], capture_output=True, text=True, check=False, cwd=packed_dir
+    )
+    assert done.returncode != 0
+    assert "sab" in done.stderr
+    assert "ismatch" in done.stderr
+
+
+# ---- a thousand corruptions
+
+
+def _flip(data: bytearray, rng: random.Random) -> None:
+    for _ in range(rng.choice((1, 1, 1, 2, 8))):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def _replace(data: bytearray, rng: random.Random) -> None:
+    start = rng.randrange(len(data))
+    length = min(rng.choice((1, 2, 16)), len(data) - start)
+    data[start : start + length] = rng.randbytes(length)
+
+
+def _delete(data: bytearray, rng: random.Random) -> None:
+    start = rng.randrange(len(data))
+    del data[start : start + rng.choice((1, 4, 64))]
+
+
+def _insert(data: bytearray, rng: random.Random) -> None:
+    start = rng.randrange(len(data))
+    data[start:start] = rng.randbytes(rng.choice((1, 4)))
+
+
+def _truncate(data: bytearray, rng: random.Random) -> None:
+    del data[rng.randrange(len(data)) :]
+
+
+def _zero(data: bytearray, rng: random.Random) -> None:
+    start = rng.randrange(len(data))
+    length = min(rng.choice((4, 40, 400)), len(data) - start)
+    data[start : start + length] = bytes(length)
+
+
+def _digit(data: bytearray, rng: random.Random) -> None:
+    """Change one digit of the text: a config or header that stays well-formed."""
+    size = struct.unpack("<Q", data[:8])[0] + 8 if data[8:9] == b"{" else len(data)
+    places = [i for i in range(size if size < len(data) else len(data)) if chr(data[i]).isdigit()]
+    if places:
+        data[rng.choice(places)] = ord(rng.choice("0123456789"))
+
+
+def _letter(data: bytearray, rng: random.Random) -> None:
+    """Change one letter of the text: a name that is not known any more."""
+    size = min(struct.unpack("<Q", data[:8])[0] + 8, len(data)) if data[8:9] == b"{" else len(data)
+    places = [i for i in range(size) if chr(data[i]).isascii() and chr(data[i]).isalpha()]
+    if places:
+        data[rng.choice(places)] = ord(rng.choice("abcdefghijklmnopqrstuvwxyz"))
+
+
+CORRUPTIONS = (_flip, _replace, _delete, _insert, _truncate, _zero, _digit, _digit, _letter, _letter)
+
+
+def _sealed(model, path: Path, rest_bits: int, **kwargs) -> Path:
+    with_images = hasattr(model.config, "vision_config")
+    samples = build_samples(2) if with_images else ["Some text.", "Other text."]
+    config = SABQuantizationConfig(
+        calibration=samples, num_samples=2, alternations=1, refine_steps=0, rest_bits=rest_bits
+    )
+    sab_hf.quantize(model, build_processor() if with_images else build_tokenizer(), None, config)
+    model.save_pretrained(path, **kwargs)
+    return path
+
+
+@pytest.fixture
+def quiet_transformers():
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    yield
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest_bits", "count"),
+    [
+        ("llama", 16, 500),
+        ("llava", 16, 200),
+        ("llama", 2, 100),  # packed embedding and head
+        ("tied llama", 2, 100),  # a head that uses the packed embedding
+        ("llava", 2, 100),  # a packed tower and projector too
+    ],
+)
+def test_a_thousand_corruptions_are_errors_or_identical(kind, rest_bits, count, tmp_path, inputs, quiet_transformers):
+    """Of configs, indices and shards: bits, bytes, digits and letters changed, left out, put in, or zeroed."""
+    if kind == "llava":
+        model, auto = build_llava(num_hidden_layers=1, attention_bias=True), AutoModelForImageTextToText
+    else:
+        model = build_llama(num_hidden_layers=1, attention_bias=True, tie_word_embeddings=kind == "tied llama")
+        auto, inputs = AutoModelForCausalLM, {"input_ids": torch.arange(9)[None]}
+    whole = _sealed(model, tmp_path / "whole", rest_bits, max_shard_size="60KB" if rest_bits == 16 else "5KB")
+    packed_rest = {name for name in model.config.quantization_config.modules if "layers" not in name}
+    assert bool(packed_rest) == (rest_bits < 16)
+    assert model.config.quantization_config.tied_head == (kind == "tied llama")
+    reference = auto.from_pretrained(whole, dtype=torch.float32)
+    expected, expected_logits = reference.state_dict(), logits(reference, inputs)
+    victims = [whole / "config.json", whole / "model.safetensors.index.json", *files_of(whole)]
+    assert len(victims) > 3
+    rng, errors = random.Random(0), 0
+    for i in range(count):
+        victim = victims[0] if i % 2 else rng.choice(victims[1:])
+        path = tmp_path / str(i)
+        path.mkdir()
+        for file in whole.iterdir():
+            (path / file.name).symlink_to(file)
+        data = bytearray(victim.read_bytes())
+        corrupt = rng.choice(CORRUPTIONS)
+        corrupt(data, rng)
+        (path / victim.name).unlink()
+        (path / victim.name).write_bytes(data)
+        model = None
+        with contextlib.suppress(Exception):
+            model = auto.from_pretrained(path, dtype=torch.float32)
+        if model is None:
+            errors += 1
+            continue
+        state, what = model.state_dict(), f"corruption {i}: {corrupt.__name__} of {path / victim.name}"
+        assert state.keys() == expected.keys(), what
+        assert [name for name, tensor in expected.items() if not torch.equal(state[name], tensor)] == [], what
+        assert torch.equal(logits(model, inputs), expected_logits), what
+    assert count / 2 < errors < count
