@@ -34,7 +34,7 @@ NOT_RUN = (
     "hf auth login",
 )
 NEEDS = {"fine_tune.md": "peft", "walk.md": "peft"}
-ELSEWHERE = {"openai": "tests/test_serving.py"}
+ELSEWHERE = {"openai": "tests/doors/test_serving.py"}
 """Modules whose snippets another test runs, against a server."""
 
 
