@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class RowLimit:
+class SampleLimit:
     """The most samples of one forward pass; None while whole batches fit."""
 
     def __init__(self) -> None:
-        self.rows: int | None = None
+        self.samples: int | None = None
 
     def retry(self, what: str, largest: int, work: Callable[[], Result]) -> Result:
         """Run `work`, again with half as many samples at once each time it runs out of memory.
@@ -40,22 +40,22 @@ class RowLimit:
                 torch.cuda.empty_cache()
 
     def _halve(self, what: str, largest: int, error: torch.OutOfMemoryError) -> None:
-        now = min(largest, self.rows or largest)
+        now = min(largest, self.samples or largest)
         if now <= 1:
             raise RuntimeError(
                 f"out of memory while {what}, with one sample at a time; lower `max_length`, set `refine_steps=0`, or free "
                 "memory on the device. Blocks that are committed in `checkpoint_dir` are kept"
             ) from error
-        self.rows = now // 2
-        logger.warning("out of memory while %s: from now on %d samples at once instead of %d", what, self.rows, now)
+        self.samples = now // 2
+        logger.warning("out of memory while %s: from now on %d samples at once instead of %d", what, self.samples, now)
 
     def slices(self, batch: int) -> list[slice]:
         """Return the parts that a batch of `batch` samples runs in."""
-        step = self.rows or batch
+        step = self.samples or batch
         return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
-def take_rows(value: Any, rows: slice, batch: int, length: int) -> Any:
+def take_samples(value: Any, rows: slice, batch: int, length: int) -> Any:
     """Return the arguments of a block for some samples of a batch.
 
     Masks, positions and rotary factors have the batch beside the length (`[B, L, …]`, `[3, B, L, …]`), in front of a
@@ -73,7 +73,7 @@ def take_rows(value: Any, rows: slice, batch: int, length: int) -> Any:
             return value
         each = value.shape[axis] // batch
         return value.narrow(axis, each * rows.start, each * (rows.stop - rows.start))
-    return map_nested(value, lambda item: take_rows(item, rows, batch, length))
+    return map_nested(value, lambda item: take_samples(item, rows, batch, length))
 
 
 def _batch_axis(tensor: Tensor, batch: int, length: int) -> int | None:

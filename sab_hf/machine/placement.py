@@ -31,7 +31,7 @@ class Placement:
 
     def __init__(self, model: nn.Module, device: str | torch.device | None = None):
         self.model = model
-        self.device = _compute_device(model, device)
+        self.device = compute_device(model, device)
 
     @contextmanager
     def visit(self, name: str, lasting: bool = False) -> Iterator[nn.Module]:
@@ -116,7 +116,12 @@ def check_finite(name: str, weight: Tensor) -> None:
         raise ValueError(f"the weight of `{name}` holds NaN or infinite values; the checkpoint is damaged")
 
 
-def _compute_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
+def compute_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """Return where to compute: `device`, or what suits the model, see `Placement`.
+
+    Raises:
+        ValueError: the device does not exist.
+    """
     own = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     if device is None:
         if own.type != "cpu" or not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Finished blocks: committed, restored, and made the same on all processes."""
+"""The steps of a run, each done once: committed to a folder, and taken from there by a run that starts again."""
 
 from __future__ import annotations
 
@@ -6,113 +6,91 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..packed.swap import swap_in_empty
 from . import distributed
 from .commits import RunCheckpoint, Stage
-from .fingerprint import Fingerprint
 from .workspace import Workspace
 
+Left = tuple[dict[str, Tensor], dict[str, Any]]
+"""What a step leaves behind: tensors by name, and plain data."""
+
 _RANDOM = "random_state."
+_SAMPLES = "rows"  # the name in the files
 
 
-class FinishedBlocks:
-    """Commit each block when it is finished, and give it back to a run that starts again.
+class Steps:
+    """Do each step of a run once.
 
-    The first process reads and writes; the others get what it has.
+    The first process reads and writes the folder; the others get what it has.
 
     Args:
-        model: whose blocks they are.
-        modules: name → sizes of all modules that become packed (`Plan.modules`).
         workspace: of the run; its limit of samples is part of a commit, so that a resumed run computes alike.
-        checkpoint: None: nothing is committed.
+        checkpoint: the run's folder; None: nothing is committed.
     """
 
-    def __init__(
-        self, model: nn.Module, modules: dict[str, list[int]], workspace: Workspace, checkpoint: RunCheckpoint | None
-    ):
-        self.model, self.modules, self.workspace, self.checkpoint = model, modules, workspace, checkpoint
+    def __init__(self, workspace: Workspace, checkpoint: RunCheckpoint | None):
+        self.workspace, self.checkpoint = workspace, checkpoint
 
-    def find(self, name: str) -> Stage | None:
-        """Return what was committed of the module called `name`, or None; the limit of samples becomes what it was then.
+    def once(
+        self,
+        name: str,
+        make: Callable[[], Left],
+        take: Callable[[dict[str, Tensor]], None] | None = None,
+        share: bool = False,
+    ) -> Left:
+        """Do a step, or take what it left when it was done before. All processes call this together.
 
+        Afterwards the global random generators and the limit of samples are what they were when the step was done.
+
+        Args:
+            name: of the step; different for each step of a run.
+            make: does the step and returns what it left.
+            take: puts the tensors into the model where this process did not make them; None: they do not belong there.
+            share: the tensors of the first process become those of all; else `make` gives the same on all.
+        Returns:
+            What the step left; tensors may be on any device.
         Raises:
             ValueError: the commit is damaged.
-        """
-        stage = self.checkpoint.load(name) if self.checkpoint else None
-        stage = distributed.broadcast(stage, source=0)
-        if stage is not None:
-            self.workspace.limit.rows = stage.record["rows"]
-        return stage
-
-    def restore(self, name: str, stage: Stage) -> dict[str, Any]:
-        """Make the module called `name` what it was when it was committed; returns its record."""
-        self._fill(name, stage.tensors)
-        _set_random_state(stage.tensors, self.workspace.device)
-        return {key: value for key, value in stage.record.items() if key != "rows"}
-
-    def commit(self, name: str, record: dict[str, Any]) -> None:
-        """Commit the finished module called `name`, and make it on all processes what it is on the first.
-
-        Args:
-            name: of the module.
-            record: plain data, handed back by `restore`.
-        Raises:
             OSError: the commit cannot be written; those before it are kept.
         """
+        found = distributed.broadcast(self.checkpoint.load(name) if self.checkpoint else None, source=0)
+        if found is not None:
+            self._continue_after(found)
+            left = _without_random_state(found)
+            if take is not None:
+                take(left[0])
+            return left
+        tensors, record = make()
         if self.checkpoint is None and distributed.size() == 1:
-            return
-        module = self.model.get_submodule(name)
-        tensors = {key: tensor.detach().cpu() for key, tensor in module.state_dict().items()}
-        if distributed.size() > 1:
-            shared = distributed.broadcast(tensors if distributed.rank() == 0 else None, source=0)
-            self._fill(name, shared)
+            return tensors, record
+        tensors = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+        if share and distributed.size() > 1:
+            tensors = distributed.broadcast(tensors if distributed.rank() == 0 else None, source=0)
+            take(tensors)
         if self.checkpoint is not None:
-            record = record | {"rows": self.workspace.limit.rows}
-            self.checkpoint.save(name, tensors | _random_state(self.workspace.device), record)
-
-    def remember(
-        self, name: str, compute: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors and the plain data that `compute` returned when it ran first; all processes call it together.
-
-        Args:
-            name: of the step.
-            compute: the step; gives the same on all processes.
-        """
-        stage = self.find(name)
-        if stage is not None:
-            return stage.tensors, stage.record
-        tensors, record = compute()
-        if self.checkpoint is not None:
-            self.checkpoint.save(name, tensors, record | {"rows": self.workspace.limit.rows})
+            kept = record | {_SAMPLES: self.workspace.limit.samples}
+            self.checkpoint.save(name, tensors | _random_state(self.workspace.device), kept)
         return tensors, record
 
-    def _fill(self, name: str, tensors: dict[str, Tensor]) -> None:
-        module = self.model.get_submodule(name)
-        packed = set(self.model.get_submodule(name).state_dict()) & tensors.keys()
-        missing = {
-            inner: size
-            for inner, size in self.modules.items()
-            if inner.startswith(f"{name}.") and f"{inner[len(name) + 1 :]}.signs" not in packed
-        }
-        if missing:
-            swap_in_empty(self.model, missing)
-        own = {key: t.to(self.workspace.device) for key, t in tensors.items() if not key.startswith(_RANDOM)}
-        module.load_state_dict(own, assign=True)
+    def close(self) -> None:
+        """Let other processes use the folder, and delete the files of hidden states."""
+        self.workspace.store.close()
+        if self.checkpoint is not None:
+            self.checkpoint.close()
+
+    def _continue_after(self, step: Stage) -> None:
+        self.workspace.limit.samples = step.record[_SAMPLES]
+        states = {key[len(_RANDOM) :]: t for key, t in step.tensors.items() if key.startswith(_RANDOM)}
+        if "cpu" in states:
+            torch.set_rng_state(states["cpu"])
+        if "cuda" in states and self.workspace.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.workspace.device)
 
 
-def open_checkpoint(folder: str | None, make_fingerprint: Callable[[], Fingerprint]) -> RunCheckpoint | None:
-    """Open `checkpoint_dir` on the first process; on the others, and without a folder, return None.
-
-    Args:
-        folder: `checkpoint_dir`.
-        make_fingerprint: called for the fingerprint only where it is needed: it reads every weight.
-    """
-    if folder is None or distributed.rank() != 0:
-        return None
-    return RunCheckpoint(folder, make_fingerprint())
+def _without_random_state(step: Stage) -> Left:
+    tensors = {key: tensor for key, tensor in step.tensors.items() if not key.startswith(_RANDOM)}
+    return tensors, {key: value for key, value in step.record.items() if key != _SAMPLES}
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
@@ -121,9 +99,3 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return {f"{_RANDOM}{name}": state for name, state in states.items()}
-
-
-def _set_random_state(tensors: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(tensors[f"{_RANDOM}cpu"])
-    if device.type == "cuda" and f"{_RANDOM}cuda" in tensors:
-        torch.cuda.set_rng_state(tensors[f"{_RANDOM}cuda"], device)

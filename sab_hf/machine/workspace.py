@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..config import SABQuantizationConfig
-from .limits import RowLimit
+from .limits import SampleLimit
 from .placement import Placement
 from .store import GIB, StateStore
 
@@ -25,7 +25,7 @@ class Workspace:
 
     placement: Placement
     store: StateStore
-    limit: RowLimit
+    limit: SampleLimit
 
     @property
     def device(self) -> torch.device:
@@ -42,4 +42,4 @@ class Workspace:
         config = config or SABQuantizationConfig()
         placement = Placement(model, config.compute_device)
         limits = [None if gib is None else gib * GIB for gib in (config.cache_device_gib, config.cache_ram_gib)]
-        return cls(placement, StateStore(placement.device, *limits, config.offload_dir), RowLimit())
+        return cls(placement, StateStore(placement.device, *limits, config.offload_dir), SampleLimit())

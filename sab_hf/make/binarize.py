@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,31 +17,86 @@ from transformers.utils.logging import tqdm
 
 from ..config import SABQuantizationConfig
 from ..machine import distributed
+from ..machine.clock import StageClock
+from ..machine.commits import RunCheckpoint
 from ..machine.fingerprint import digest, fingerprint
 from ..machine.placement import check_finite
 from ..machine.plain_torch import plain_torch
-from ..machine.resume import FinishedBlocks, open_checkpoint
-from ..machine.weights import check_weights
+from ..machine.resume import Left, Steps
 from ..machine.workspace import Workspace
-from ..method.recipe import fit_linear
+from ..method.recipe import FitRecord, fit_linear
 from ..method.sensitivity import Sensitivity
 from ..packed.embedding import SABTiedHead
 from ..packed.experts import split_experts
 from ..packed.linear import SABLinear, replace_module
+from ..packed.swap import swap_in_empty
 from ..passes.capture import BlockInputs
 from ..passes.routing import with_fallback
 from ..planes import SignPlanes
-from .plan import Plan, make_plan
+from .plan import Plan, make_plan, plan_with_weights
 from .preflight import Estimate, estimate_run, log_estimate
-from .records import FitRecord, QuantizationRecord
-from .refine import RefineSettings, refine_block
-from .rest import binarize_rest, check_rest, packed_rest, plan_rest, restore_rest
-from .spending import find_sensitivity, spend
+from .records import QuantizationRecord
+from .refine import refine_block
+from .rest import binarize_rest, packed_rest, restore_rest
+from .sizes import find_sensitivity, spend_budget
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_REFINE_STEPS, DEFAULT_REFINE_STEPS_CPU = 400, 50
-"""Refinement steps of a block on an accelerator and on a CPU."""
+
+def binarize(
+    model: nn.Module,
+    plan: Plan,
+    config: SABQuantizationConfig,
+    workspace: Workspace,
+    steps: Steps,
+    record: QuantizationRecord,
+) -> dict[str, list[int]]:
+    """Binarize a model in place, block after block; each sees the outputs of the already binarized blocks before it.
+
+    Args:
+        model: the model with its weights, in evaluation mode.
+        plan: from `plan_with_weights`.
+        config: the method's numbers.
+        workspace: where to compute, and where to keep hidden states.
+        steps: does each step once, over several runs and processes.
+        record: gets what was done.
+    Returns:
+        The sizes of all packed modules.
+    """
+    measure = record.stages.measure
+    if plan.rest:
+        with measure("towers, embedding, head"):
+            restore = partial(restore_rest, model, plan.roles, plan.rest)
+            steps.once("rest", partial(_binarize_rest, model, plan, config, workspace), restore)
+    with measure("sensitivity"):
+        sensitivity = find_sensitivity(model, plan, config, workspace, steps)
+    record.measured = bool(sensitivity.linears)
+    plan = spend_budget(model, plan, sensitivity, config)  # final from here on
+    with tqdm(total=len(plan.roles.blocks), desc="binarizing blocks", disable=distributed.rank() > 0) as progress:
+        for blocks in plan.roles.stages:  # later ones read what the binarized blocks of earlier ones give
+            with measure("capture"):
+                later = plan.roles.blocks[plan.roles.blocks.index(blocks[-1]) + 1 :]
+                inputs = BlockInputs(model, blocks, plan.calibration.batches, workspace, later)
+            for index, name in enumerate(blocks):
+                with workspace.placement.visit(name, lasting=True) as block:
+                    own = plan.linears_of(name)
+                    split_experts(model, own)
+                    if plan.refine.steps:
+                        with measure("targets"):
+                            inputs.advance_targets(block, index)
+                    work = partial(
+                        _binarize_block, model, block, name, index, inputs, own, sensitivity, plan, config, record
+                    )
+                    restore = partial(_restore_block, model, name, own, workspace.device)
+                    _, done = steps.once(name, work, restore, share=True)
+                    record.note(done)
+                    progress.set_postfix_str(_refinement_in_words(done["refinement"]))
+                    progress.update()
+                    if index + 1 < len(blocks):
+                        with measure("binarized outputs"):
+                            inputs.advance(block, index)
+            inputs.close()
+    return plan.modules | {name: [num_planes, 0] for name, num_planes in plan.rest.items()}
 
 
 def quantize(
@@ -77,17 +133,11 @@ def estimate(
         ValueError: as `quantize` does.
     """
     config = config or SABQuantizationConfig()
-    plan = make_plan(model, config, processor, samples)
-    return _estimate(model, plan, config, Workspace.of(model, config))
-
-
-def _estimate(model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace) -> Estimate:
-    steps = _refine_settings(config, workspace.device).steps
-    return estimate_run(model, plan.roles.blocks, plan.shapes, plan.modules, plan.calibration, config, workspace, steps)
+    return estimate_run(model, make_plan(model, config, processor, samples), config, Workspace.of(model, config))
 
 
 def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> QuantizationRecord:
-    """Binarize block after block; each sees the outputs of the already binarized blocks before it.
+    """Binarize a model as planned, and make transformers see a quantized one.
 
     Args:
         model: the model with its weights.
@@ -95,12 +145,12 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
         config: the method's numbers.
     """
     start = time.perf_counter()
-    plan = replace(plan, rest=plan_rest(model, plan.roles, config))
-    check_weights(model, plan.modules)
-    check_rest(model, plan.rest)
-    record = QuantizationRecord(plan.calibration.summary())
-    with _evaluating(model), plain_torch():
-        modules = _run_blocks(model, plan, config, record)
+    workspace = Workspace.of(model, config)
+    plan = plan_with_weights(model, plan, config)
+    log_estimate(estimate_run(model, plan, config, workspace))
+    record = QuantizationRecord(plan.calibration.summary(), stages=StageClock(device=workspace.device))
+    with _evaluating(model), plain_torch(), closing(_open_steps(model, plan, config, workspace)) as steps:
+        modules = binarize(model, plan, config, workspace, steps, record)
     tied = isinstance(model.get_output_embeddings(), SABTiedHead)
     _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | {"modules": modules, "tied_head": tied}))
     record.seconds = time.perf_counter() - start
@@ -129,168 +179,96 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training.get(name, training[""])
 
 
-@dataclass
-class _Run:
-    """What the steps of a run share.
-
-    Attributes:
-        modules: name → sizes of all Linears of the language blocks, once the budget is spent.
-        sensitivity: of all Linears, once it is measured.
-    """
-
-    model: nn.Module
-    plan: Plan
-    config: SABQuantizationConfig
-    record: QuantizationRecord
-    workspace: Workspace
-    settings: RefineSettings
-    finished: FinishedBlocks
-    modules: dict[str, list[int]] = field(default_factory=dict)
-    sensitivity: Sensitivity = field(default_factory=Sensitivity)
-
-
-def _run_blocks(
-    model: nn.Module, plan: Plan, config: SABQuantizationConfig, record: QuantizationRecord
-) -> dict[str, list[int]]:
-    """Binarize the model; returns the sizes of its packed modules."""
-    measure = record.stages.measure
-    workspace = Workspace.of(model, config)
-    record.stages.device = workspace.device
-    settings = _refine_settings(config, workspace.device)
-    log_estimate(_estimate(model, plan, config, workspace))
-    with _finished_blocks(model, plan, config, workspace, settings) as finished:
-        run = _Run(model, plan, config, record, workspace, settings, finished)
-        if plan.rest:
-            with measure("towers, embedding, head"):
-                _binarize_rest(run)
-        blocks = plan.roles.blocks
-        with tqdm(total=len(blocks), desc="binarizing blocks", disable=distributed.rank() > 0) as progress:
-            for stage in plan.roles.stages:  # a later one reads what the binarized blocks of an earlier one give
-                later = blocks[blocks.index(stage[-1]) + 1 :]
-                with measure("capture"):
-                    inputs = BlockInputs(model, stage, plan.calibration.batches, workspace, later)
-                if not run.modules:
-                    with measure("sensitivity"):
-                        run.sensitivity = find_sensitivity(model, inputs, plan, config, settings.steps, finished)
-                    record.measured = bool(run.sensitivity.linears)
-                    modules = spend(model, plan, run.sensitivity, config)
-                    run.modules = finished.modules = distributed.broadcast(modules, source=0)
-                for index, block_name in enumerate(stage):
-                    _run_block(run, inputs, block_name, index, last=index + 1 == len(stage), progress=progress)
-                inputs.close()
-    return run.modules | {name: [num_planes, 0] for name, num_planes in plan.rest.items()}
-
-
-def _binarize_rest(run: _Run) -> None:
-    """Binarize what the plan names outside the language blocks, or restore it."""
-    plan, packed = run.plan, False
-
-    def work() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        nonlocal packed
-        binarize_rest(run.model, plan.roles, plan.rest, plan.calibration.batches, run.config, run.workspace)
-        packed = True
-        return packed_rest(run.model, plan.rest), {}
-
-    tensors, _ = run.finished.remember("rest", work)
-    if not packed:
-        restore_rest(run.model, plan.roles, plan.rest, tensors)
-
-
-@contextmanager
-def _finished_blocks(
-    model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace, settings: RefineSettings
-) -> Iterator[FinishedBlocks]:
-    """Join the other processes and open the checkpoint of the run."""
+def _open_steps(model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace) -> Steps:
+    """Join the other processes and open the folder of the run, on the first process."""
     distributed.start(workspace.device, config.process_timeout)
     batches = plan.calibration.batches
     if distributed.size() > 1:
         data = digest(value for batch in batches for value in (batch.inputs["input_ids"], batch.modality))
         distributed.check_same({"config": config.to_dict(), "modules": plan.modules, "calibration data": data})
-
-    def identify():
-        run = {"device": workspace.device, "processes": distributed.size(), "refine_steps": settings.steps}
-        return fingerprint(model, batches, config, **run)
-
-    checkpoint = open_checkpoint(config.checkpoint_dir, identify)
-    try:
-        yield FinishedBlocks(model, plan.modules, workspace, checkpoint)
-    finally:
-        workspace.store.close()
-        if checkpoint is not None:
-            checkpoint.close()
+    if config.checkpoint_dir is None or distributed.rank() > 0:
+        return Steps(workspace, None)
+    decided = {"device": workspace.device, "processes": distributed.size(), "refine_steps": plan.refine.steps}
+    return Steps(workspace, RunCheckpoint(config.checkpoint_dir, fingerprint(model, batches, config, **decided)))
 
 
-def _run_block(run: _Run, inputs: BlockInputs, name: str, index: int, last: bool, progress: Any) -> None:
-    """Binarize one block, number `index` of its stage, or restore it; then the inputs are those of the next one."""
-    measure = run.record.stages.measure
-    with run.workspace.placement.visit(name, lasting=True) as block:
-        own = {linear: size for linear, size in run.modules.items() if linear.startswith(f"{name}.")}
-        stage = run.finished.find(name)
-        split_experts(run.model, own)
-        if run.settings.steps:
-            with measure("targets"):
-                inputs.advance_targets(block, index)
-        if stage is not None:
-            block_record = run.finished.restore(name, stage)
-        else:
-            block_record = _binarize_block(run, inputs, block, name, index, own)
-            run.finished.commit(name, block_record)
-        run.record.note(block_record)
-        if block_record["refinement"]:
-            progress.set_postfix(error="{before:.4f} → {after:.4f}".format(**block_record["refinement"]))
-        progress.update()
-        if not last:
-            with measure("binarized outputs"):
-                inputs.advance(block, index)
+def _binarize_rest(model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace) -> Left:
+    """Binarize what the plan names outside the language blocks."""
+    binarize_rest(model, plan.roles, plan.rest, plan.calibration.batches, config, workspace)
+    return packed_rest(model, plan.rest), {}
 
 
 def _binarize_block(
-    run: _Run, inputs: BlockInputs, block: nn.Module, name: str, index: int, modules: dict[str, list[int]]
-) -> dict[str, Any]:
-    """Fit, refine and pack one block, whose Linears get the sizes `modules`; returns its record as plain data."""
-    planes, fits = _fit_block(run, inputs, block, index, modules)
+    model: nn.Module,
+    block: nn.Module,
+    name: str,
+    index: int,
+    inputs: BlockInputs,
+    modules: dict[str, list[int]],
+    sensitivity: Sensitivity,
+    plan: Plan,
+    config: SABQuantizationConfig,
+    record: QuantizationRecord,
+) -> Left:
+    """Fit, refine and pack one block, number `index`, whose Linears get the sizes `modules`."""
+    planes, fits = _fit_block(model, block, index, inputs, modules, sensitivity, config, record.stages)
     result = None
-    with run.record.stages.measure("refinement"):
-        if run.settings.steps and planes:
-            gradient = run.sensitivity.outputs.get(name) if run.config.refine_loss == "gradient" else None
-            result = refine_block(run.model, block, index, planes, inputs, run.settings, gradient)
+    with record.stages.measure("refinement"):
+        if plan.refine.steps and planes:
+            gradient = sensitivity.outputs.get(name) if config.refine_loss == "gradient" else None
+            result = refine_block(model, block, index, planes, inputs, plan.refine, gradient)
         else:
             for linear in planes:
-                packed = SABLinear.from_planes(planes[linear], run.model.get_submodule(linear).bias)
-                replace_module(run.model, linear, packed)
-    return {"fits": [asdict(fit) for fit in fits], "refinement": result and result._asdict()}
+                packed = SABLinear.from_planes(planes[linear], model.get_submodule(linear).bias)
+                replace_module(model, linear, packed)
+    return block.state_dict(), {"fits": [asdict(fit) for fit in fits], "refinement": result and result._asdict()}
 
 
 def _fit_block(
-    run: _Run, inputs: BlockInputs, block: nn.Module, index: int, modules: dict[str, list[int]]
+    model: nn.Module,
+    block: nn.Module,
+    index: int,
+    inputs: BlockInputs,
+    modules: dict[str, list[int]],
+    sensitivity: Sensitivity,
+    config: SABQuantizationConfig,
+    stages: StageClock,
 ) -> tuple[dict[str, SignPlanes], list[FitRecord]]:
     """Fit the Linears of a block to the second moments of its inputs; returns their planes by module name, and records."""
-    linears = {name: run.model.get_submodule(name) for name in modules}
+    linears = {name: model.get_submodule(name) for name in modules}
     for name, linear in linears.items():
         check_finite(name, linear.weight)  # weights that were offloaded are seen here for the first time
-    with run.record.stages.measure("second moments"):
-        moments, fallbacks = with_fallback(run.model, inputs.second_moments(block, index, linears), linears)
+    with stages.measure("second moments"):
+        moments, fallbacks = with_fallback(model, inputs.second_moments(block, index, linears), linears)
     costs = {
         name: float(linear.in_features * (linear.in_features + linear.out_features)) for name, linear in linears.items()
     }
 
     def fit(name: str) -> tuple[SignPlanes, FitRecord]:
-        at_linear = run.sensitivity.linears.get(name)
-        planes, fit_record = fit_linear(name, linears[name], moments.get(name), at_linear, modules[name], run.config)
+        at_linear = sensitivity.linears.get(name)
+        planes, fit_record = fit_linear(name, linears[name], moments.get(name), at_linear, modules[name], config)
         fit_record.fallback = name in fallbacks
         return planes, fit_record
 
-    with run.record.stages.measure("fit"):
+    with stages.measure("fit"):
         results = distributed.divide(costs, fit, inputs.workspace.device)
-    return {name: planes for name, (planes, _) in results.items()}, [record for _, record in results.values()]
+    return {name: planes for name, (planes, _) in results.items()}, [fitted for _, fitted in results.values()]
 
 
-def _refine_settings(config: SABQuantizationConfig, device: torch.device) -> RefineSettings:
-    """Return the numbers of block refinement on a compute device."""
-    steps = config.refine_steps
-    if steps is None:
-        steps = DEFAULT_REFINE_STEPS_CPU if device.type == "cpu" else DEFAULT_REFINE_STEPS
-    return RefineSettings(steps, config.refine_batch, config.refine_scale_rate, config.refine_latent_rate, config.seed)
+def _refinement_in_words(result: dict[str, float] | None) -> str:
+    return "error {before:.4f} → {after:.4f}".format(**result) if result else ""
+
+
+def _restore_block(
+    model: nn.Module, name: str, modules: dict[str, list[int]], device: torch.device, tensors: dict[str, Tensor]
+) -> None:
+    """Make a block, whose Linears have the sizes `modules`, what it was when `tensors` were its state."""
+    block = model.get_submodule(name)
+    packed = block.state_dict().keys() & tensors.keys()
+    dense = {linear: size for linear, size in modules.items() if f"{linear[len(name) + 1 :]}.signs" not in packed}
+    if dense:
+        swap_in_empty(model, dense)
+    block.load_state_dict({key: tensor.to(device) for key, tensor in tensors.items()}, assign=True)
 
 
 def _attach(model: nn.Module, config: SABQuantizationConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ from ..anatomy.roles import Roles, find_roles
 from ..anatomy.selection import Coverage, coverage, language_linears
 from ..calibration import CalibrationSet, holds_batches, prepare_calibration
 from ..config import SABQuantizationConfig
+from ..machine.placement import compute_device
 from ..machine.plain_torch import plain_torch
+from ..machine.weights import check_weights
 from ..method.budget import allocate
 from ..packed.linear import SABModule
-from .rest import plan_rest, rest_names
+from .refine import RefineSettings
+from .rest import check_rest, plan_rest, rest_names
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +33,11 @@ class Plan:
         roles: the parts of the model.
         shapes: name → (out_features, in_features) of each Linear to binarize, experts of fused parameters included.
         modules: name → [full planes, significant columns] of each of them; where `bits` go by sensitivity, the sizes are those
-            of an even budget until it is measured.
-        rest: name → full planes of each matrix outside the language blocks; planned anew once there are weights.
+            of an even budget until it is measured, before the first block.
+        rest: name → full planes of each matrix outside the language blocks.
         calibration: the processed calibration set.
         coverage: the share of the language weights that `modules` is.
+        refine: numbers of block refinement.
     """
 
     roles: Roles
@@ -42,6 +46,11 @@ class Plan:
     rest: dict[str, int]
     calibration: CalibrationSet
     coverage: Coverage
+    refine: RefineSettings
+
+    def linears_of(self, block: str) -> dict[str, list[int]]:
+        """Return `modules`, those in one block."""
+        return {name: size for name, size in self.modules.items() if name.startswith(f"{block}.")}
 
 
 def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = None, samples: Any = None) -> Plan:
@@ -74,7 +83,21 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     modules = allocate(shapes, config.bits)
     with plain_torch():
         calibration = _calibration(model, config, processor, samples)
-    return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered)
+    settings = RefineSettings.of(config, compute_device(model, config.compute_device))
+    return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered, settings)
+
+
+def plan_with_weights(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Plan:
+    """Return the plan for the model with its weights: they tell where it computes, and whether embedding and head are one matrix.
+
+    Raises:
+        ValueError: weights are not finite, or cannot be loaded from where they are.
+    """
+    settings = RefineSettings.of(config, compute_device(model, config.compute_device))
+    plan = replace(plan, rest=plan_rest(model, plan.roles, config), refine=settings)
+    check_weights(model, plan.modules)
+    check_rest(model, plan.rest)
+    return plan
 
 
 def _calibration(model: nn.Module, config: SABQuantizationConfig, processor: Any, samples: Any) -> CalibrationSet:

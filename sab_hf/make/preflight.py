@@ -14,7 +14,7 @@ measured, V the vocabulary, E bytes of an activation):
     RAM      = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a fifth of
                it for what the allocator keeps)
     states   = hidden_size E T_all (2 with refinement, else 1) + masks and positions
-    further  = hidden_size E (T_all + T_s × blocks) + masks and positions − states, if more: while sensitivity is measured
+    further  = hidden_size E T_s (blocks + 1) + masks and positions − states, if more: while sensitivity is measured
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from ..packed.experts import fused_name
 from ..packing import stored_bytes
 from ..passes.capture import count_first
 from ..passes.gradients import BYTES_PER_LOGIT, positions_at_once
+from .plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -88,22 +89,10 @@ class Estimate:
         )
 
 
-def estimate_run(
-    model: nn.Module,
-    block_names: tuple[str, ...],
-    shapes: dict[str, tuple[int, int]],
-    modules: dict[str, list[int]],
-    calibration: CalibrationSet,
-    config: SABQuantizationConfig,
-    workspace: Workspace,
-    refine_steps: int,
-) -> Estimate:
-    """Predict what a run will need in a workspace.
-
-    Args:
-        block_names, shapes, modules, calibration: as in `Plan`.
-        refine_steps: of each block, 0 for none.
-    """
+def estimate_run(model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace) -> Estimate:
+    """Predict what a run will need in a workspace."""
+    block_names, shapes, modules, calibration = plan.roles.blocks, plan.shapes, plan.modules, plan.calibration
+    refine_steps = plan.refine.steps
     measured = needs_sensitivity(config, refine_steps)
     data = _Data.of(
         calibration, model, len(block_names), refine_steps, workspace, config.sensitivity_samples if measured else 0
@@ -179,15 +168,15 @@ class _Data:
     ) -> _Data:
         shapes = [tuple(batch.modality.shape) for batch in calibration.batches]
         tokens = sum(rows * length for rows, length in shapes)
-        rows = workspace.limit.rows
+        rows = workspace.limit.samples
         largest = max(min(batch, rows or batch) * length for batch, length in shapes)
         width = model.get_input_embeddings().embedding_dim
         size = model.dtype.itemsize
         arguments = sum(batch * length * (length + 512 * size) for batch, length in shapes)  # mask, rotary factors
         first = calibration.batches[: count_first((batch for batch, _ in shapes), measured)]
-        kept = sum(batch.modality.numel() for batch in first) * num_blocks
+        kept = sum(batch.modality.numel() for batch in first) * (num_blocks + 1)
         states = width * size * tokens * (2 if refine_steps else 1) + arguments
-        most = max(states, width * size * (tokens + kept) + arguments)
+        most = max(states, width * size * kept + arguments)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         logits = max(
             (BYTES_PER_LOGIT * vocabulary * positions_at_once(model, b) * b.modality.shape[0] for b in first), default=0

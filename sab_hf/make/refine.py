@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import PADDING
+from ..config import SABQuantizationConfig
 from ..machine import distributed
 from ..method.trainable import TrainablePlanes, building
-from ..packed.linear import SABLinear, replace_module
 from ..passes.capture import BlockInputs
 from ..passes.states import BatchState, block_output
 from ..planes import SignPlanes
+from .trainees import Trainees
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_STEPS, DEFAULT_STEPS_CPU = 400, 50
+"""Steps of a block on an accelerator and on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class RefineSettings:
     scale_rate: float
     latent_rate: float
     seed: int
+
+    @classmethod
+    def of(cls, config: SABQuantizationConfig, device: torch.device) -> RefineSettings:
+        """Return the numbers that a config means on a compute device."""
+        steps = config.refine_steps
+        if steps is None:
+            steps = DEFAULT_STEPS_CPU if device.type == "cpu" else DEFAULT_STEPS
+        return cls(steps, config.refine_batch, config.refine_scale_rate, config.refine_latent_rate, config.seed)
 
 
 class RefineResult(NamedTuple):
@@ -71,71 +83,47 @@ def refine_block(
 
     Source: block reconstruction (BRECQ, arXiv 2102.05426) with straight-through signs; method §5.
     """
-    linears = {name: model.get_submodule(name) for name in planes}
-    biases = {name: linear.bias for name, linear in linears.items()}
-    trainable = {
-        name: TrainablePlanes(planes[name], linear.weight.detach().float(), linear.bias)
-        for name, linear in linears.items()
-    }
-    for name, module in trainable.items():
-        replace_module(model, name, module)
-    beside = [p for p in _beside(block, trainable) if p.is_floating_point()]
-    others = [p for p in beside if p.ndim < 2]
-    start = {p: (p.data if p.ndim > 1 else p.detach().clone(), p.requires_grad) for p in beside}
-    for p in beside:
-        p.data = p.data.float()
-        p.requires_grad_(p.ndim < 2)
-
-    def settle(refined: bool) -> None:
-        for p, (value, requires_grad) in start.items():
-            p.data = p.data.to(value.dtype) if refined and p.ndim < 2 else value
-            p.grad = None
-            p.requires_grad_(requires_grad)
-
+    weights = {name: model.get_submodule(name).weight for name in planes}
+    trainees = Trainees(model, [block], planes, weights)
     try:
-        result = _train(block, index, trainable, others, inputs, settings, gradient)
+        result = _train(block, index, trainees, inputs, settings, gradient)
     except BaseException as error:
-        settle(False)
-        for name, linear in linears.items():
-            replace_module(model, name, linear)
+        trainees.give_back()
         if isinstance(error, torch.OutOfMemoryError):
             raise RuntimeError(
                 f"out of memory while refining block {index}; lower `batch_size` (activations) or `max_length`, or set "
                 "`refine_steps=0`"
             ) from error
         raise
-    refined = result.after < result.before  # False also for NaN
-    if not refined:
-        logger.warning(
-            "refining block %d did not lower its error (%.4f, then %.4f); it stays unrefined", index, *result
-        )
-        result = RefineResult(result.before, result.before)
-    settle(refined)
-    for name, module in trainable.items():
-        bias = biases[name]
-        if refined and bias is not None:
-            bias = module.bias.detach().to(bias.dtype)
-        replace_module(model, name, SABLinear.from_planes(module.planes() if refined else planes[name], bias))
-    return result
+    if result.after < result.before:  # False also for NaN
+        trainees.pack()
+        return result
+    logger.warning("refining block %d did not lower its error (%.4f, then %.4f); it stays unrefined", index, *result)
+    trainees.pack_start()
+    return RefineResult(result.before, result.before)
 
 
 def _train(
     block: nn.Module,
     index: int,
-    modules: dict[str, TrainablePlanes],
-    others: list[nn.Parameter],
+    trainees: Trainees,
     inputs: BlockInputs,
     settings: RefineSettings,
     gradient: dict[int, Tensor] | None,
 ) -> RefineResult:
+    modules = trainees.modules
     weights = _ErrorWeights(inputs, index, gradient)
     before = _mean_error(block, index, modules, inputs, weights)
-    optimizer = _optimizer(modules, others, settings)
+    optimizer = _optimizer(trainees, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     )
     own = {state.number: state for state in inputs.running(index)}
-    draws = _draw_batches(distributed.merge({number: state.rows for number, state in own.items()}), settings)
+    draws = draw_batches(
+        distributed.merge({number: state.rows for number, state in own.items()}),
+        settings.samples_per_step,
+        settings.seed,
+    )
     for _ in range(settings.steps):
         optimizer.zero_grad(set_to_none=True)
         drawn = [own[number] for number in next(draws) if number in own]
@@ -166,12 +154,6 @@ def _accumulate_gradients(
                 _error(block, index, piece, weights).backward()
 
     inputs.workspace.limit.retry(f"refining block {index}", max((state.rows for state in drawn), default=1), run)
-
-
-def _beside(block: nn.Module, modules: dict[str, TrainablePlanes]) -> list[nn.Parameter]:
-    """Return the parameters of the block that are not those of the modules."""
-    own = {p for module in modules.values() for p in module.parameters()}
-    return [p for p in block.parameters() if p not in own]
 
 
 class _ErrorWeights:
@@ -227,28 +209,27 @@ def _mean_error(
     return distributed.sum_numbers({"error": own})["error"]
 
 
-def _optimizer(
-    modules: dict[str, TrainablePlanes], others: list[nn.Parameter], settings: RefineSettings
-) -> torch.optim.Optimizer:
-    named = [item for module in modules.values() for item in module.named_parameters()]
-    latents = [p for name, p in named if name.endswith("latent")]
-    scales = [p for name, p in named if not name.endswith("latent")]
-    groups = [{"params": latents, "lr": settings.latent_rate}, {"params": scales + others, "lr": settings.scale_rate}]
+def _optimizer(trainees: Trainees, settings: RefineSettings) -> torch.optim.Optimizer:
+    latents = trainees.latents()
+    groups = [
+        {"params": latents, "lr": settings.latent_rate},
+        {"params": trainees.scales() + trainees.others, "lr": settings.scale_rate},
+    ]
     return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=latents[0].is_cuda)
 
 
-def _draw_batches(sizes: dict[int, int], settings: RefineSettings) -> Iterator[list[int]]:
+def draw_batches(sizes: dict[int, int], samples_per_step: int, seed: int) -> Iterator[list[int]]:
     """Yield batches of at least `samples_per_step` samples (all, if there are fewer), epoch after epoch, shuffled.
 
     Args:
         sizes: batch number → samples, of all processes.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     numbers, total = list(sizes), sum(sizes.values())
     drawn: list[int] = []
     while True:
         for i in torch.randperm(len(numbers), generator=generator).tolist():
             drawn.append(numbers[i])
-            if sum(sizes[number] for number in drawn) >= min(settings.samples_per_step, total):
+            if sum(sizes[number] for number in drawn) >= min(samples_per_step, total):
                 yield drawn
                 drawn = []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..machine.limits import take_rows
+from ..machine.limits import take_samples
 from ..machine.store import map_nested, map_tensors
 from ..machine.workspace import Workspace
 
@@ -74,7 +74,7 @@ class BatchState:
             piece = BatchState(self.number, self.workspace, *parts, self.foreign)
             piece.hidden = _rows_of(self.hidden, rows).to(device)
             piece.target = None if self.target is None else _rows_of(self.target, rows).to(device)
-            args, kwargs = take_rows(self.calls[index], rows, batch, length)
+            args, kwargs = take_samples(self.calls[index], rows, batch, length)
             left = self.target_left if of_target else self.left
             kwargs = _with_left(kwargs, map_tensors(left, lambda tensor, rows=rows: tensor[rows]))
             piece.calls = [None] * index + [map_tensors((args, kwargs), lambda tensor: tensor.to(device))]

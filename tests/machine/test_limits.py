@@ -7,7 +7,7 @@ import torch
 from helpers import build_llava
 from scale_worker import run
 
-from sab_hf.machine.limits import RowLimit, take_rows
+from sab_hf.machine.limits import SampleLimit, take_samples
 from sab_hf.make import refine
 from sab_hf.passes import capture
 from sab_hf.passes.states import block_output
@@ -83,7 +83,7 @@ def test_other_errors_are_not_retried():
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        RowLimit().retry("testing", 8, work)
+        SampleLimit().retry("testing", 8, work)
     assert len(calls) == 1
 
 
@@ -117,7 +117,7 @@ ARGUMENTS = {
 def test_rows_of_an_argument(case):
     shape, axis = ARGUMENTS[case]
     tensor = torch.randn(shape)
-    (got,) = take_rows((tensor,), slice(1, 3), B, L)
+    (got,) = take_samples((tensor,), slice(1, 3), B, L)
     assert torch.equal(got, tensor if axis is None else tensor.index_select(axis, torch.tensor([1, 2])))
 
 
@@ -132,7 +132,7 @@ def test_parts_of_a_block_s_run_are_its_whole(processor, make_config):
     block = model.get_submodule(plan.roles.blocks[0])
     (state,) = inputs.states
     (whole,) = [block_output(block, 0, piece, piece.hidden) for piece in state.pieces(0)]
-    inputs.workspace.limit.rows = 3
+    inputs.workspace.limit.samples = 3
     parts = [block_output(block, 0, piece, piece.hidden) for piece in state.pieces(0)]
     assert [part.shape[0] for part in parts] == [3, 1]
     torch.testing.assert_close(torch.cat(parts), whole)

@@ -217,7 +217,7 @@ def test_sensitivity_is_measured_once(tmp_path, monkeypatch, kept):
     assert (tmp_path / "sensitivity.safetensors").exists()
     for file in sorted(tmp_path.glob("model*.safetensors"))[kept:]:
         file.unlink()
-    monkeypatch.setattr("sab_hf.make.spending.measure_sensitivity", None)
+    monkeypatch.setattr("sab_hf.make.sizes.measure_sensitivity", None)
     assert same(run(**MEASURED, checkpoint_dir=str(tmp_path)).state_dict(), expected)
 
 

@@ -85,8 +85,8 @@ def test_interrupted_refinement_leaves_the_block_as_it_was(make_config, processo
     model = build_llava().bfloat16().requires_grad_(False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def fail(block, index, modules, others, *args):
-        others[0].data += 1
+    def fail(block, index, trainees, *args):
+        trainees.others[0].data += 1
         raise error
 
     monkeypatch.setattr("sab_hf.make.refine._train", fail)

@@ -256,7 +256,7 @@ def test_samples_one_at_a_time_give_what_they_give_together(name):
     roles = find_roles(family.model)
     for stage in roles.stages:
         together_, apart = (BlockInputs(family.model, stage, batches) for _ in range(2))
-        apart.workspace.limit.rows = 1
+        apart.workspace.limit.samples = 1
         compared = 0
         for index, block_name in enumerate(stage):
             block = family.model.get_submodule(block_name)

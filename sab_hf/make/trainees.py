@@ -1,0 +1,99 @@
+"""Planes, norms and biases of blocks, made trainable for a while, then packed."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..method.trainable import TrainablePlanes
+from ..packed.linear import SABLinear, replace_module
+from ..planes import SignPlanes
+
+
+class Trainees:
+    """What is trained in some blocks: the planes of their Linears, and their norms and biases. Other matrices are not.
+
+    Making one puts a `TrainablePlanes` in the place of each Linear, and every other parameter of the blocks into float32.
+    `pack` or `give_back` ends that.
+
+    Args:
+        model: the model.
+        blocks: of the model.
+        planes: of their Linears by module name, where training starts.
+        weights: the dense weights [out_features, in_features] that the planes stand for, by module name, on any device.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: list[nn.Module], planes: dict[str, SignPlanes], weights: dict[str, Tensor]
+    ):
+        self._model, self._start = model, planes
+        self._linears = {name: model.get_submodule(name) for name in planes}
+        self.modules = {}
+        for name, linear in self._linears.items():
+            device = planes[name].signs.device
+            self.modules[name] = TrainablePlanes(planes[name], weights[name].detach().to(device).float(), linear.bias)
+        for name, module in self.modules.items():
+            replace_module(model, name, module)
+        own = {p for module in self.modules.values() for p in module.parameters()}
+        beside = [p for block in blocks for p in block.parameters() if p not in own and p.is_floating_point()]
+        self.others = [p for p in beside if p.ndim < 2]
+        """Norms and biases."""
+        self._before = {p: (p.data if p.ndim > 1 else p.detach().clone(), p.requires_grad) for p in beside}
+        for p in beside:
+            p.data = p.data.float()
+            p.requires_grad_(p.ndim < 2)
+
+    def latents(self) -> list[nn.Parameter]:
+        """Return the latent weights behind the signs."""
+        return [module.latent for module in self.modules.values()]
+
+    def scales(self) -> list[nn.Parameter]:
+        """Return what is trained of the Linears beside the latent weights: changes of scales, and biases."""
+        return [p for module in self.modules.values() for name, p in module.named_parameters() if name != "latent"]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what has been trained, by name, for `load_state`; the tensors themselves."""
+        named = {
+            f"{name}|{inner}": p.data for name, module in self.modules.items() for inner, p in module.named_parameters()
+        }
+        return named | {f"other|{i}": p.data for i, p in enumerate(self.others)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state` returned."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    def result(self) -> dict[str, Tensor | SignPlanes]:
+        """Return a copy of what `pack` would put into the model now, in little memory."""
+        planes = {name: module.planes() for name, module in self.modules.items()}
+        biases = {f"{name}|bias": m.bias.detach().clone() for name, m in self.modules.items() if m.bias is not None}
+        return planes | biases | {f"other|{i}": p.detach().clone() for i, p in enumerate(self.others)}
+
+    def pack(self, result: dict[str, Tensor | SignPlanes] | None = None) -> None:
+        """Put packed Linears and norms into the model: as they are now, as they were at a `result`."""
+        result = self.result() if result is None else result
+        for i, p in enumerate(self.others):
+            p.data = result[f"other|{i}"]
+        self._settle(trained=True)
+        for name, linear in self._linears.items():
+            bias = linear.bias
+            if bias is not None:
+                bias = result[f"{name}|bias"].to(bias.dtype)
+            replace_module(self._model, name, SABLinear.from_planes(result[name], bias))
+
+    def pack_start(self) -> None:
+        """Put packed Linears into the model as the training found them, and leave all else as it was before."""
+        self._settle(trained=False)
+        for name, linear in self._linears.items():
+            replace_module(self._model, name, SABLinear.from_planes(self._start[name], linear.bias))
+
+    def give_back(self) -> None:
+        """Make the blocks what they were before."""
+        self._settle(trained=False)
+        for name, linear in self._linears.items():
+            replace_module(self._model, name, linear)
+
+    def _settle(self, trained: bool) -> None:
+        for p, (value, requires_grad) in self._before.items():
+            p.data = p.data.to(value.dtype) if trained and p.ndim < 2 else value
+            p.grad = None
+            p.requires_grad_(requires_grad)
