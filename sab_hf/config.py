@@ -99,6 +99,11 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         refine_scale_rate: Adam's learning rate for scales (relative to their size), norms and biases; 2e-3 to 1e-2 measured
             alike.
         refine_latent_rate: the same for the latent weights behind the signs, which start at ±0.5.
+        distil_steps: steps of distillation (method §7), which trains scales, signs, norms and biases of all language blocks
+            together to predict what the full-precision model predicts. None: 1000 on a GPU, 100 on a CPU; 0 turns it off.
+        distil_batch: calibration samples of one step.
+        distil_scale_rate: Adam's learning rate for scales, norms and biases, relative to their size.
+        distil_latent_rate: the same for the latent weights behind the signs. None: 3e-2 for one plane, less for more planes.
         block_size: columns that the sign sweep treats between two matrix products; changes speed, not results.
         salient_top_p: share of weights that count as significant in a modality (paper's value).
         diff_quantile: quantile of |S_text − S_visual| from which a significant weight is unimodal (paper's value).
@@ -160,6 +165,10 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     refine_loss: str = "balanced"
     refine_scale_rate: float = 5e-3
     refine_latent_rate: float = 2e-2
+    distil_steps: int | None = None
+    distil_batch: int = 8
+    distil_scale_rate: float = 5e-3
+    distil_latent_rate: float | None = None
     compute_device: str | None = None
     checkpoint_dir: str | None = None
     offload_dir: str | None = None
@@ -184,12 +193,17 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             _check_integer(self, name, low)
         _check_integer(self, "alternations", 1)
         _check_integer(self, "block_size", 1)
-        if self.refine_steps is not None:
-            _check_integer(self, "refine_steps", 0)
-        _check_integer(self, "refine_batch", 1)
+        for name in ("refine_steps", "distil_steps"):
+            if getattr(self, name) is not None:
+                _check_integer(self, name, 0)
+        for name in ("refine_batch", "distil_batch"):
+            _check_integer(self, name, 1)
         _check_integer(self, "sensitivity_samples", 1)
         _check_number(self, "refine_scale_rate", 0, 1, open_low=True)
         _check_number(self, "refine_latent_rate", 0, 1, open_low=True)
+        _check_number(self, "distil_scale_rate", 0, 1, open_low=True)
+        if self.distil_latent_rate is not None:
+            _check_number(self, "distil_latent_rate", 0, 1, open_low=True)
         _check_number(self, "damping", 1e-6, 1e3)
         _check_number(self, "salient_top_p", 0, 1, open_low=True)
         _check_number(self, "diff_quantile", 0, 1)

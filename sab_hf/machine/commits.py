@@ -94,6 +94,10 @@ class RunCheckpoint:
         self._write(self._path(stage), content)
         logger.debug("committed %s: %.1f MiB", stage, len(content) / 2**20)
 
+    def forget(self, stage: str) -> None:
+        """Delete what was committed under this name, if anything."""
+        self._path(stage).unlink(missing_ok=True)
+
     def stages(self) -> list[str]:
         """Return the names of the finished stages, sorted."""
         return sorted(path.stem for path in self.folder.glob("*.safetensors"))

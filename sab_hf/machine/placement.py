@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import psutil
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
@@ -108,6 +109,11 @@ def check_readable(model: nn.Module, name: str) -> Mapping[str, Tensor]:
         if hook.offload and hook.weights_map is not None:
             return hook.weights_map
     raise ValueError(_missing(name))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def check_finite(name: str, weight: Tensor) -> None:

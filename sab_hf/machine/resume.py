@@ -16,6 +16,7 @@ Left = tuple[dict[str, Tensor], dict[str, Any]]
 """What a step leaves behind: tensors by name, and plain data."""
 
 _RANDOM = "random_state."
+_UNFINISHED = " (unfinished)"
 _SAMPLES = "rows"  # the name in the files
 
 
@@ -71,7 +72,12 @@ class Steps:
         if self.checkpoint is not None:
             kept = record | {_SAMPLES: self.workspace.limit.samples}
             self.checkpoint.save(name, tensors | _random_state(self.workspace.device), kept)
+            self.checkpoint.forget(f"{name}{_UNFINISHED}")
         return tensors, record
+
+    def progress(self, name: str) -> Progress:
+        """Return where the step called `name` keeps how far it is; it is deleted when the step is done."""
+        return Progress(self.checkpoint, f"{name}{_UNFINISHED}")
 
     def close(self) -> None:
         """Let other processes use the folder, and delete the files of hidden states."""
@@ -86,6 +92,33 @@ class Steps:
             torch.set_rng_state(states["cpu"])
         if "cuda" in states and self.workspace.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.workspace.device)
+
+
+class Progress:
+    """How far a step is, for a run that is killed in it.
+
+    Args:
+        checkpoint: the run's folder, on the first process; None: nothing is kept.
+        name: in the folder.
+    """
+
+    def __init__(self, checkpoint: RunCheckpoint | None, name: str):
+        self._checkpoint, self._name = checkpoint, name
+
+    def load(self) -> Left | None:
+        """Return what was saved last, on all processes; None if nothing was."""
+        found = self._checkpoint.load(self._name) if self._checkpoint else None
+        return distributed.broadcast(None if found is None else (found.tensors, found.record), source=0)
+
+    def save(self, tensors: Callable[[], dict[str, Tensor]], record: dict[str, Any]) -> None:
+        """Keep tensors and plain data in place of what was saved before.
+
+        Args:
+            tensors: makes them; not called where nothing is kept.
+            record: plain data.
+        """
+        if self._checkpoint is not None:
+            self._checkpoint.save(self._name, tensors(), record)
 
 
 def _without_random_state(step: Stage) -> Left:

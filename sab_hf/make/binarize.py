@@ -23,6 +23,7 @@ from ..machine.fingerprint import digest, fingerprint
 from ..machine.placement import check_finite
 from ..machine.plain_torch import plain_torch
 from ..machine.resume import Left, Steps
+from ..machine.weights import iter_weights
 from ..machine.workspace import Workspace
 from ..method.recipe import FitRecord, fit_linear
 from ..method.sensitivity import Sensitivity
@@ -33,6 +34,7 @@ from ..packed.swap import swap_in_empty
 from ..passes.capture import BlockInputs
 from ..passes.routing import with_fallback
 from ..planes import SignPlanes
+from .distil import distil_window, plan_windows
 from .plan import Plan, make_plan, plan_with_weights
 from .preflight import Estimate, estimate_run, log_estimate
 from .records import QuantizationRecord
@@ -77,24 +79,34 @@ def binarize(
             with measure("capture"):
                 later = plan.roles.blocks[plan.roles.blocks.index(blocks[-1]) + 1 :]
                 inputs = BlockInputs(model, blocks, plan.calibration.batches, workspace, later)
-            for index, name in enumerate(blocks):
-                with workspace.placement.visit(name, lasting=True) as block:
+            for window in plan_windows(model, plan, blocks, inputs, steps):
+                entering = inputs.fork() if window.trained else None
+                weights: dict[str, Tensor] = {}
+                for index, name in enumerate(window.names, window.first):
                     own = plan.linears_of(name)
-                    split_experts(model, own)
-                    if plan.refine.steps:
-                        with measure("targets"):
-                            inputs.advance_targets(block, index)
-                    work = partial(
-                        _binarize_block, model, block, name, index, inputs, own, sensitivity, plan, config, record
-                    )
-                    restore = partial(_restore_block, model, name, own, workspace.device)
-                    _, done = steps.once(name, work, restore, share=True)
-                    record.note(done)
-                    progress.set_postfix_str(_refinement_in_words(done["refinement"]))
-                    progress.update()
-                    if index + 1 < len(blocks):
-                        with measure("binarized outputs"):
-                            inputs.advance(block, index)
+                    if window.trained:
+                        weights |= iter_weights(model, own)
+                    with workspace.placement.visit(name, lasting=True) as block:
+                        split_experts(model, own)
+                        if plan.refine.steps or window.trained:
+                            with measure("targets"):
+                                inputs.advance_targets(block, index)
+                        work = partial(
+                            _binarize_block, model, block, name, index, inputs, own, sensitivity, plan, config, record
+                        )
+                        restore = partial(_restore_block, model, name, own, workspace.device)
+                        _, done = steps.once(name, work, restore, share=True)
+                        record.note(done)
+                        progress.set_postfix_str(_refinement_in_words(done["refinement"]))
+                        progress.update()
+                        if index + 1 < len(blocks):
+                            with measure("binarized outputs"):
+                                inputs.advance(block, index)
+                if window.trained:
+                    with measure("distillation"):
+                        entering.take_targets(inputs)
+                        inputs = entering
+                        record.distillations.append(distil_window(model, plan, window, weights, inputs, steps))
             inputs.close()
     return plan.modules | {name: [num_planes, 0] for name, num_planes in plan.rest.items()}
 
@@ -188,7 +200,8 @@ def _open_steps(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wor
         distributed.check_same({"config": config.to_dict(), "modules": plan.modules, "calibration data": data})
     if config.checkpoint_dir is None or distributed.rank() > 0:
         return Steps(workspace, None)
-    decided = {"device": workspace.device, "processes": distributed.size(), "refine_steps": plan.refine.steps}
+    decided = {"device": workspace.device, "processes": distributed.size()}
+    decided |= {"refine_steps": plan.refine.steps, "distil_steps": plan.distil.steps}
     return Steps(workspace, RunCheckpoint(config.checkpoint_dir, fingerprint(model, batches, config, **decided)))
 
 

@@ -19,8 +19,8 @@ from ..machine.plain_torch import plain_torch
 from ..machine.weights import check_weights
 from ..method.budget import allocate
 from ..packed.linear import SABModule
-from .refine import RefineSettings
 from .rest import check_rest, plan_rest, rest_names
+from .settings import DistilSettings, RefineSettings
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Plan:
         calibration: the processed calibration set.
         coverage: the share of the language weights that `modules` is.
         refine: numbers of block refinement.
+        distil: numbers of distillation.
     """
 
     roles: Roles
@@ -47,6 +48,7 @@ class Plan:
     calibration: CalibrationSet
     coverage: Coverage
     refine: RefineSettings
+    distil: DistilSettings
 
     def linears_of(self, block: str) -> dict[str, list[int]]:
         """Return `modules`, those in one block."""
@@ -83,8 +85,9 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     modules = allocate(shapes, config.bits)
     with plain_torch():
         calibration = _calibration(model, config, processor, samples)
-    settings = RefineSettings.of(config, compute_device(model, config.compute_device))
-    return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered, settings)
+    device = compute_device(model, config.compute_device)
+    settings = RefineSettings.of(config, device), DistilSettings.of(config, device)
+    return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered, *settings)
 
 
 def plan_with_weights(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Plan:
@@ -93,8 +96,9 @@ def plan_with_weights(model: nn.Module, plan: Plan, config: SABQuantizationConfi
     Raises:
         ValueError: weights are not finite, or cannot be loaded from where they are.
     """
-    settings = RefineSettings.of(config, compute_device(model, config.compute_device))
-    plan = replace(plan, rest=plan_rest(model, plan.roles, config), refine=settings)
+    device = compute_device(model, config.compute_device)
+    refine, distil = RefineSettings.of(config, device), DistilSettings.of(config, device)
+    plan = replace(plan, rest=plan_rest(model, plan.roles, config), refine=refine, distil=distil)
     check_weights(model, plan.modules)
     check_rest(model, plan.rest)
     return plan

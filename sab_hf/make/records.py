@@ -7,6 +7,7 @@ from typing import Any
 
 from ..machine.clock import StageClock
 from ..method.recipe import FitRecord
+from .distil import DistilResult
 from .refine import RefineResult
 
 
@@ -18,6 +19,7 @@ class QuantizationRecord:
         calibration: the calibration set in words.
         fits: one record for each Linear of the language blocks.
         refinements: block output errors before and after, one for each block that was refined.
+        distillations: the loss on held-out samples before and after, one for each window of blocks that was distilled.
         stages: time and peak memory by stage.
         seconds: in all, from the first weight on.
         measured: whether the sensitivity of the loss was measured; if not, bits are spread evenly.
@@ -26,6 +28,7 @@ class QuantizationRecord:
     calibration: str
     fits: list[FitRecord] = field(default_factory=list)
     refinements: list[RefineResult] = field(default_factory=list)
+    distillations: list[DistilResult] = field(default_factory=list)
     stages: StageClock = field(default_factory=StageClock)
     seconds: float = 0.0
     measured: bool = False

@@ -5,44 +5,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration import PADDING
-from ..config import SABQuantizationConfig
 from ..machine import distributed
 from ..method.trainable import TrainablePlanes, building
 from ..passes.capture import BlockInputs
 from ..passes.states import BatchState, block_output
 from ..planes import SignPlanes
+from .settings import RefineSettings
 from .trainees import Trainees
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_STEPS, DEFAULT_STEPS_CPU = 400, 50
-"""Steps of a block on an accelerator and on a CPU."""
-
-
-@dataclass(frozen=True)
-class RefineSettings:
-    """Numbers of block refinement; see `SABQuantizationConfig`."""
-
-    steps: int
-    samples_per_step: int
-    scale_rate: float
-    latent_rate: float
-    seed: int
-
-    @classmethod
-    def of(cls, config: SABQuantizationConfig, device: torch.device) -> RefineSettings:
-        """Return the numbers that a config means on a compute device."""
-        steps = config.refine_steps
-        if steps is None:
-            steps = DEFAULT_STEPS_CPU if device.type == "cpu" else DEFAULT_STEPS
-        return cls(steps, config.refine_batch, config.refine_scale_rate, config.refine_latent_rate, config.seed)
 
 
 class RefineResult(NamedTuple):

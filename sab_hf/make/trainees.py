@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..method.trainable import TrainablePlanes
 from ..packed.linear import SABLinear, replace_module
+from ..packing import from_tensors, to_tensors
 from ..planes import SignPlanes
 
 
@@ -67,6 +68,28 @@ class Trainees:
         planes = {name: module.planes() for name, module in self.modules.items()}
         biases = {f"{name}|bias": m.bias.detach().clone() for name, m in self.modules.items() if m.bias is not None}
         return planes | biases | {f"other|{i}": p.detach().clone() for i, p in enumerate(self.others)}
+
+    def pack_result(self, result: dict[str, Tensor | SignPlanes]) -> dict[str, Tensor]:
+        """Return a `result` as tensors by name, for `unpack_result`."""
+        tensors = {}
+        for name, value in result.items():
+            parts = to_tensors(value) if isinstance(value, SignPlanes) else {"": value}
+            tensors |= {f"best|{name}|{part}": tensor for part, tensor in parts.items()}
+        return tensors
+
+    def unpack_result(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | SignPlanes]:
+        """Return the `result` that `pack_result` made tensors of; other tensors among them are left alone."""
+        result: dict[str, Tensor | SignPlanes] = {}
+        for name, value in self.result().items():
+            if isinstance(value, SignPlanes):
+                start = f"best|{name}|"
+                parts = {
+                    key[len(start) :]: t.to(value.signs.device) for key, t in tensors.items() if key.startswith(start)
+                }
+                result[name] = from_tensors(parts, value.shape[1])
+            else:
+                result[name] = tensors[f"best|{name}|"].to(value.device)
+        return result
 
     def pack(self, result: dict[str, Tensor | SignPlanes] | None = None) -> None:
         """Put packed Linears and norms into the model: as they are now, as they were at a `result`."""

@@ -91,6 +91,21 @@ class BlockInputs:
         part.states = [copy.copy(state) for state in self.states if state.number in chosen]
         return part
 
+    def fork(self) -> BlockInputs:
+        """Return the same inputs, which stay here while these advance; `take_targets` gives them what became of the targets."""
+        part = copy.copy(self)
+        part.states = [copy.copy(state) for state in self.states]
+        for state in self.states:
+            state.shared = True
+        return part
+
+    def take_targets(self, ahead: BlockInputs) -> None:
+        """Have the targets of inputs that ran ahead, which are read no more."""
+        for state, other in zip(self.states, ahead.states, strict=True):
+            if other.hidden is not state.hidden:
+                self.workspace.store.forget(other.hidden)
+            state.target, state.target_left = other.target, other.target_left
+
     def close(self) -> None:
         """Give up the room that the batches take; nobody reads them any more."""
         for state in self.states:
@@ -108,8 +123,11 @@ class BlockInputs:
             state.target_left = self._merged(state.target_left, left)
 
     @torch.no_grad()
-    def advance(self, block: nn.Module, index: int) -> None:
-        """Replace the cached hidden states by the output of `block`, which is number `index`."""
+    def advance(self, block: nn.Module, index: int, with_targets: bool = True) -> None:
+        """Replace the cached hidden states by the output of `block`, which is number `index`.
+
+        What the model adds to it is added to the targets too, unless they have it already (not `with_targets`).
+        """
         store = self.workspace.store
         for state in self.states:
             output = state.hidden
@@ -119,10 +137,12 @@ class BlockInputs:
             injection = state.injections[index + 1] if index + 1 < len(state.injections) else None
             if injection is not None:
                 output = output + injection.to(output.device)
-                if state.target is not None:
+                if state.target is not None and with_targets:
                     state.target = store.replace(state.target, state.target + injection.to(state.target.device))
             if output is not state.hidden:
-                state.hidden = store.put(output) if self.keeps else store.replace(state.hidden, output)
+                kept = self.keeps or state.shared
+                state.hidden = store.put(output) if kept else store.replace(state.hidden, output)
+                state.shared = False
 
     def _output(self, block: nn.Module, index: int, state: BatchState, of_target: bool = False) -> tuple[Tensor, Left]:
         """Run the block on a whole batch, in parts where memory asks for it; returns what it gives and what it leaves."""

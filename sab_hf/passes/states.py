@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class BatchState:
         injections: for each block, what the model adds to the hidden states before it (as deep visual features), or None.
         others: what blocks return beside the hidden states; None if they return a bare tensor.
         left, target_left: what the binarized and the full-precision blocks so far have left for later ones.
+        shared: whether another state reads the tensor `hidden`.
     """
 
     number: int
@@ -50,6 +51,7 @@ class BatchState:
     others: tuple | None = None
     left: Left = field(default_factory=dict)
     target_left: Left = field(default_factory=dict)
+    shared: bool = False
 
     @property
     def rows(self) -> int:
@@ -60,12 +62,13 @@ class BatchState:
         """Whether the model runs block number `index` for this batch."""
         return self.calls[index] is not None
 
-    def pieces(self, index: int, of_target: bool = False) -> Iterator[BatchState]:
+    def pieces(self, index: int, of_target: bool = False, count: int = 1) -> Iterator[BatchState]:
         """Yield the batch on the compute device, ready for block number `index`, in parts that fit into its memory.
 
         Args:
-            index: of a block that runs for this batch.
+            index: of a block; one of the `count` from it on runs for this batch.
             of_target: the block will run on `target`, and reads what full-precision blocks left.
+            count: of blocks that the parts are ready for.
         """
         device = self.workspace.device
         batch, length = self.modality.shape
@@ -74,10 +77,23 @@ class BatchState:
             piece = BatchState(self.number, self.workspace, *parts, self.foreign)
             piece.hidden = _rows_of(self.hidden, rows).to(device)
             piece.target = None if self.target is None else _rows_of(self.target, rows).to(device)
-            args, kwargs = take_samples(self.calls[index], rows, batch, length)
-            left = self.target_left if of_target else self.left
-            kwargs = _with_left(kwargs, map_tensors(left, lambda tensor, rows=rows: tensor[rows]))
-            piece.calls = [None] * index + [map_tensors((args, kwargs), lambda tensor: tensor.to(device))]
+            left = map_tensors(self.target_left if of_target else self.left, lambda tensor, rows=rows: tensor[rows])
+            here: dict[int, Tensor] = {}  # blocks share masks and positions
+
+            def take(tensor: Tensor, rows: slice = rows, here: dict[int, Tensor] = here) -> Tensor:
+                if id(tensor) not in here:
+                    here[id(tensor)] = take_samples(tensor, rows, batch, length).to(device)
+                return here[id(tensor)]
+
+            for call, injection in zip(self.calls[index : index + count], self.injections[index:], strict=False):
+                if call is not None:
+                    args, kwargs = map_tensors(call, take)
+                    call = args, _with_left(kwargs, map_tensors(left, lambda tensor: tensor.to(device)))
+                piece.calls.append(call)
+                piece.injections.append(None if injection is None else _rows_of(injection, rows).to(device))
+            after = self.injections[index + count] if index + count < len(self.injections) else None
+            piece.injections.append(None if after is None else _rows_of(after, rows).to(device))
+            piece.calls, piece.injections = [None] * index + piece.calls, [None] * index + piece.injections
             yield piece
 
 
@@ -94,6 +110,32 @@ def block_output(block: nn.Module, index: int, state: BatchState, hidden: Tensor
         for name, known in before.items()
     }
     return output[0] if isinstance(output, tuple) else output
+
+
+def window_output(
+    blocks: list[nn.Module], first: int, state: BatchState, hidden: Tensor, run: Callable[..., Tensor] = block_output
+) -> Tensor:
+    """Run successive blocks, the first of which is number `first`, with what each leaves for later ones.
+
+    Args:
+        state: ready for all of them, from `BatchState.pieces`.
+        hidden: [..., batch, length, hidden_size], what enters the first block.
+        run: runs one block as `block_output` does, and may save memory.
+    Returns:
+        What enters the block after them: their output, and what the model adds to it.
+    """
+    left: Left = {}
+    for index, block in enumerate(blocks, first):
+        if state.runs(index):
+            args, kwargs = state.calls[index]
+            one = copy.copy(state)
+            one.calls = [None] * index + [(args, _with_left(kwargs, left))]
+            hidden = run(block, index, one, hidden)
+            for name, values in one.left.items():
+                left.setdefault(name, {}).update(values)
+        if state.injections[index + 1] is not None:
+            hidden = hidden + state.injections[index + 1]
+    return hidden
 
 
 def join(outputs: list[Tensor], left: list[Left]) -> tuple[Tensor, Left]:

@@ -1,0 +1,414 @@
+"""Distillation: train the planes of many blocks together until the model predicts what the full-precision one predicts.
+
+A window of successive blocks, whose Linears are trainable planes, runs on the cached states that enter it. Its loss is the
+divergence of the next-token distributions, or, where blocks follow that are not in the window, the squared error of its output.
+The full-precision side is the cached output of the full-precision blocks, so no second model is held or run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils.logging import tqdm
+
+from ..calibration import PADDING, CalibrationBatch
+from ..machine import distributed
+from ..machine.placement import free_memory
+from ..machine.resume import Left, Progress, Steps
+from ..method.trainable import building
+from ..passes.capture import BlockInputs
+from ..passes.gradients import positions_at_once
+from ..passes.states import BatchState, block_output, window_output
+from ..passes.tail import NoLogitsError, Tail
+from ..planes import SignPlanes
+from .plan import Plan
+from .refine import draw_batches
+from .settings import DistilSettings
+from .trainees import Trainees
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 20
+"""Steps over which the rates rise."""
+
+MEASUREMENTS = 10
+"""How often the loss on held-out samples is measured during a run of all steps."""
+
+PATIENCE = 3
+"""Measurements without a new best after which training stops."""
+
+HELD_OUT = 16
+"""One of so many batches is held out of training."""
+
+BYTES_PER_WEIGHT = 31
+"""Peak of training, in bytes for each weight: latent, unit, two moments and gradient of Adam, weight and its gradient in float32,
+and what the choice of a level leaves for the way back."""
+
+MEMORY_SHARE = 0.6
+"""Part of the free memory that the weights of a window may take; activations and logits need some too."""
+
+BYTES_PER_LOGIT = 32
+"""Peak of the divergence and its gradient, in bytes for each logit: eight float32 copies."""
+
+
+class DistilResult(NamedTuple):
+    """How a distillation went.
+
+    Attributes:
+        before, after: on held-out calibration samples, nats per token between the next-token distributions of the full-precision
+            and the binarized model; of a window that other blocks follow, the relative squared error of its output.
+        steps: that were made, and the one whose result was kept.
+    """
+
+    before: float
+    after: float
+    steps: int
+    best_step: int
+
+
+class Window(NamedTuple):
+    """Successive blocks that are trained together, or that are not trained.
+
+    Attributes:
+        names: of the blocks.
+        first: number of the first one in its list.
+        trained: whether they are.
+        tail: gives logits for the last block's output; None where other blocks follow.
+    """
+
+    names: tuple[str, ...]
+    first: int
+    trained: bool
+    tail: Tail | None = None
+
+
+def plan_windows(
+    model: nn.Module, plan: Plan, blocks: tuple[str, ...], inputs: BlockInputs, steps: Steps
+) -> list[Window]:
+    """Share a list of blocks out to windows, as large as the memory of the compute device allows.
+
+    Args:
+        model: with its dense blocks.
+        plan: of the run.
+        blocks: names of one of its lists.
+        inputs: of the first block.
+        steps: of the run; one that was interrupted goes on with the windows it had.
+    """
+    whole = [Window(blocks, 0, trained=False)]
+    if not plan.distil.steps or blocks != plan.roles.stages[-1]:
+        return whole
+    states = [state for state in inputs.states if state.hidden is not None]
+    richest = max(states, key=lambda state: len(plan.calibration.batches[state.number].inputs), default=None)
+    try:
+        if richest is None:
+            raise NoLogitsError("no sample runs through the blocks")
+        with inputs.workspace.placement.visit_rest(plan.roles.blocks):
+            modules = [model.get_submodule(name) for name in blocks]
+            tail = Tail(model, modules, plan.calibration.batches[richest.number], richest)
+    except NoLogitsError as reason:
+        logger.warning(
+            "the model is not distilled (%s); its blocks stay as they are after the fit and refinement", reason
+        )
+        return whole
+
+    def decide() -> Left:
+        free = free_memory(inputs.workspace.device)
+        room = [
+            BYTES_PER_WEIGHT * sum(math.prod(plan.shapes[name]) for name in plan.linears_of(block)) for block in blocks
+        ]
+        count = max(1, min(len(blocks), int(MEMORY_SHARE * free / max(room))))
+        return {}, {"blocks": math.ceil(len(blocks) / math.ceil(len(blocks) / count))}
+
+    size = distributed.broadcast(steps.once("windows", decide)[1]["blocks"], source=0)
+    starts = range(0, len(blocks), size)
+    return [Window(blocks[i : i + size], i, True, tail if i + size >= len(blocks) else None) for i in starts]
+
+
+def distil_window(
+    model: nn.Module, plan: Plan, window: Window, weights: dict[str, Tensor], inputs: BlockInputs, steps: Steps
+) -> DistilResult:
+    """Distil one window of a run, or take what it became; then the inputs are those of the block after it, if there is one.
+
+    Args:
+        model, window, weights, inputs: as in `distil`; blocks may be anywhere.
+        plan: of the run.
+        steps: of the run.
+    """
+    placement, last = inputs.workspace.placement, window.first + len(window.names) - 1
+    name = f"distilled blocks {window.first} to {last}"
+
+    def train() -> Left:
+        planes = {linear: model.get_submodule(linear).planes() for linear in weights}
+        batches = plan.calibration.batches
+        result = distil(model, window, planes, weights, inputs, batches, plan.distil, steps.progress(name))
+        states = {block: model.get_submodule(block).state_dict() for block in window.names}
+        return {f"{b}|{key}": t for b, state in states.items() for key, t in state.items()}, result._asdict()
+
+    def restore(tensors: dict[str, Tensor]) -> None:
+        for block in window.names:
+            own = {key.partition("|")[2]: t for key, t in tensors.items() if key.partition("|")[0] == block}
+            state = {key: tensor.to(inputs.workspace.device) for key, tensor in own.items()}
+            model.get_submodule(block).load_state_dict(state, assign=True)
+
+    with placement.visit_rest(plan.roles.blocks), ExitStack() as stack:
+        blocks = [stack.enter_context(placement.visit(block, lasting=True)) for block in window.names]
+        _, result = steps.once(name, train, restore, share=True)
+        if window.tail is None:
+            for index, block in enumerate(blocks, window.first):
+                inputs.advance(block, index, with_targets=False)
+    return DistilResult(**result)
+
+
+def distil(
+    model: nn.Module,
+    window: Window,
+    planes: dict[str, SignPlanes],
+    weights: dict[str, Tensor],
+    inputs: BlockInputs,
+    batches: list[CalibrationBatch],
+    settings: DistilSettings,
+    progress: Progress,
+) -> DistilResult:
+    """Train the planes, norms and biases of a window of blocks, and pack the best state that was measured.
+
+    Where nothing lowers the loss on held-out samples, the blocks stay what they were, and a warning says so. Where training ends
+    with an error, they do too.
+
+    Args:
+        model: with the window's blocks on the compute device, their Linears packed.
+        window: the blocks.
+        planes: of all their packed Linears, by module name.
+        weights: the dense weights that the planes stand for, by module name, on any device.
+        inputs: calibration batches with `hidden`, which enters the window, and `target`, what the full-precision blocks up to the
+            window's end give. Each process of several has its own.
+        batches: the calibration set.
+        settings: steps and rates.
+        progress: where an interrupted training goes on.
+    Raises:
+        RuntimeError: out of memory with one sample at a time; the message says what to lower.
+
+    Source: knowledge distillation by forward KL; quantization-aware distillation (arXiv 2601.20088); method §7.
+    """
+    blocks = [model.get_submodule(name) for name in window.names]
+    trainees = Trainees(model, blocks, planes, weights)
+    try:
+        loss = _Loss(blocks, window, inputs, batches)
+        result, best = _train(trainees, loss, inputs, settings, progress)
+    except BaseException:
+        trainees.give_back()
+        raise
+    if best is None:
+        logger.warning(
+            "distillation did not lower the loss on held-out samples (%.4f); the blocks stay what they were. More or other "
+            "calibration samples, or lower `distil_latent_rate` and `distil_scale_rate`, may help",
+            result.before,
+        )
+        trainees.give_back()
+    else:
+        trainees.pack(best)
+    return result
+
+
+def _train(
+    trainees: Trainees, loss: _Loss, inputs: BlockInputs, settings: DistilSettings, progress: Progress
+) -> tuple[DistilResult, dict[str, Any] | None]:
+    """Return how training went, and the best result; None if none was better than the start."""
+    sizes = distributed.merge({state.number: state.rows for state in inputs.states if loss.counts(state)})
+    held = set(list(sizes)[HELD_OUT // 2 :: HELD_OUT] if len(sizes) > HELD_OUT // 2 else list(sizes)[1::2][:1])
+    held = held or set(sizes)  # of one batch nothing can be held out
+    drawn_from = {number: rows for number, rows in sizes.items() if number not in held} or sizes
+    optimizer = _optimizer(trainees, settings)
+    interval = max(1, settings.steps // MEASUREMENTS)
+    start, before, best_loss, best_step, best = 0, None, math.inf, 0, None
+    found = progress.load()
+    if found is not None:
+        tensors, known = found
+        start, before, best_loss, best_step = known["step"], known["before"], known["best_loss"], known["best_step"]
+        _load_optimizer(trainees, optimizer, tensors)
+        best = trainees.unpack_result(tensors) if best_step else None
+    else:
+        before = best_loss = loss.measure(trainees, held)
+    draws = draw_batches(drawn_from, settings.samples_per_step, settings.seed)
+    for _ in range(start):
+        next(draws)
+    step = start
+    with tqdm(total=settings.steps, initial=start, desc="distilling", disable=distributed.rank() > 0) as bar:
+        bar.set_postfix_str(f"held-out loss {before:.4f}")
+        while step < settings.steps:
+            factor = _schedule(step, settings.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * factor
+            optimizer.zero_grad(set_to_none=True)
+            loss.accumulate_gradients(trainees, next(draws))
+            distributed.sum_gradients(p for group in optimizer.param_groups for p in group["params"])
+            optimizer.step()
+            step += 1
+            bar.update()
+            if step % interval and step < settings.steps:
+                continue
+            now = loss.measure(trainees, held)
+            bar.set_postfix_str(f"held-out loss {before:.4f} → {now:.4f}")
+            if now < best_loss:  # False also for NaN
+                best_loss, best_step, best = now, step, trainees.result()
+            if not math.isfinite(now) or step - max(best_step, 0) >= PATIENCE * interval:
+                break
+            if step < settings.steps:
+                progress.save(
+                    partial(_state, trainees, optimizer, best),
+                    {"step": step, "before": before, "best_loss": best_loss, "best_step": best_step},
+                )
+    return DistilResult(before, best_loss, step, best_step), best
+
+
+def _schedule(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _optimizer(trainees: Trainees, settings: DistilSettings) -> torch.optim.Optimizer:
+    """Return Adam; the rate of norms and biases, which are not relative as scales are, goes with their size."""
+    latents, scales = trainees.latents(), trainees.scales()
+    groups = [{"params": latents, "rate": settings.latent_rate}, {"params": scales, "rate": settings.scale_rate}]
+    for p in trainees.others:
+        size = float(p.detach().square().mean().sqrt())
+        groups.append({"params": [p], "rate": settings.scale_rate * (size or 1.0)})
+    fused = any(p.is_cuda for p in latents)
+    return torch.optim.Adam([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95), fused=fused)
+
+
+def _state(trainees: Trainees, optimizer: torch.optim.Optimizer, best: dict[str, Any] | None) -> dict[str, Tensor]:
+    """Return all tensors that training needs to go on, by name."""
+    tensors = {f"now|{name}": tensor for name, tensor in trainees.state().items()}
+    for number, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam|{number}|{key}": torch.as_tensor(value) for key, value in moments.items()}
+    return tensors | (trainees.pack_result(best) if best else {})
+
+
+def _load_optimizer(trainees: Trainees, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    trainees.load_state({key[len("now|") :]: tensor for key, tensor in tensors.items() if key.startswith("now|")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("adam|"):
+            _, number, name = key.split("|")
+            state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class _Loss:
+    """The loss of a window of blocks on batches of the calibration set."""
+
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        window: Window,
+        inputs: BlockInputs,
+        batches: list[CalibrationBatch],
+    ):
+        self.blocks, self.first, self.tail = blocks, window.first, window.tail
+        self.inputs, self.batches = inputs, batches
+        self.own = {state.number: state for state in inputs.states}
+        tokens = {n: int(_counted(state.modality).sum()) for n, state in self.own.items()}
+        self.tokens = distributed.merge(tokens)
+        self.limit = inputs.workspace.limit
+        self.saves_memory = False
+
+    def counts(self, state: BatchState) -> bool:
+        """Tell whether a batch runs through one of the blocks."""
+        return any(state.runs(index) for index in range(self.first, self.first + len(self.blocks)))
+
+    def accumulate_gradients(self, trainees: Trainees, numbers: list[int]) -> None:
+        """Add up the gradients of the mean loss over the tokens of some batches."""
+        total = sum(self.tokens[number] for number in numbers)
+        own = [self.own[number] for number in numbers if number in self.own]
+
+        def run() -> None:
+            for module in trainees.modules.values():
+                module.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
+                module.forget_gradient()
+            for p in trainees.others:
+                p.grad = None
+            for state in own:
+                self._run(state, lambda value: (value / total).backward())
+
+        with building(trainees.modules):
+            self.limit.retry("distilling", max((state.rows for state in own), default=1), run)
+
+    @torch.no_grad()
+    def measure(self, trainees: Trainees, numbers: set[int]) -> float:
+        """Return the mean loss over the tokens of some batches."""
+        sums = {"loss": 0.0}
+
+        def add(value: Tensor) -> None:
+            sums["loss"] += float(value)
+
+        with building(trainees.modules):
+            for number in sorted(numbers):
+                if number in self.own:
+                    state, known = self.own[number], sums["loss"]
+
+                    def run(state: BatchState = state, known: float = known) -> None:
+                        sums["loss"] = known
+                        self._run(state, add)
+
+                    self.limit.retry("measuring the loss", state.rows, run)
+        return distributed.sum_numbers(sums)["loss"] / sum(self.tokens[number] for number in numbers)
+
+    def _run(self, state: BatchState, use: Callable[[Tensor], None]) -> None:
+        """Call `use` with the summed loss of each part of a batch."""
+        device = self.inputs.workspace.device
+        outputs, targets = [], []
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            for piece in state.pieces(self.first, count=len(self.blocks)):
+                run = _checkpointed if self.saves_memory and torch.is_grad_enabled() else block_output
+                outputs.append(window_output(self.blocks, self.first, piece, piece.hidden.float(), run))
+                targets.append(piece.target)
+            output, target = torch.cat(outputs, -3), torch.cat(targets, -3)
+            if self.tail is None:
+                use(_squared_error(output, target, state.modality.to(device)))
+            else:
+                self._divergence(state, output, target, use)
+
+    def _divergence(self, state: BatchState, output: Tensor, target: Tensor, use: Callable[[Tensor], None]) -> None:
+        """Call `use` with a loss that has the gradients of the divergence; logits are made for some positions at a time."""
+        batch, length = self.batches[state.number], output.shape[-2]
+        counted = _counted(state.modality).to(output.device)
+        leaf = output.detach().requires_grad_(output.requires_grad)
+        step = positions_at_once(self.tail.model, batch, BYTES_PER_LOGIT)
+        total = torch.zeros((), device=output.device)
+        for start in range(0, length, step):
+            part = slice(start, min(start + step, length))
+            here = counted[:, part]
+            with torch.no_grad():
+                wanted = self.tail.logits(batch, state, target, part)[here].float().log_softmax(-1)
+            given = self.tail.logits(batch, state, leaf, part)[here].float().log_softmax(-1)
+            divergence = nn.functional.kl_div(given, wanted, reduction="sum", log_target=True)
+            if leaf.requires_grad:
+                divergence.backward()
+            total += divergence.detach()
+        if leaf.requires_grad:
+            # the value is the divergence, the gradient what was gathered at the output of the blocks
+            total = total + (output * leaf.grad).sum() - (output.detach() * leaf.grad).sum()
+        use(total)
+
+
+def _checkpointed(block: nn.Module, index: int, state: BatchState, hidden: Tensor) -> Tensor:
+    return checkpoint(block_output, block, index, state, hidden, use_reentrant=False, preserve_rng_state=False)
+
+
+def _squared_error(output: Tensor, target: Tensor, modality: Tensor) -> Tensor:
+    """Return the squared error relative to the size of each token's target, summed over tokens."""
+    target = target.float()
+    relative = (output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+    return relative[..., _counted(modality)].sum()
+
+
+def _counted(modality: Tensor) -> Tensor:
+    """Return where the loss counts, bool [batch, length], for the modality of each position."""
+    return modality != PADDING

@@ -1,0 +1,64 @@
+"""The numbers of training, with what the config leaves open decided for a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..config import SABQuantizationConfig
+
+REFINE_STEPS, REFINE_STEPS_CPU = 400, 50
+"""Steps of block refinement, for each block, on an accelerator and on a CPU."""
+
+DISTIL_STEPS, DISTIL_STEPS_CPU = 1000, 100
+"""Steps of distillation on an accelerator and on a CPU."""
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """Numbers of block refinement; see `SABQuantizationConfig`."""
+
+    steps: int
+    samples_per_step: int
+    scale_rate: float
+    latent_rate: float
+    seed: int
+
+    @classmethod
+    def of(cls, config: SABQuantizationConfig, device: torch.device) -> RefineSettings:
+        """Return the numbers that a config means on a compute device."""
+        steps = config.refine_steps
+        if steps is None:
+            steps = REFINE_STEPS_CPU if device.type == "cpu" else REFINE_STEPS
+        return cls(steps, config.refine_batch, config.refine_scale_rate, config.refine_latent_rate, config.seed)
+
+
+@dataclass(frozen=True)
+class DistilSettings:
+    """Numbers of distillation; see `SABQuantizationConfig`."""
+
+    steps: int
+    samples_per_step: int
+    scale_rate: float
+    latent_rate: float
+    seed: int
+
+    @classmethod
+    def of(cls, config: SABQuantizationConfig, device: torch.device) -> DistilSettings:
+        """Return the numbers that a config means on a compute device."""
+        steps = config.distil_steps
+        if steps is None:
+            steps = DISTIL_STEPS_CPU if device.type == "cpu" else DISTIL_STEPS
+        return cls(
+            steps,
+            config.distil_batch,
+            config.distil_scale_rate,
+            config.distil_latent_rate or _latent_rate(config.bits),
+            config.seed,
+        )
+
+
+def _latent_rate(bits: float | None) -> float:
+    """Return the rate of latent weights for a budget; more planes have finer levels."""
+    return 3e-2 if bits is None or bits < 1.9 else 1e-2
