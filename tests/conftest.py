@@ -73,7 +73,7 @@ def make_config(samples):
     """Return a config that is calibrated in a moment; keyword arguments change it."""
 
     def make(**changes) -> SABQuantizationConfig:
-        values = {"calibration": samples, "num_samples": 4, "alternations": 2, "refine_steps": 0}
+        values = {"calibration": samples, "num_samples": 4, "alternations": 2, "refine_steps": 0, "distil_steps": 0}
         values |= {"budget": "uniform"}  # so that every module has a residual plane
         return SABQuantizationConfig(**values | changes)
 

@@ -26,7 +26,7 @@ def main():
     args = parser.parse_args()
     expected = args.folder / "expected.pt"
     if args.mode == "write":
-        config = SABQuantizationConfig(num_samples=4, alternations=2)
+        config = SABQuantizationConfig(num_samples=4, alternations=2, distil_steps=0)
         model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, quantization_config=config, dtype=torch.float32)
         model.save_pretrained(args.folder)
         processor = AutoProcessor.from_pretrained(CHECKPOINT)

@@ -31,7 +31,15 @@ MEASURED = {"significance": "gradient", "budget": "sensitivity", "refine_loss": 
 
 
 def build_config(**changes) -> SABQuantizationConfig:
-    values = {"num_samples": 5, "batch_size": 2, "alternations": 2, "refine_steps": 2, "refine_batch": 3} | UNMEASURED
+    values = {
+        "num_samples": 5,
+        "batch_size": 2,
+        "alternations": 2,
+        "refine_steps": 2,
+        "refine_batch": 3,
+        "distil_steps": 0,
+    }
+    values |= UNMEASURED
     return SABQuantizationConfig(calibration=build_samples(), **values | changes)
 
 

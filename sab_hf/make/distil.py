@@ -81,12 +81,14 @@ class Window(NamedTuple):
         names: of the blocks.
         first: number of the first one in its list.
         trained: whether they are.
-        tail: gives logits for the last block's output; None where other blocks follow.
+        last: whether no block follows: the loss is that of the model's predictions.
+        tail: gives the predictions, on a process that has samples.
     """
 
     names: tuple[str, ...]
     first: int
     trained: bool
+    last: bool = True
     tail: Tail | None = None
 
 
@@ -105,18 +107,9 @@ def plan_windows(
     whole = [Window(blocks, 0, trained=False)]
     if not plan.distil.steps or blocks != plan.roles.stages[-1]:
         return whole
-    states = [state for state in inputs.states if state.hidden is not None]
-    richest = max(states, key=lambda state: len(plan.calibration.batches[state.number].inputs), default=None)
-    try:
-        if richest is None:
-            raise NoLogitsError("no sample runs through the blocks")
-        with inputs.workspace.placement.visit_rest(plan.roles.blocks):
-            modules = [model.get_submodule(name) for name in blocks]
-            tail = Tail(model, modules, plan.calibration.batches[richest.number], richest)
-    except NoLogitsError as reason:
-        logger.warning(
-            "the model is not distilled (%s); its blocks stay as they are after the fit and refinement", reason
-        )
+    tail, problem = _find_tail(model, plan, blocks, inputs)
+    if problem:
+        logger.warning("the model is not distilled: %s", problem)
         return whole
 
     def decide() -> Left:
@@ -129,7 +122,24 @@ def plan_windows(
 
     size = distributed.broadcast(steps.once("windows", decide)[1]["blocks"], source=0)
     starts = range(0, len(blocks), size)
-    return [Window(blocks[i : i + size], i, True, tail if i + size >= len(blocks) else None) for i in starts]
+    return [Window(blocks[i : i + size], i, True, i + size >= len(blocks), tail) for i in starts]
+
+
+def _find_tail(
+    model: nn.Module, plan: Plan, blocks: tuple[str, ...], inputs: BlockInputs
+) -> tuple[Tail | None, str | None]:
+    """Return the model's tail, None on a process without samples, or why it gives no predictions on one of the processes."""
+    batches, problems, tail = plan.calibration.batches, {}, None
+    states = [state for state in inputs.states if state.hidden is not None]
+    if states:
+        richest = max(states, key=lambda state: len(batches[state.number].inputs))
+        modules = [model.get_submodule(name) for name in blocks]
+        with inputs.workspace.placement.visit_rest(plan.roles.blocks):
+            try:
+                tail = Tail(model, modules, batches[richest.number], richest)
+            except NoLogitsError as reason:
+                problems["tail"] = str(reason)
+    return tail, distributed.merge(problems).get("tail")
 
 
 def distil_window(
@@ -161,7 +171,7 @@ def distil_window(
     with placement.visit_rest(plan.roles.blocks), ExitStack() as stack:
         blocks = [stack.enter_context(placement.visit(block, lasting=True)) for block in window.names]
         _, result = steps.once(name, train, restore, share=True)
-        if window.tail is None:
+        if not window.last:
             for index, block in enumerate(blocks, window.first):
                 inputs.advance(block, index, with_targets=False)
     return DistilResult(**result)
@@ -311,7 +321,7 @@ class _Loss:
         inputs: BlockInputs,
         batches: list[CalibrationBatch],
     ):
-        self.blocks, self.first, self.tail = blocks, window.first, window.tail
+        self.blocks, self.first, self.tail = blocks, window.first, window.tail if window.last else None
         self.inputs, self.batches = inputs, batches
         self.own = {state.number: state for state in inputs.states}
         tokens = {n: int(_counted(state.modality).sum()) for n, state in self.own.items()}
@@ -380,6 +390,7 @@ class _Loss:
         batch, length = self.batches[state.number], output.shape[-2]
         counted = _counted(state.modality).to(output.device)
         leaf = output.detach().requires_grad_(output.requires_grad)
+        gradient = torch.zeros_like(leaf)
         step = positions_at_once(self.tail.model, batch, BYTES_PER_LOGIT)
         total = torch.zeros((), device=output.device)
         for start in range(0, length, step):
@@ -390,11 +401,13 @@ class _Loss:
             given = self.tail.logits(batch, state, leaf, part)[here].float().log_softmax(-1)
             divergence = nn.functional.kl_div(given, wanted, reduction="sum", log_target=True)
             if leaf.requires_grad:
-                divergence.backward()
+                gradient += torch.autograd.grad(divergence, leaf)[0]
             total += divergence.detach()
-        if leaf.requires_grad:
-            # the value is the divergence, the gradient what was gathered at the output of the blocks
-            total = total + (output * leaf.grad).sum() - (output.detach() * leaf.grad).sum()
+        if (
+            leaf.requires_grad
+        ):  # the value is the divergence, the gradient what was gathered at the output of the blocks
+            product = (output * gradient).sum()
+            total = total + product - product.detach()
         use(total)
 
 

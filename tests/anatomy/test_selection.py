@@ -80,7 +80,9 @@ def test_report_tells_coverage(make_config, processor):
 @pytest.mark.parametrize("name", ["qwen3_moe", "llama4_text", "aria", "qwen3_vl_moe"])
 def test_routers_stay_dense(name):
     family = FAMILIES[name]()
-    config = SABQuantizationConfig(calibration=family.batches, num_samples=8, refine_steps=0, alternations=1)
+    config = SABQuantizationConfig(
+        calibration=family.batches, num_samples=8, refine_steps=0, distil_steps=0, alternations=1
+    )
     before = {n: p.clone() for n, p in family.model.named_parameters() if _is_router(n)}
     assert before
     sab_hf.quantize(family.model, None, None, config)

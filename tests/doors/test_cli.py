@@ -90,12 +90,14 @@ def test_quantize_writes_what_the_python_api_writes(capsys, vlm_dir, questions, 
     ]
     code, out, _ = run(
         capsys, "quantize", vlm_dir, tmp_path / "out", "--bits", "2.5", "--calibration", questions,
-        "--refine-steps", "0", "--seed", "3", "--num-samples", "3", "--dtype", "float32", "--json", *options,
+        "--refine-steps", "0", "--set", "distil_steps=0",
+        "--seed", "3", "--num-samples", "3", "--dtype", "float32", "--json", *options,
     )  # fmt: skip
     assert code == 0
     assert json.loads(out)["saved"] == str(tmp_path / "out")
     config = sab_hf.SABQuantizationConfig(
-        bits=2.5, calibration=questions, refine_steps=0, seed=3, num_samples=3, alternations=2, allow_text_only=True,
+        bits=2.5, calibration=questions, refine_steps=0, distil_steps=0, seed=3, num_samples=3, alternations=2,
+        allow_text_only=True,
         modules_to_not_convert=["layers.1"], allow_low_coverage=True,
     )  # fmt: skip
     expected = load(vlm_dir, quantization_config=config)
@@ -172,7 +174,9 @@ def test_demo_answers_about_a_picture(capsys, saved, tmp_path, monkeypatch):
 def test_demo_answers_without_a_picture(capsys, tmp_path):
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}user: {{ message['content'] }}<end>{% endfor %}"
-    config = sab_hf.SABQuantizationConfig(calibration=["Some text."], num_samples=1, alternations=1, refine_steps=0)
+    config = sab_hf.SABQuantizationConfig(
+        calibration=["Some text."], num_samples=1, alternations=1, refine_steps=0, distil_steps=0
+    )
     model = build_llama()
     sab_hf.quantize(model, tokenizer, None, config)
     sab_hf.save(model, tokenizer, tmp_path / "saved")

@@ -19,7 +19,16 @@ from sab_hf.cli import main
 from sab_hf.publish import save as hub_module
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("--set", "alternations=1", "--set", "refine_steps=0", "--set", "allow_text_only=true")
+QUICK = (
+    "--set",
+    "alternations=1",
+    "--set",
+    "refine_steps=0",
+    "--set",
+    "distil_steps=0",
+    "--set",
+    "allow_text_only=true",
+)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def materials(tmp_path_factory) -> Path:
         rows.append({"image": f"{i}.png", "question": sample.turns[0][0], "answer": sample.answer})
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = SABQuantizationConfig(
-        calibration=str(folder / "questions.jsonl"), num_samples=8, alternations=1, refine_steps=0
+        calibration=str(folder / "questions.jsonl"), num_samples=8, alternations=1, refine_steps=0, distil_steps=0
     )
     model = AutoModelForImageTextToText.from_pretrained(TINY, quantization_config=config, dtype=torch.float32)
     model.save_pretrained(folder / "packed")

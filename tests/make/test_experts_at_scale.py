@@ -32,7 +32,14 @@ FUSED = ["llama4_text", "qwen3_vl_moe"]
 
 
 def config(batches, **changes) -> SABQuantizationConfig:
-    values = {"calibration": batches, "num_samples": 8, "refine_steps": 1, "alternations": 2, "bits": 2.2}
+    values = {
+        "calibration": batches,
+        "num_samples": 8,
+        "refine_steps": 1,
+        "distil_steps": 0,
+        "alternations": 2,
+        "bits": 2.2,
+    }
     return SABQuantizationConfig(**values | changes)
 
 

@@ -28,7 +28,9 @@ def small_model(hidden: int, intermediate: int):
 
 
 def config(given: list, **changes) -> SABQuantizationConfig:
-    return SABQuantizationConfig(calibration=given, num_samples=8, alternations=1, **{"refine_steps": 1} | changes)
+    return SABQuantizationConfig(
+        calibration=given, num_samples=8, alternations=1, **{"refine_steps": 1, "distil_steps": 0} | changes
+    )
 
 
 def resident(key: str) -> int:

@@ -170,7 +170,9 @@ def test_encoder_decoder_gets_an_even_budget_and_one_warning(caplog):
     models = []
     for changes in ({}, {"significance": "paper", "budget": "uniform", "refine_loss": "balanced"}):
         family = FAMILIES["florence2"]()
-        config = SABQuantizationConfig(num_samples=8, refine_steps=1, alternations=1, bits=2.2, **changes)
+        config = SABQuantizationConfig(
+            num_samples=8, refine_steps=1, distil_steps=0, alternations=1, bits=2.2, **changes
+        )
         sab_hf.quantize(family.model, None, family.batches, config)
         models.append(family.model)
     (message,) = told(caplog)

@@ -276,7 +276,7 @@ def _sealed(model, path: Path, rest_bits: int, **kwargs) -> Path:
     with_images = hasattr(model.config, "vision_config")
     samples = build_samples(2) if with_images else ["Some text.", "Other text."]
     config = SABQuantizationConfig(
-        calibration=samples, num_samples=2, alternations=1, refine_steps=0, rest_bits=rest_bits
+        calibration=samples, num_samples=2, alternations=1, refine_steps=0, distil_steps=0, rest_bits=rest_bits
     )
     sab_hf.quantize(model, build_processor() if with_images else build_tokenizer(), None, config)
     model.save_pretrained(path, **kwargs)

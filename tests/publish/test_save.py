@@ -194,7 +194,9 @@ def test_card_of_an_audio_model_names_a_class_that_loads_it(processor, tmp_path)
     from family_zoo.others import qwen2_audio
 
     family = qwen2_audio()
-    config = sab_hf.SABQuantizationConfig(calibration=family.batches, num_samples=8, alternations=1, refine_steps=0)
+    config = sab_hf.SABQuantizationConfig(
+        calibration=family.batches, num_samples=8, alternations=1, refine_steps=0, distil_steps=0
+    )
     sab_hf.quantize(family.model, processor, None, config)
     sab_hf.save(family.model, processor, tmp_path / "saved")
     card = ModelCard.load(tmp_path / "saved" / "README.md")

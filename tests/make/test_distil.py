@@ -1,0 +1,161 @@
+"""Distillation of all blocks together: what it minimizes, what it keeps, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from family_zoo import FAMILIES
+from helpers import build_llama, build_llava, build_processor, build_samples, logits, packed_linears
+
+import sab_hf
+from sab_hf import SABQuantizationConfig
+from sab_hf.make import distil
+from sab_hf.make.plan import make_plan
+
+IDS = torch.randint(0, 256, (32, 20), generator=torch.Generator().manual_seed(0))
+TEXT = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in IDS.split(1)]
+
+
+def config(**changes) -> SABQuantizationConfig:
+    values = {"num_samples": 32, "batch_size": 1, "alternations": 2, "refine_steps": 0, "distil_steps": 20}
+    return SABQuantizationConfig(**values | {"distil_batch": 4, "budget": "uniform", "significance": "paper"} | changes)
+
+
+def divergence(model, reference, ids=IDS) -> float:
+    """Return the mean KL of the next-token distributions over all tokens, nats."""
+    inputs = {"input_ids": ids}
+    given, wanted = (logits(m, inputs).double().log_softmax(-1) for m in (model, reference))
+    return float((wanted.exp() * (wanted - given)).sum(-1).mean())
+
+
+def test_predictions_come_nearer_to_those_of_the_full_precision_model():
+    """Both numbers of the result are the divergence on the two samples that are held out."""
+    reference = build_llama()
+    fitted, trained = build_llama(), build_llama()
+    sab_hf.quantize(fitted, None, TEXT, config(distil_steps=0))
+    record = sab_hf.quantize(trained, None, TEXT, config(distil_steps=60))
+    (result,) = record.distillations
+    batches = make_plan(build_llama(), config(), None, TEXT).calibration.batches
+    held = torch.cat([batches[number].inputs["input_ids"] for number in (8, 24)])
+    expected = [divergence(model, reference, held) for model in (fitted, trained)]
+    assert [result.before, result.after] == pytest.approx(expected, rel=1e-3)
+    assert result.after < 0.96 * result.before
+    assert divergence(trained, reference) < 0.96 * divergence(fitted, reference)
+
+
+@pytest.mark.parametrize("chunk", [7 * 4 * 32 * 264, 1])
+def test_logits_made_for_some_positions_at_a_time_change_rounding_only(monkeypatch, chunk):
+    models = [build_llama(), build_llama()]
+    results = []
+    for model in models:
+        results += sab_hf.quantize(model, None, TEXT, config(distil_steps=2)).distillations
+        monkeypatch.setattr("sab_hf.passes.gradients.LOGIT_BYTES", chunk)
+    assert results[0].after == pytest.approx(results[1].after, rel=1e-4)
+
+
+def test_pictures_are_not_needed_for_the_head_of_a_llava(monkeypatch):
+    """The tower runs to capture states, and to try whether it may stay out; no step of the training runs it."""
+    model, runs = build_llava(), []
+    model.get_submodule("model.vision_tower").register_forward_hook(lambda *_: runs.append(1))
+    samples = build_samples(8)
+    sab_hf.quantize(model, build_processor(), samples, config(num_samples=8, batch_size=2, distil_steps=1))
+    few = len(runs)
+    runs.clear()
+    again = build_llava()
+    again.get_submodule("model.vision_tower").register_forward_hook(lambda *_: runs.append(1))
+    sab_hf.quantize(again, build_processor(), samples, config(num_samples=8, batch_size=2, distil_steps=6))
+    assert len(runs) == few
+
+
+def test_windows_are_trained_one_after_the_other(monkeypatch):
+    """A window that other blocks follow is held to the full-precision states after it, the last to the predictions."""
+    monkeypatch.setattr(distil, "free_memory", lambda device: 1)
+    reference, fitted, trained = build_llama(), build_llama(), build_llama()
+    sab_hf.quantize(fitted, None, TEXT, config(distil_steps=0))
+    record = sab_hf.quantize(trained, None, TEXT, config())
+    assert len(record.distillations) == 2
+    assert all(result.after < result.before for result in record.distillations)
+    assert divergence(trained, reference) < divergence(fitted, reference)
+
+
+def test_interrupted_training_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
+    expected = build_llava()
+    samples, folder = build_samples(8), tmp_path / "run"
+    settings = {"num_samples": 8, "batch_size": 2, "distil_steps": 12}
+    record = sab_hf.quantize(expected, build_processor(), samples, config(**settings))
+
+    class StoppedError(Exception):
+        pass
+
+    steps = []
+    original = distil._Loss.accumulate_gradients
+
+    def stop(self, trainees, numbers):
+        steps.append(numbers)
+        if len(steps) == 8:
+            raise StoppedError
+        original(self, trainees, numbers)
+
+    monkeypatch.setattr(distil._Loss, "accumulate_gradients", stop)
+    with pytest.raises(StoppedError):
+        sab_hf.quantize(build_llava(), build_processor(), samples, config(checkpoint_dir=str(folder), **settings))
+    assert any("unfinished" in name for name in os.listdir(folder))
+    first, steps[:] = steps[:7], [None] * 100
+    model = build_llava()
+    again = sab_hf.quantize(model, build_processor(), samples, config(checkpoint_dir=str(folder), **settings))
+    assert len(steps) - 100 == 12 - len(first)
+    assert again.distillations == record.distillations
+    assert not any("unfinished" in name for name in os.listdir(folder))
+    state = expected.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_training_that_diverges_keeps_what_was_before(caplog, monkeypatch):
+    fitted, trained = build_llama(), build_llama()
+    sab_hf.quantize(fitted, None, TEXT, config(distil_steps=0))
+
+    def diverge(self, trainees, numbers):
+        for p in trainees.latents() + trainees.scales() + trainees.others:
+            p.grad = torch.full_like(p, torch.nan)
+
+    monkeypatch.setattr(distil._Loss, "accumulate_gradients", diverge)
+    (result,) = sab_hf.quantize(trained, None, TEXT, config()).distillations
+    assert (result.best_step, result.steps) == (0, 2)  # it ends at the first measurement
+    assert result.before == result.after
+    assert "did not lower the loss on held-out samples" in caplog.text
+    state = fitted.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_samples_are_enough(count):
+    (result,) = sab_hf.quantize(
+        build_llama(), None, TEXT[:count], config(num_samples=count, distil_steps=3)
+    ).distillations
+    assert result.after <= result.before
+
+
+def test_tied_packed_head_and_norms_are_trained():
+    """The packed embedding is not trained; norms are, and stay in the model's dtype."""
+    model = build_llama(tie_word_embeddings=True).bfloat16()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name}
+    record = sab_hf.quantize(model, None, TEXT, config(rest_bits=4))
+    assert record.distillations[0].after < record.distillations[0].before
+    norms = {name: p for name, p in model.named_parameters() if "layers" in name and "norm" in name}
+    assert all(p.dtype == torch.bfloat16 for p in norms.values())
+    assert any(not torch.equal(p, before[name]) for name, p in norms.items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "mllama", "t5gemma", "gemma3n", "qwen3_moe"])
+def test_unusual_models_are_distilled(family):
+    """Deep visual features, cross-attention, an encoder, shared keys and values, experts without tokens."""
+    if family not in FAMILIES:
+        pytest.skip("not in this version of transformers")
+    made = FAMILIES[family]()
+    record = sab_hf.quantize(made.model, None, made.batches, config(num_samples=8, distil_steps=2))
+    (result,) = record.distillations
+    assert result.after <= result.before
+    assert packed_linears(made.model)
