@@ -55,6 +55,9 @@ and what the choice of a level leaves for the way back."""
 MEMORY_SHARE = 0.6
 """Part of the free memory that the weights of a window may take; activations and logits need some too."""
 
+ACTIVATION_SHARE = 0.25
+"""Part of the free memory that activations may take; where they take more, blocks run again on the way back."""
+
 BYTES_PER_LOGIT = 32
 """Peak of the divergence and its gradient, in bytes for each logit: eight float32 copies."""
 
@@ -117,12 +120,27 @@ def plan_windows(
         room = [
             BYTES_PER_WEIGHT * sum(math.prod(plan.shapes[name]) for name in plan.linears_of(block)) for block in blocks
         ]
-        count = max(1, min(len(blocks), int(MEMORY_SHARE * free / max(room))))
-        return {}, {"blocks": math.ceil(len(blocks) / math.ceil(len(blocks) / count))}
+        return {}, {"blocks": blocks_at_once(room, free)}
 
     size = distributed.broadcast(steps.once("windows", decide)[1]["blocks"], source=0)
     starts = range(0, len(blocks), size)
     return [Window(blocks[i : i + size], i, True, i + size >= len(blocks), tail) for i in starts]
+
+
+def blocks_at_once(room: list[float], free: float) -> int:
+    """Return how many blocks a window has.
+
+    Args:
+        room: bytes that each block's weights take in training.
+        free: bytes on the compute device.
+    """
+    most = max(1, min(len(room), int(MEMORY_SHARE * free / max(room))))
+    return math.ceil(len(room) / math.ceil(len(room) / most))  # windows of about one size
+
+
+def activation_bytes(shapes: list[tuple[int, int]], tokens: int) -> float:
+    """Return the bytes of what a pass of so many tokens keeps for its way back, of Linears [out_features, in_features]."""
+    return 4.0 * tokens * sum(n + 2 * m for n, m in shapes)
 
 
 def _find_tail(
@@ -210,7 +228,7 @@ def distil(
     blocks = [model.get_submodule(name) for name in window.names]
     trainees = Trainees(model, blocks, planes, weights)
     try:
-        loss = _Loss(blocks, window, inputs, batches)
+        loss = _Loss(blocks, window, inputs, batches, weights)
         result, best = _train(trainees, loss, inputs, settings, progress)
     except BaseException:
         trainees.give_back()
@@ -320,6 +338,7 @@ class _Loss:
         window: Window,
         inputs: BlockInputs,
         batches: list[CalibrationBatch],
+        weights: dict[str, Tensor],
     ):
         self.blocks, self.first, self.tail = blocks, window.first, window.tail if window.last else None
         self.inputs, self.batches = inputs, batches
@@ -327,7 +346,9 @@ class _Loss:
         tokens = {n: int(_counted(state.modality).sum()) for n, state in self.own.items()}
         self.tokens = distributed.merge(tokens)
         self.limit = inputs.workspace.limit
-        self.saves_memory = False
+        largest = max((state.modality.numel() for state in inputs.states), default=0)
+        shapes = [tuple(weight.shape) for weight in weights.values()]
+        self.saves_memory = activation_bytes(shapes, largest) > ACTIVATION_SHARE * free_memory(inputs.workspace.device)
 
     def counts(self, state: BatchState) -> bool:
         """Tell whether a batch runs through one of the blocks."""

@@ -6,14 +6,15 @@ measured, V the vocabulary, E bytes of an activation):
 
     moments  = 4 z Σ m²                                  over the different inputs of the block; each expert has its own
     fit      = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the dearest Linear
+    distil   = Σ 31 n m + 4 T Σ (n + 2 m) + min(32 T V, 4 GiB)     over the blocks of a window, as many as fit
     refine   = Σ n m (25 (P + s R) + 20) + 4 T Σ (n + 2 m)
     record   = everything beside the blocks + 3 E T max (n + m)
     measure  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
-    device   = block's dense weights + max(record, measure + further states, moments + fit, refine) + states, both as far as
-               they are kept there
+    device   = block's dense weights + max(record, measure + further states, moments + fit, refine, distil) + states, both
+               as far as they are kept there
     RAM      = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a fifth of
                it for what the allocator keeps)
-    states   = hidden_size E T_all (2 with refinement, else 1) + masks and positions
+    states   = hidden_size E T_all (3 with distillation, 2 with refinement, else 1) + masks and positions
     further  = hidden_size E T_s (blocks + 1) + masks and positions − states, if more: while sensitivity is measured
 """
 
@@ -29,6 +30,7 @@ from torch import nn
 
 from ..calibration import CalibrationSet
 from ..config import SABQuantizationConfig
+from ..machine.placement import free_memory
 from ..machine.store import GIB
 from ..machine.workspace import Workspace
 from ..method.fit import MAX_SYSTEM
@@ -36,8 +38,17 @@ from ..method.sensitivity import needs_sensitivity
 from ..packed.experts import fused_name
 from ..packing import stored_bytes
 from ..passes.capture import count_first
-from ..passes.gradients import BYTES_PER_LOGIT, positions_at_once
+from ..passes.gradients import BYTES_PER_LOGIT as GRADIENT_BYTES_PER_LOGIT
+from ..passes.gradients import LOGIT_BYTES, positions_at_once
+from .distil import (
+    ACTIVATION_SHARE,
+    BYTES_PER_LOGIT,
+    BYTES_PER_WEIGHT,
+    activation_bytes,
+    blocks_at_once,
+)
 from .plan import Plan
+from .settings import DistilSettings
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +62,7 @@ class Estimate:
 
     Attributes:
         device: the compute device.
-        working: bytes on the compute device by step: "record", "measure", "fit", "refine" (steps follow each other).
+        working: bytes on the compute device by step: "record", "measure", "fit", "refine", "distil" (steps follow each other).
         weights: bytes of the model's weights in RAM; those of memory-mapped files can be dropped by the system.
         packed: bytes of the packed result.
         states: bytes of hidden states by place: "device" (those of the "measure" step alone count as its working set), "ram",
@@ -94,8 +105,9 @@ def estimate_run(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wo
     block_names, shapes, modules, calibration = plan.roles.blocks, plan.shapes, plan.modules, plan.calibration
     refine_steps = plan.refine.steps
     measured = needs_sensitivity(config, refine_steps)
+    copies = 3 if plan.distil.steps else 2 if refine_steps else 1  # of the hidden states: entering, running ahead, wanted
     data = _Data.of(
-        calibration, model, len(block_names), refine_steps, workspace, config.sensitivity_samples if measured else 0
+        calibration, model, len(block_names), copies, workspace, config.sensitivity_samples if measured else 0
     )
     blocks = [_Block.of(model, name, shapes, modules) for name in block_names]
     dearest = max(blocks, key=lambda block: block.weights)
@@ -108,6 +120,8 @@ def estimate_run(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wo
     working["fit"] = moved * dearest.dense + _moments(dearest, data) + _fit(dearest, data)
     if refine_steps:
         working["refine"] = _refine(dearest, data)
+    if plan.distil.steps:
+        working["distil"] = beside + _distil(blocks, data, workspace)
     states, most = (_places(size, workspace) for size in (data.state_bytes, data.most_state_bytes))
     if measured:
         working["measure"] += most["device"] - states["device"]
@@ -118,7 +132,7 @@ def estimate_run(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wo
         in_ram,
         sum(block.packed for block in blocks),
         most | {"device": states["device"]},
-        _operations(blocks, data, config, refine_steps),
+        _operations(blocks, data, config, refine_steps, plan.distil),
     )
 
 
@@ -155,6 +169,8 @@ class _Data:
     state_bytes: float
     most_state_bytes: float
     logit_bytes: float
+    vocabulary: int
+    width: int
 
     @classmethod
     def of(
@@ -162,7 +178,7 @@ class _Data:
         calibration: CalibrationSet,
         model: nn.Module,
         num_blocks: int,
-        refine_steps: int,
+        copies: int,
         workspace: Workspace,
         measured: int,
     ) -> _Data:
@@ -175,15 +191,18 @@ class _Data:
         arguments = sum(batch * length * (length + 512 * size) for batch, length in shapes)  # mask, rotary factors
         first = calibration.batches[: count_first((batch for batch, _ in shapes), measured)]
         kept = sum(batch.modality.numel() for batch in first) * (num_blocks + 1)
-        states = width * size * tokens * (2 if refine_steps else 1) + arguments
+        states = width * size * tokens * copies + arguments
         most = max(states, width * size * kept + arguments)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         logits = max(
-            (BYTES_PER_LOGIT * vocabulary * positions_at_once(model, b) * b.modality.shape[0] for b in first), default=0
+            (GRADIENT_BYTES_PER_LOGIT * vocabulary * positions_at_once(model, b) * b.modality.shape[0] for b in first),
+            default=0,
         )
         longest = max(length for _, length in shapes)
         samples = sum(batch for batch, _ in shapes)
-        return cls(tokens, largest, longest, samples, len(calibration.tokens), size, states, most, logits)
+        return cls(
+            tokens, largest, longest, samples, len(calibration.tokens), size, states, most, logits, vocabulary, width
+        )
 
 
 @dataclass(frozen=True)
@@ -249,6 +268,19 @@ def _refine(block: _Block, data: _Data) -> float:
     return trained + 4 * data.largest * sum(n + 2 * m for n, m, _, _ in block.linears)
 
 
+def _distil(blocks: list[_Block], data: _Data, workspace: Workspace) -> float:
+    """Return the peak of training a window of blocks, and of the logits that it is held to."""
+    free = free_memory(workspace.device)
+    count = blocks_at_once([BYTES_PER_WEIGHT * block.weights for block in blocks], free)
+    window = sorted(blocks, key=lambda block: block.weights)[-count:]
+    shapes = [[(n, m) for n, m, _, _ in block.linears] for block in window]
+    activations = sum(activation_bytes(own, data.largest) for own in shapes)
+    if activations > ACTIVATION_SHARE * free:
+        activations = max(activation_bytes(own, data.largest) for own in shapes)
+    weights = BYTES_PER_WEIGHT * sum(block.weights for block in window)
+    return weights + activations + min(LOGIT_BYTES, BYTES_PER_LOGIT * data.largest * data.vocabulary)
+
+
 def _activations(block: _Block, data: _Data) -> float:
     return data.activation_bytes * data.largest * 3 * max((n + m for n, m, _, _ in block.linears), default=0)
 
@@ -269,7 +301,7 @@ def _places(states: float, workspace: Workspace) -> dict[str, float]:
 
 
 def _operations(
-    blocks: list[_Block], data: _Data, config: SABQuantizationConfig, refine_steps: int
+    blocks: list[_Block], data: _Data, config: SABQuantizationConfig, refine_steps: int, distil: DistilSettings
 ) -> dict[str, float]:
     weights = sum(block.weights for block in blocks)
     per_step = min(config.refine_batch, data.samples) * data.tokens / data.samples
@@ -281,10 +313,13 @@ def _operations(
         scales = 4 * terms * n * m * m + 2 * n * m * m * (1 + terms * unknowns / m) + systems * unknowns**3 * 2 / 3
         fit += 3 * m**3 + (config.alternations + 1) * (scales + 3 * n * m * m)
     operations = {
-        "passes": (3 if refine_steps else 2) * 2.0 * weights * data.tokens,
+        "passes": (3 if refine_steps or distil.steps else 2) * 2.0 * weights * data.tokens,
         "moments": 2.0 * data.tokens * sum(m * m for block in blocks for m in block.inputs),
         "fit": fit,
     }
     if refine_steps:
         operations["refine"] = 6.0 * weights * per_step * refine_steps
+    if distil.steps:
+        per_step = min(distil.samples_per_step, data.samples) * data.tokens / data.samples
+        operations["distil"] = (6.0 * weights + 6.0 * data.vocabulary * data.width) * per_step * distil.steps
     return operations

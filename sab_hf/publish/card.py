@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from yaml import YAMLError
 
-from .html import evaluation_rows
+from .html import distillation_lines, evaluation_rows
 from .report import size_in_words
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -61,6 +61,7 @@ def model_card(
         calibration=record.get("calibration"),
         seconds=f"{record['seconds']:,.0f}" if record else None,
         refine_steps="400 a block on a GPU, 50 on a CPU (the defaults)" if steps is None else steps,
+        distillations=distillation_lines(record),
         license=license,
         model_class=summary["model_class"],
         **{name: summary[name] for name in ("device", "config", "versions", "format_version", "created")},

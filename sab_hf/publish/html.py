@@ -267,8 +267,18 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _settings(summary: dict[str, Any]) -> str:
     rows = [(name, str(value)) for name, value in summary["config"].items() if name not in NOT_SHOWN]
     if summary["record"]:
+        rows[:0] = [("distillation", line) for line in distillation_lines(summary["record"])]
         rows.insert(0, ("calibration set", summary["record"]["calibration"].removeprefix("calibration set: ")))
     return _table(("setting", "value"), rows)
+
+
+def distillation_lines(record: dict[str, Any]) -> list[str]:
+    """Return how each window of blocks was distilled, in words."""
+    return [
+        "{steps} steps; loss on held-out samples {before:.4f} before, {after:.4f} after".format(**result)
+        for result in record.get("distillations") or []
+        if None not in result.values()  # NaN
+    ]
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], numbers: bool = False) -> str:

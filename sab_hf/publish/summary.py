@@ -120,6 +120,7 @@ def _record(record: Any) -> dict[str, Any] | None:
         "calibration": record.calibration,
         "seconds": record.seconds,
         "refinements": finite(record.refinements),
+        "distillations": [finite(result._asdict()) for result in getattr(record, "distillations", [])],
         "stages": {name: finite(dataclasses.asdict(stage)) for name, stage in stages.items()},
     }
 
