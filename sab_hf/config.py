@@ -92,7 +92,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         damping: added to the diagonal of a second-moment matrix, as a share of its mean; 0.01 as in GPTQ. Below 1e-6, float32
             no longer inverts the matrix.
         refine_steps: steps of block refinement (method §5), which trains scales, signs, norms and biases of a block to give
-            the full-precision block's output. None: 400 on a GPU, 50 on a CPU; 0 turns it off.
+            the full-precision block's output. None: 400 on a GPU, 50 on a CPU, but none for blocks that are distilled; 0 turns
+            it off.
         refine_batch: calibration samples of one step.
         refine_loss: `"balanced"` squared error, modalities in equal parts; `"gradient"` weighs it by the squared gradient of the
             model's loss at each feature of the block's output, by modality.
@@ -102,8 +103,9 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         distil_steps: steps of distillation (method §7), which trains scales, signs, norms and biases of all language blocks
             together to predict what the full-precision model predicts. None: 1000 on a GPU, 100 on a CPU; 0 turns it off.
         distil_batch: calibration samples of one step.
-        distil_scale_rate: Adam's learning rate for scales, norms and biases, relative to their size.
-        distil_latent_rate: the same for the latent weights behind the signs. None: 3e-2 for one plane, less for more planes.
+        distil_latent_rate: Adam's learning rate for the latent weights behind the signs. None: 0.04 / `bits`, at most 0.03.
+        distil_scale_rate: the same for scales, norms and biases, relative to their size. None: a fifth of the former, at most
+            0.005.
         block_size: columns that the sign sweep treats between two matrix products; changes speed, not results.
         salient_top_p: share of weights that count as significant in a modality (paper's value).
         diff_quantile: quantile of |S_text − S_visual| from which a significant weight is unimodal (paper's value).
@@ -167,7 +169,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     refine_latent_rate: float = 2e-2
     distil_steps: int | None = None
     distil_batch: int = 8
-    distil_scale_rate: float = 5e-3
+    distil_scale_rate: float | None = None
     distil_latent_rate: float | None = None
     compute_device: str | None = None
     checkpoint_dir: str | None = None
@@ -201,9 +203,9 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         _check_integer(self, "sensitivity_samples", 1)
         _check_number(self, "refine_scale_rate", 0, 1, open_low=True)
         _check_number(self, "refine_latent_rate", 0, 1, open_low=True)
-        _check_number(self, "distil_scale_rate", 0, 1, open_low=True)
-        if self.distil_latent_rate is not None:
-            _check_number(self, "distil_latent_rate", 0, 1, open_low=True)
+        for name in ("distil_scale_rate", "distil_latent_rate"):
+            if getattr(self, name) is not None:
+                _check_number(self, name, 0, 1, open_low=True)
         _check_number(self, "damping", 1e-6, 1e3)
         _check_number(self, "salient_top_p", 0, 1, open_low=True)
         _check_number(self, "diff_quantile", 0, 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.logging import tqdm
 
+from ..calibration import CalibrationBatch
 from ..config import SABQuantizationConfig
 from ..machine import distributed
 from ..machine.clock import StageClock
@@ -40,9 +41,12 @@ from .preflight import Estimate, estimate_run, log_estimate
 from .records import QuantizationRecord
 from .refine import refine_block
 from .rest import binarize_rest, packed_rest, restore_rest
+from .settings import RefineSettings
 from .sizes import find_sensitivity, spend_budget
+from .written import write_samples
 
 logger = logging.getLogger(__name__)
+_MODALITY = "modality of each position"
 
 
 def binarize(
@@ -66,6 +70,10 @@ def binarize(
         The sizes of all packed modules.
     """
     measure = record.stages.measure
+    batches, given = list(plan.calibration.batches), len(plan.calibration.batches)
+    if config.written_samples and plan.distil.steps:
+        with measure("written samples"):
+            batches += _write_samples(model, plan, config, workspace, steps)
     if plan.rest:
         with measure("towers, embedding, head"):
             restore = partial(restore_rest, model, plan.roles, plan.rest)
@@ -78,8 +86,11 @@ def binarize(
         for blocks in plan.roles.stages:  # later ones read what the binarized blocks of earlier ones give
             with measure("capture"):
                 later = plan.roles.blocks[plan.roles.blocks.index(blocks[-1]) + 1 :]
-                inputs = BlockInputs(model, blocks, plan.calibration.batches, workspace, later)
-            for window in plan_windows(model, plan, blocks, inputs, steps):
+                inputs = BlockInputs(model, blocks, batches[:given], workspace, later)
+                windows = plan_windows(model, plan, blocks, inputs, steps)
+                more = batches[given:] if windows[0].trained else []  # what the model wrote is for distillation only
+                written = BlockInputs(model, blocks, more, workspace, later, all_run=False, first_number=given)
+            for window in windows:
                 entering = inputs.fork() if window.trained else None
                 weights: dict[str, Tensor] = {}
                 for index, name in enumerate(window.names, window.first):
@@ -88,11 +99,13 @@ def binarize(
                         weights |= iter_weights(model, own)
                     with workspace.placement.visit(name, lasting=True) as block:
                         split_experts(model, own)
-                        if plan.refine.steps or window.trained:
+                        refine = plan.refine.beside(window.trained)
+                        if refine.steps or window.trained:
                             with measure("targets"):
                                 inputs.advance_targets(block, index)
+                                written.advance_targets(block, index)
                         work = partial(
-                            _binarize_block, model, block, name, index, inputs, own, sensitivity, plan, config, record
+                            _binarize_block, model, block, name, index, inputs, own, sensitivity, refine, config, record
                         )
                         restore = partial(_restore_block, model, name, own, workspace.device)
                         _, done = steps.once(name, work, restore, share=True)
@@ -106,8 +119,10 @@ def binarize(
                     with measure("distillation"):
                         entering.take_targets(inputs)
                         inputs = entering
-                        record.distillations.append(distil_window(model, plan, window, weights, inputs, steps))
+                        result = distil_window(model, plan, window, weights, (inputs, written), batches, steps)
+                        record.distillations.append(result)
             inputs.close()
+            written.close()
     return plan.modules | {name: [num_planes, 0] for name, num_planes in plan.rest.items()}
 
 
@@ -205,6 +220,28 @@ def _open_steps(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wor
     return Steps(workspace, RunCheckpoint(config.checkpoint_dir, fingerprint(model, batches, config, **decided)))
 
 
+def _write_samples(
+    model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace, steps: Steps
+) -> list[CalibrationBatch]:
+    """Have the model write samples, or take those that it wrote before; of several processes, the first one writes."""
+
+    def write() -> Left:
+        written = []
+        if distributed.rank() == 0:
+            with workspace.placement.visit_rest(()):
+                written = write_samples(model, plan.calibration.batches, config.written_samples, config.seed)
+        contents = [{**batch.inputs, _MODALITY: batch.modality} for batch in written]
+        tensors = {f"{i}|{key}": v for i, one in enumerate(contents) for key, v in one.items() if torch.is_tensor(v)}
+        return tensors, {"others": [{k: v for k, v in one.items() if not torch.is_tensor(v)} for one in contents]}
+
+    tensors, record = distributed.broadcast(steps.once("written", write), source=0)
+    batches = [dict(others) for others in record["others"]]
+    for name, tensor in tensors.items():
+        number, _, key = name.partition("|")
+        batches[int(number)][key] = tensor
+    return [CalibrationBatch(inputs, modality) for inputs in batches for modality in [inputs.pop(_MODALITY)]]
+
+
 def _binarize_rest(model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace) -> Left:
     """Binarize what the plan names outside the language blocks."""
     binarize_rest(model, plan.roles, plan.rest, plan.calibration.batches, config, workspace)
@@ -219,7 +256,7 @@ def _binarize_block(
     inputs: BlockInputs,
     modules: dict[str, list[int]],
     sensitivity: Sensitivity,
-    plan: Plan,
+    refine: RefineSettings,
     config: SABQuantizationConfig,
     record: QuantizationRecord,
 ) -> Left:
@@ -227,9 +264,9 @@ def _binarize_block(
     planes, fits = _fit_block(model, block, index, inputs, modules, sensitivity, config, record.stages)
     result = None
     with record.stages.measure("refinement"):
-        if plan.refine.steps and planes:
+        if refine.steps and planes:
             gradient = sensitivity.outputs.get(name) if config.refine_loss == "gradient" else None
-            result = refine_block(model, block, index, planes, inputs, plan.refine, gradient)
+            result = refine_block(model, block, index, planes, inputs, refine, gradient)
         else:
             for linear in planes:
                 packed = SABLinear.from_planes(planes[linear], model.get_submodule(linear).bias)

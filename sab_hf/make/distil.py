@@ -161,21 +161,26 @@ def _find_tail(
 
 
 def distil_window(
-    model: nn.Module, plan: Plan, window: Window, weights: dict[str, Tensor], inputs: BlockInputs, steps: Steps
+    model: nn.Module,
+    plan: Plan,
+    window: Window,
+    weights: dict[str, Tensor],
+    inputs: tuple[BlockInputs, ...],
+    batches: list[CalibrationBatch],
+    steps: Steps,
 ) -> DistilResult:
     """Distil one window of a run, or take what it became; then the inputs are those of the block after it, if there is one.
 
     Args:
-        model, window, weights, inputs: as in `distil`; blocks may be anywhere.
+        model, window, weights, inputs, batches: as in `distil`; blocks may be anywhere.
         plan: of the run.
         steps: of the run.
     """
-    placement, last = inputs.workspace.placement, window.first + len(window.names) - 1
+    placement, last = inputs[0].workspace.placement, window.first + len(window.names) - 1
     name = f"distilled blocks {window.first} to {last}"
 
     def train() -> Left:
         planes = {linear: model.get_submodule(linear).planes() for linear in weights}
-        batches = plan.calibration.batches
         result = distil(model, window, planes, weights, inputs, batches, plan.distil, steps.progress(name))
         states = {block: model.get_submodule(block).state_dict() for block in window.names}
         return {f"{b}|{key}": t for b, state in states.items() for key, t in state.items()}, result._asdict()
@@ -183,7 +188,7 @@ def distil_window(
     def restore(tensors: dict[str, Tensor]) -> None:
         for block in window.names:
             own = {key.partition("|")[2]: t for key, t in tensors.items() if key.partition("|")[0] == block}
-            state = {key: tensor.to(inputs.workspace.device) for key, tensor in own.items()}
+            state = {key: tensor.to(placement.device) for key, tensor in own.items()}
             model.get_submodule(block).load_state_dict(state, assign=True)
 
     with placement.visit_rest(plan.roles.blocks), ExitStack() as stack:
@@ -191,7 +196,8 @@ def distil_window(
         _, result = steps.once(name, train, restore, share=True)
         if not window.last:
             for index, block in enumerate(blocks, window.first):
-                inputs.advance(block, index, with_targets=False)
+                for each in inputs:
+                    each.advance(block, index, with_targets=False)
     return DistilResult(**result)
 
 
@@ -200,7 +206,7 @@ def distil(
     window: Window,
     planes: dict[str, SignPlanes],
     weights: dict[str, Tensor],
-    inputs: BlockInputs,
+    inputs: tuple[BlockInputs, ...],
     batches: list[CalibrationBatch],
     settings: DistilSettings,
     progress: Progress,
@@ -216,8 +222,8 @@ def distil(
         planes: of all their packed Linears, by module name.
         weights: the dense weights that the planes stand for, by module name, on any device.
         inputs: calibration batches with `hidden`, which enters the window, and `target`, what the full-precision blocks up to the
-            window's end give. Each process of several has its own.
-        batches: the calibration set.
+            window's end give. Some of the first ones are held out. Each process of several has its own.
+        batches: all of them, in the order of their numbers.
         settings: steps and rates.
         progress: where an interrupted training goes on.
     Raises:
@@ -229,7 +235,8 @@ def distil(
     trainees = Trainees(model, blocks, planes, weights)
     try:
         loss = _Loss(blocks, window, inputs, batches, weights)
-        result, best = _train(trainees, loss, inputs, settings, progress)
+        given = distributed.merge({state.number: True for state in inputs[0].states})
+        result, best = _train(trainees, loss, set(given), settings, progress)
     except BaseException:
         trainees.give_back()
         raise
@@ -246,12 +253,17 @@ def distil(
 
 
 def _train(
-    trainees: Trainees, loss: _Loss, inputs: BlockInputs, settings: DistilSettings, progress: Progress
+    trainees: Trainees, loss: _Loss, given: set[int], settings: DistilSettings, progress: Progress
 ) -> tuple[DistilResult, dict[str, Any] | None]:
-    """Return how training went, and the best result; None if none was better than the start."""
-    sizes = distributed.merge({state.number: state.rows for state in inputs.states if loss.counts(state)})
-    held = set(list(sizes)[HELD_OUT // 2 :: HELD_OUT] if len(sizes) > HELD_OUT // 2 else list(sizes)[1::2][:1])
-    held = held or set(sizes)  # of one batch nothing can be held out
+    """Return how training went, and the best result; None if none was better than the start.
+
+    Args:
+        given: numbers of the batches of which some are held out.
+    """
+    sizes = distributed.merge({state.number: state.rows for state in loss.own.values() if loss.counts(state)})
+    known = [number for number in sizes if number in given]
+    held = set(known[HELD_OUT // 2 :: HELD_OUT] if len(known) > HELD_OUT // 2 else known[1:2])
+    held = held or set(known)  # of one batch nothing can be held out
     drawn_from = {number: rows for number, rows in sizes.items() if number not in held} or sizes
     optimizer = _optimizer(trainees, settings)
     interval = max(1, settings.steps // MEASUREMENTS)
@@ -336,19 +348,19 @@ class _Loss:
         self,
         blocks: list[nn.Module],
         window: Window,
-        inputs: BlockInputs,
+        inputs: tuple[BlockInputs, ...],
         batches: list[CalibrationBatch],
         weights: dict[str, Tensor],
     ):
         self.blocks, self.first, self.tail = blocks, window.first, window.tail if window.last else None
-        self.inputs, self.batches = inputs, batches
-        self.own = {state.number: state for state in inputs.states}
+        self.batches, self.workspace = batches, inputs[0].workspace
+        self.own = {state.number: state for each in inputs for state in each.states}
         tokens = {n: int(_counted(state.modality).sum()) for n, state in self.own.items()}
         self.tokens = distributed.merge(tokens)
-        self.limit = inputs.workspace.limit
-        largest = max((state.modality.numel() for state in inputs.states), default=0)
+        self.limit = self.workspace.limit
+        largest = max((state.modality.numel() for state in self.own.values()), default=0)
         shapes = [tuple(weight.shape) for weight in weights.values()]
-        self.saves_memory = activation_bytes(shapes, largest) > ACTIVATION_SHARE * free_memory(inputs.workspace.device)
+        self.saves_memory = activation_bytes(shapes, largest) > ACTIVATION_SHARE * free_memory(self.workspace.device)
 
     def counts(self, state: BatchState) -> bool:
         """Tell whether a batch runs through one of the blocks."""
@@ -393,7 +405,7 @@ class _Loss:
 
     def _run(self, state: BatchState, use: Callable[[Tensor], None]) -> None:
         """Call `use` with the summed loss of each part of a batch."""
-        device = self.inputs.workspace.device
+        device = self.workspace.device
         outputs, targets = [], []
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             for piece in state.pieces(self.first, count=len(self.blocks)):

@@ -105,7 +105,9 @@ def estimate_run(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wo
     block_names, shapes, modules, calibration = plan.roles.blocks, plan.shapes, plan.modules, plan.calibration
     refine_steps = plan.refine.steps
     measured = needs_sensitivity(config, refine_steps)
-    copies = 3 if plan.distil.steps else 2 if refine_steps else 1  # of the hidden states: entering, running ahead, wanted
+    copies = (
+        3 if plan.distil.steps else 2 if refine_steps else 1
+    )  # of the hidden states: entering, running ahead, wanted
     data = _Data.of(
         calibration, model, len(block_names), copies, workspace, config.sensitivity_samples if measured else 0
     )

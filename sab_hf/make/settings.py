@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,7 @@ class RefineSettings:
     scale_rate: float
     latent_rate: float
     seed: int
+    asked_for: bool
 
     @classmethod
     def of(cls, config: SABQuantizationConfig, device: torch.device) -> RefineSettings:
@@ -31,7 +32,12 @@ class RefineSettings:
         steps = config.refine_steps
         if steps is None:
             steps = REFINE_STEPS_CPU if device.type == "cpu" else REFINE_STEPS
-        return cls(steps, config.refine_batch, config.refine_scale_rate, config.refine_latent_rate, config.seed)
+        rates = config.refine_scale_rate, config.refine_latent_rate
+        return cls(steps, config.refine_batch, *rates, config.seed, config.refine_steps is not None)
+
+    def beside(self, distilled: bool) -> RefineSettings:
+        """Return the numbers for blocks that are distilled afterwards or not: those that are need no refinement by default."""
+        return replace(self, steps=0) if distilled and not self.asked_for else self
 
 
 @dataclass(frozen=True)
@@ -50,15 +56,11 @@ class DistilSettings:
         steps = config.distil_steps
         if steps is None:
             steps = DISTIL_STEPS_CPU if device.type == "cpu" else DISTIL_STEPS
-        return cls(
-            steps,
-            config.distil_batch,
-            config.distil_scale_rate,
-            config.distil_latent_rate or _latent_rate(config.bits),
-            config.seed,
-        )
+        latent_rate = config.distil_latent_rate or _latent_rate(config.bits)
+        scale_rate = config.distil_scale_rate or min(5e-3, latent_rate / 5)
+        return cls(steps, config.distil_batch, scale_rate, latent_rate, config.seed)
 
 
 def _latent_rate(bits: float | None) -> float:
-    """Return the rate of latent weights for a budget; more planes have finer levels."""
-    return 3e-2 if bits is None or bits < 1.9 else 1e-2
+    """Return the rate of latent weights for a budget: measured at 1.1 to 3.1 bits; more planes have finer levels."""
+    return min(3e-2, 4e-2 / (bits or 1.1))

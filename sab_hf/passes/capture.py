@@ -33,6 +33,7 @@ class BlockInputs:
         batches: the calibration set.
         workspace: where to compute and where to keep hidden states; None: where the model is.
         later: blocks that run after these and stay where they are: recording stops before them.
+        first_number: number of the first batch, where other inputs hold the ones before it.
         all_run: whether every block must run for some batch. Some run for images only, of which a few samples may have none.
     Raises:
         RuntimeError: the model does not run its blocks one after the other, each once, on one row per token.
@@ -46,6 +47,7 @@ class BlockInputs:
         workspace: Workspace | None = None,
         later: tuple[str, ...] = (),
         all_run: bool = True,
+        first_number: int = 0,
     ):
         blocks = [model.get_submodule(name) for name in block_names]
         self.workspace = workspace or Workspace.of(model)
@@ -54,7 +56,7 @@ class BlockInputs:
         self.states: list[BatchState] = []
         with placement.visit_rest((*block_names, *later)), placement.visit(block_names[0]):
             for number, batch in distributed.share(batches):
-                state = new_state(number, self.workspace, batch)
+                state = new_state(first_number + number, self.workspace, batch)
                 record(model, blocks, batch, state, to_the_end=not later)
                 seen = {}
                 state.hidden, state.calls, state.injections = (
