@@ -219,7 +219,7 @@ def _kept(after_media: int, length: int, generator: torch.Generator) -> int:
         low, high = after_media, length - 1
     else:
         low, high = (max(1, min(tokens, (length - 1) // 2)) for tokens in KEPT_OF_TEXT)
-    return int(torch.randint(low, max(low, high) + 1, (), generator=generator))
+    return min(length, int(torch.randint(low, max(low, high) + 1, (), generator=generator)))
 
 
 def _alike(begun: list[_Begun]) -> list[list[int]]:
