@@ -111,14 +111,14 @@ def markdown(rows: list[dict]) -> str:
             continue
         cells = [
             label,
-            _spread(done, "bits", ".3f"),
-            _spread(done, "nll", ".4g"),
-            _spread(done, "gap", ".2g"),
-            _spread(done, "visual", ".1f", 100),
-            _spread(done, "text", ".1f", 100),
-            _spread(done, "text_perplexity", ".4g"),
-            _spread(done, "agreement", ".1f", 100),
-            _spread(done, "quantize_seconds", ".0f"),
+            spread(done, "bits", ".3f"),
+            spread(done, "nll", ".4g"),
+            spread(done, "gap", ".2g"),
+            spread(done, "visual", ".1f", 100),
+            spread(done, "text", ".1f", 100),
+            spread(done, "text_perplexity", ".4g"),
+            spread(done, "agreement", ".1f", 100),
+            spread(done, "quantize_seconds", ".0f"),
             str(len(done)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -128,7 +128,8 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _spread(rows: list[dict], key: str, form: str, factor: float = 1) -> str:
+def spread(rows: list[dict], key: str, form: str, factor: float = 1) -> str:
+    """Return the mean of a measure over the rows that have it, and its standard deviation where there are several."""
     values = [row[key] * factor for row in rows if row.get(key) is not None]
     if not values:
         return "–"

@@ -4,13 +4,14 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from baselines import BASELINES, Moments
 from measure import calibration_samples, load, measure, stored_dtype_bits
 from runner import Job, NotRunError, Settings
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import sab_hf
 from sab_hf.anatomy.roles import find_roles
@@ -35,7 +36,15 @@ def compress(model: torch.nn.Module, processor: Any, job: Job, settings: Setting
     """Compress the language Linears of `model` in place; return the stored bits and what else the method tells."""
     if job.method == FULL_PRECISION:
         return {"bits": stored_dtype_bits(settings.model)}
-    samples = calibration_samples(job.samples or settings.samples, job.seed)
+    return compress_with(
+        model, processor, calibration_samples(job.samples or settings.samples, job.seed), job, settings
+    )
+
+
+def compress_with(
+    model: torch.nn.Module, processor: Any, samples: list, job: Job, settings: Settings
+) -> dict[str, Any]:
+    """Compress as `compress` does, on given samples: conversations or processed batches."""
     if job.method == OURS:
         return quantize_ours(model, processor, samples, job, settings)
     if job.method in BASELINES:
@@ -52,7 +61,7 @@ def quantize_ours(
     known = {f.name for f in dataclasses.fields(sab_hf.SABQuantizationConfig)}
     if missing := sorted(job.options.keys() - known):
         raise NotRunError(f"SABQuantizationConfig has no field {', '.join(missing)}")
-    common = {"num_samples": len(samples), "batch_size": settings.batch_size, "seed": job.seed}
+    common = {"num_samples": num_rows(samples), "batch_size": settings.batch_size, "seed": job.seed}
     bits = None if job.bits is None else max(job.bits, floor_bits(settings.model))
     config = sab_hf.SABQuantizationConfig(bits=bits, **common | job.options)
     logging.getLogger("sab_hf").setLevel(logging.WARNING)
@@ -73,7 +82,7 @@ def quantize_baseline(model: torch.nn.Module, processor: Any, samples: list, job
     roles = find_roles(model)
     linears = language_linears(model, roles, [])
     calibration = prepare_calibration(
-        samples, processor, model.config, num_samples=len(samples), seed=job.seed, batch_size=settings.batch_size
+        samples, processor, model.config, num_samples=num_rows(samples), seed=job.seed, batch_size=settings.batch_size
     )
     inputs = BlockInputs(model, roles.blocks, calibration.batches)
     stored = 0.0
@@ -90,10 +99,17 @@ def quantize_baseline(model: torch.nn.Module, processor: Any, samples: list, job
     return stored / sum(linear.weight.numel() for linear in linears.values())
 
 
+def num_rows(samples: list) -> int:
+    """Return the number of samples in a list of conversations or of processed batches."""
+    return sum(len(sample["input_ids"]) if isinstance(sample, Mapping) else 1 for sample in samples)
+
+
 def language_shapes(folder: str) -> dict[str, tuple[int, int]]:
     """Return (out_features, in_features) of the Linears that all methods compress, without reading weights."""
+    config = AutoConfig.from_pretrained(folder)
+    takes_images = type(config) in AutoModelForImageTextToText._model_mapping
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        model = (AutoModelForImageTextToText if takes_images else AutoModelForCausalLM).from_config(config)
     linears = language_linears(model, find_roles(model), [])
     return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 

@@ -8,7 +8,7 @@ gives `NotRunError` with the reason. The first two look at weights alone.
 import copy
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,14 +74,15 @@ def auto_round(model: nn.Module, processor: Any, samples: list, settings: Settin
     """AutoRound, 2 bits, groups of 128, asymmetric, 200 steps a block, on the same calibration samples."""
     package = _import("auto_round")
     # one sample a batch: AutoRound joins samples of one length only, and would train on padding
+    samples = [part for sample in samples for part in _one_by_one(sample)]
     calibration = prepare_calibration(samples, processor, model.config, num_samples=len(samples), batch_size=1)
     batches = [{key: value.to(settings.device) for key, value in b.inputs.items()} for b in calibration.batches]
     names = list(language_linears(model, find_roles(model), []))
     before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
     rounding = package.AutoRound(
         model,
-        tokenizer=processor.tokenizer,
-        processor=processor,
+        tokenizer=getattr(processor, "tokenizer", processor),
+        processor=processor if hasattr(processor, "tokenizer") else None,
         bits=AUTO_ROUND_BITS,
         group_size=AUTO_ROUND_GROUP,
         sym=False,
@@ -101,6 +102,13 @@ def auto_round(model: nn.Module, processor: Any, samples: list, settings: Settin
         raise RuntimeError(f"AutoRound left {len(unchanged)} of {len(names)} Linears as they were")
     model.to(settings.device).float()
     return AUTO_ROUND_BITS + (16 + AUTO_ROUND_BITS) / AUTO_ROUND_GROUP
+
+
+def _one_by_one(sample: Any) -> list:
+    """Return the rows of a processed batch of text as batches of one; a conversation as it is."""
+    if not isinstance(sample, Mapping):
+        return [sample]
+    return [{k: v[i : i + 1] for k, v in sample.items()} for i in range(len(sample["input_ids"]))]
 
 
 def gptqmodel(model: nn.Module, processor: Any, samples: list, settings: Settings) -> float:

