@@ -29,7 +29,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.utils.logging import tqdm
 
 from ..calibration import PADDING, TEXT, CalibrationBatch, media_modality
-from ..machine.limits import RowLimit
+from ..machine.limits import SampleLimit
 from ..machine.placement import Placement
 from ..passes.recording import model_inputs
 
@@ -83,15 +83,15 @@ def write_samples(
     device = Placement(model).input_device
     _warn_of_place(device)
     written: list[CalibrationBatch | None] = [None] * len(begun)
-    limit = RowLimit()
-    limit.rows = MOST_AT_ONCE_CPU if device.type == "cpu" else MOST_AT_ONCE
+    limit = SampleLimit()
+    limit.samples = MOST_AT_ONCE_CPU if device.type == "cpu" else MOST_AT_ONCE
     with tqdm(total=sum(b.rows for b in begun), desc="writing samples") as progress:
         for todo in _alike(begun):
             while todo:
-                largest = sum(begun[i].rows for i in _first(todo, begun, limit.rows))
+                largest = sum(begun[i].rows for i in _first(todo, begun, limit.samples))
 
                 def work(todo: list[int] = todo) -> tuple[list[int], list[CalibrationBatch]]:
-                    own = _first(todo, begun, limit.rows)
+                    own = _first(todo, begun, limit.samples)
                     return own, _write(model, [begun[i] for i in own], vocabulary, device, (seed, own[0]))
 
                 own, done = limit.retry("writing samples", largest, work)
