@@ -65,12 +65,14 @@ class TextSettings(Settings):
 
     text: folder of the texts; length: tokens of a calibration sample
     window, windows: tokens of a stretch of the measured text, and how many of them
+    dtype: the model is loaded in
     """
 
     text: str = ""
     length: int = 512
     window: int = 1024
     windows: int = 96
+    dtype: str = "float32"
 
 
 # ---- the model from a GGUF file
@@ -247,7 +249,8 @@ def compare_answers(own: list[list[int]], reference: list[list[int]]) -> dict[st
 
 def do(job: Job, settings: TextSettings) -> dict[str, Any]:
     """Return the measures of one job: "bits" stored per weight, "perplexity", and how its answers compare with the dense ones."""
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32).to(settings.device).eval()
+    dtype = getattr(torch, settings.dtype)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).to(settings.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     inputs = prompts_of(tokenizer, settings.questions)
     pad = tokenizer.pad_token_id
@@ -345,6 +348,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         length=args.length,
         window=args.window,
         windows=args.windows,
+        dtype=args.dtype,
     )
     head = circumstances(settings)
     head["settings"]["text"] = Path(args.text).name  # folders of this machine mean nothing elsewhere
@@ -395,6 +399,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     ran.add_argument("--name", default="", help="added to the labels of sab_hf's rows, to tell options apart")
     ran.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ran.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to load the model in")
     ran.add_argument("--samples", type=int, default=0, help="calibration samples; 0: the whole calibration text")
     ran.add_argument("--length", type=int, default=512, help="tokens of a calibration sample")
     ran.add_argument("--batch-size", type=int, default=8, help="calibration samples a forward pass")
