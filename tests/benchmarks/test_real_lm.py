@@ -55,6 +55,7 @@ def rows(settings):
     with pytest.MonkeyPatch.context() as patch:  # fewer candidates in the searches
         patch.setattr(baselines, "SPLIT_PERCENTILES", (30, 70))
         patch.setattr(baselines, "MAX_SALIENT_COLUMNS", 2)
+        patch.setattr(real_lm, "ANSWER_TOKENS", 8)
         return [do_job(job, settings, real_lm.do) for job in jobs]
 
 
