@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils.logging import tqdm
 
-from ..calibration import PADDING, CalibrationBatch
+from ..calibration import PADDING, TEXT, CalibrationBatch
 from ..machine import distributed
 from ..machine.placement import free_memory
 from ..machine.resume import Left, Progress, Steps
@@ -261,6 +261,8 @@ def _train(
         given: numbers of the batches of which some are held out.
     """
     sizes = distributed.merge({state.number: state.rows for state in loss.own.values() if loss.counts(state)})
+    if not sizes:
+        return DistilResult(0.0, 0.0, 0, 0), None
     known = [number for number in sizes if number in given]
     held = set(known[HELD_OUT // 2 :: HELD_OUT] if len(known) > HELD_OUT // 2 else known[1:2])
     held = held or set(known)  # of one batch nothing can be held out
@@ -296,6 +298,9 @@ def _train(
                 continue
             now = loss.measure(trainees, held)
             bar.set_postfix_str(f"held-out loss {before:.4f} → {now:.4f}")
+            logger.info(
+                "distillation: step %d of %d, held-out loss %.4f, at first %.4f", step, settings.steps, now, before
+            )
             if now < best_loss:  # False also for NaN
                 best_loss, best_step, best = now, step, trainees.result()
             if not math.isfinite(now) or step - max(best_step, 0) >= PATIENCE * interval:
@@ -353,18 +358,24 @@ class _Loss:
         weights: dict[str, Tensor],
     ):
         self.blocks, self.first, self.tail = blocks, window.first, window.tail if window.last else None
+        self.last = window.last
         self.batches, self.workspace = batches, inputs[0].workspace
         self.own = {state.number: state for each in inputs for state in each.states}
-        tokens = {n: int(_counted(state.modality).sum()) for n, state in self.own.items()}
+        tokens = {n: int(self._counted(state).sum()) for n, state in self.own.items()}
         self.tokens = distributed.merge(tokens)
         self.limit = self.workspace.limit
         largest = max((state.modality.numel() for state in self.own.values()), default=0)
         shapes = [tuple(weight.shape) for weight in weights.values()]
         self.saves_memory = activation_bytes(shapes, largest) > ACTIVATION_SHARE * free_memory(self.workspace.device)
 
+    def _counted(self, state: BatchState) -> Tensor:
+        """Return where the loss counts, bool [batch, length]: predictions matter where text is, outputs of blocks everywhere."""
+        return state.modality == TEXT if self.last else state.modality != PADDING
+
     def counts(self, state: BatchState) -> bool:
-        """Tell whether a batch runs through one of the blocks."""
-        return any(state.runs(index) for index in range(self.first, self.first + len(self.blocks)))
+        """Tell whether a batch runs through one of the blocks and has tokens that count."""
+        runs = any(state.runs(index) for index in range(self.first, self.first + len(self.blocks)))
+        return runs and bool(self._counted(state).any())
 
     def accumulate_gradients(self, trainees: Trainees, numbers: list[int]) -> None:
         """Add up the gradients of the mean loss over the tokens of some batches."""
@@ -414,14 +425,14 @@ class _Loss:
                 targets.append(piece.target)
             output, target = torch.cat(outputs, -3), torch.cat(targets, -3)
             if self.tail is None:
-                use(_squared_error(output, target, state.modality.to(device)))
+                use(_squared_error(output, target, self._counted(state).to(device)))
             else:
                 self._divergence(state, output, target, use)
 
     def _divergence(self, state: BatchState, output: Tensor, target: Tensor, use: Callable[[Tensor], None]) -> None:
         """Call `use` with a loss that has the gradients of the divergence; logits are made for some positions at a time."""
         batch, length = self.batches[state.number], output.shape[-2]
-        counted = _counted(state.modality).to(output.device)
+        counted = self._counted(state).to(output.device)
         leaf = output.detach().requires_grad_(output.requires_grad)
         gradient = torch.zeros_like(leaf)
         step = positions_at_once(self.tail.model, batch, BYTES_PER_LOGIT)
@@ -448,13 +459,8 @@ def _checkpointed(block: nn.Module, index: int, state: BatchState, hidden: Tenso
     return checkpoint(block_output, block, index, state, hidden, use_reentrant=False, preserve_rng_state=False)
 
 
-def _squared_error(output: Tensor, target: Tensor, modality: Tensor) -> Tensor:
-    """Return the squared error relative to the size of each token's target, summed over tokens."""
+def _squared_error(output: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Return the squared error relative to the size of each token's target, summed over the tokens that are `counted`."""
     target = target.float()
     relative = (output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
-    return relative[..., _counted(modality)].sum()
-
-
-def _counted(modality: Tensor) -> Tensor:
-    """Return where the loss counts, bool [batch, length], for the modality of each position."""
-    return modality != PADDING
+    return relative[..., counted].sum()
