@@ -64,7 +64,7 @@ def share(items: list[Item]) -> Iterator[tuple[int, Item]]:
 
 
 def assign(costs: dict[str, float]) -> dict[str, int]:
-    """Give each task to a process, the dearest first, always to the one with the least to do.
+    """Give each task to a process, the costliest first, always to the one with the least to do.
 
     Args:
         costs: task → cost, in any unit.

@@ -101,7 +101,8 @@ def write_table(outcomes: list[Mapping[str, Any]]) -> None:
         legend += "\nWhy not:\n\n" + "\n".join(reasons) + "\n"
     command = (
         f"\n`python tests/families.py --json FILE` on each version, then `--table FILE …`; two CPU cores, "
-        f"{datetime.date.today().isoformat()}. `pytest tests/test_families.py` runs a part of it, with `-m slow` the rest.\n"
+        f"{datetime.date.today().isoformat()}. `pytest tests/anatomy/test_families.py` runs a part of it, "
+        "with `-m slow` the rest.\n"
     )
     DOC.parent.mkdir(exist_ok=True)
     DOC.write_text(HEAD + "\n".join(lines) + "\n" + legend + command + TAIL)
