@@ -130,9 +130,9 @@ def sum_moments(moments: dict[str, SecondMoments], names: list[str], device: tor
     """Add up second moments in place, so that each process has those of all samples; what one lacks is created.
 
     Args:
-        moments: of this process, by Linear.
-        names: of all Linears that accumulate, on any process.
-        device: of created accumulators.
+        moments: second moments of this process, by Linear.
+        names: names of all Linears that accumulate, on any process.
+        device: device of created accumulators.
     """
     if size() == 1:
         return
