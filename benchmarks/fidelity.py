@@ -2,7 +2,7 @@
 
     python benchmarks/fidelity.py --model small --jobs 8 --seeds 0 1 2 --output results.json
 
-`--model` is a folder that `examples/tiny_vlm/train.py` wrote. Writes `results.json` and `results.md`; see README.md.
+`--model` is a folder that `examples/tiny_vlm/train.py` wrote. Writes `results.json` and `results.md`; see ACCURACY.md.
 """
 
 import argparse

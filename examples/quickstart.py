@@ -29,7 +29,7 @@ def main():
     parser.add_argument(
         "--bits",
         type=float,
-        help="stored bits per language weight; default: as many as one plane and a tenth of the columns take",
+        help="stored bits per language weight; default: what one plane and a tenth of the columns take",
     )
     parser.add_argument("--questions", type=int, default=220, help="questions that the accuracy is measured on")
     args = parser.parse_args()

@@ -1,12 +1,23 @@
 """Binarized vision-language models for transformers. Importing this package registers the quantization method `sab`."""
 
+from __future__ import annotations
+
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .config import SABQuantizationConfig
 from .packed.linear import SABLinear
 from .publish.report import report
 from .quantizer import SABHfQuantizer
 from .version import __version__
+
+if TYPE_CHECKING:  # what is imported on first use, for editors and type checkers
+    from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
+
+    from .make.binarize import estimate, quantize
+    from .packed.decoding import decode_ahead
+    from .publish.open import load
+    from .publish.save import save
 
 __all__ = [
     "AutoModelForVision2Seq",
@@ -32,7 +43,7 @@ _ON_FIRST_USE = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import on first use what loading a packed checkpoint does not need."""
     if name in _ON_FIRST_USE:
         return getattr(import_module(_ON_FIRST_USE[name], __name__), name)
@@ -41,3 +52,7 @@ def __getattr__(name: str):
 
         return AutoModelForImageTextToText
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

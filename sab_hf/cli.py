@@ -2,6 +2,8 @@
 
 Exit codes: 0 done, 1 the task failed (the reason is on stderr), 2 wrong usage, 130 interrupted, 143 terminated. With `--json`,
 stdout holds one JSON document and nothing else; progress bars and warnings go to stderr. Each command is a file in `commands/`.
+This module and those import nothing heavy until a command runs: the console script (`sab_hf_command.py`) parses with them before
+it imports the package.
 """
 
 from __future__ import annotations
@@ -32,10 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 for wrong usage, 0 for `--help` and `--version`.
     """
+    parser = make_parser()
+    return execute(parser.parse_args(argv), parser)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="sab-hf", description="Binarized vision-language models for transformers.")
     parser.add_argument("--version", action="version", version=f"sab_hf {__version__}")
     add_commands(parser)
-    return execute(parser.parse_args(argv), parser)
+    return parser
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:

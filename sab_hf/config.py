@@ -23,7 +23,7 @@ DENSE = 16
 
 _NOT_SERIALIZED = ("calibration", "processor")
 REST_ROLES = ("vision", "projector", "embedding", "head")
-"""Roles outside the language blocks, see `roles.py`."""
+"""Roles outside the language blocks, see `anatomy/roles.py`."""
 _CHOICES = {
     "fit": ("hessian", "elementwise"),
     "modality_balance": ("equal", "tokens", "text"),
@@ -43,7 +43,6 @@ _OF_THE_MACHINE = (
 """Fields about where a run happens, which no checkpoint records."""
 
 
-@register_quantization_config("sab")
 @dataclass(repr=False)
 class SABQuantizationConfig(QuantizationConfigMixin):
     """How to binarize a vision-language model; pass it to `from_pretrained(..., quantization_config=...)`.
@@ -53,15 +52,15 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     Attributes:
         bits: stored bits per weight, averaged over the quantized language weights: signs, residual planes, scales and
             masks, everything. The budget is met from below; `budget` says where it is spent. None: as many as one plane and a
-            residual plane on a tenth of the columns take in every matrix (small matrices have dear scales, so no fixed number
-            suits all models).
+            residual plane on a tenth of the columns take in every matrix (the scales of a small matrix take more bits a
+            weight, so no fixed number suits all models).
         calibration: `"builtin"` (drawn and written by the package, no network), a Hub dataset id, a local folder or
             JSONL file, a list of chat-message samples, or a list of processed batches. Only names are saved, of a path its
             last two parts.
-        num_samples: calibration samples. The fit is content with the 128 of the published methods; refinement is not (see
-            the README for what more samples are worth).
-        seed: of the calibration set.
-        max_length: tokens; longer samples are dropped and counted, never truncated.
+        num_samples: calibration samples. 128, as in the published methods, are enough for the fit; refinement gains from
+            more (docs/your_data.md).
+        seed: seed of the order of the calibration set, and of the built-in one.
+        max_length: most tokens of a sample; longer samples are dropped and counted, never truncated.
         batch_size: calibration samples per forward pass; 1 needs least memory and no padding.
         written_samples: samples that the model writes itself, continuing the given ones, beside them for distillation; 0: none.
             With a few hundred given samples they help; in place of given ones they do not.
@@ -129,9 +128,9 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     Attributes:
         modules: quantized modules, name → [full planes, significant columns]; empty before quantization.
         tied_head: whether the output head uses the packed planes of the input embedding.
-        format_version: of the packed tensors, see `packing.py`.
-        checksums: of tensors and config, written when the model is saved and checked when it is loaded, see `integrity.py`;
-            None: nothing is checked.
+        format_version: version of the packed tensors' format, see `packing.py`.
+        checksums: checksums of tensors and config, written when the model is saved and checked when it is loaded (see
+            `packed/checksums.py`); None: nothing is checked.
 
     Raises:
         ValueError: a field has a wrong type or lies outside its range; the message says what is accepted.
@@ -190,7 +189,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"the checkpoint has format version {self.format_version!r}, this sab_hf reads version {FORMAT_VERSION}; "
-                "upgrade with `pip install -U sab_hf`"
+                "upgrade sab_hf, from where you installed it"
             )
         if self.bits is not None:
             _check_number(self, "bits", 0, MAX_PLANES + 1, open_low=True)
@@ -312,6 +311,10 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         return type(self)(**own, **shared)
 
 
+# Not as a decorator: type checkers do not see through it, and would know no field of the class.
+register_quantization_config("sab")(SABQuantizationConfig)
+
+
 def without_path(name: str) -> str:
     """Return the last two parts of a path on this machine, which means nothing elsewhere; anything else as it is."""
     return "/".join(Path(name).absolute().parts[-2:]) if Path(name).exists() else name
@@ -353,7 +356,7 @@ def _is_size(size: Any) -> bool:
 
 
 def _are_checksums(value: Any) -> bool:
-    """Whether `value` has the form of `integrity.py`."""
+    """Whether `value` has the form of `packed/checksums.py`."""
     return (
         isinstance(value, dict)
         and value.keys() == {"tensors", "aliases", "config"}

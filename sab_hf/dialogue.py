@@ -17,7 +17,7 @@ class Chat:
         model: a generating transformers model.
         processor: its processor or tokenizer with a chat template, or a path or Hub id of one.
         image: file, URL or PIL image that the first question is about; None: text only.
-        max_new_tokens: of an answer.
+        max_new_tokens: most tokens of an answer.
     """
 
     def __init__(self, model: nn.Module, processor: Any, image: Any = None, max_new_tokens: int = 128):

@@ -27,9 +27,9 @@ loader that does not know this format finds a weight of the wrong shape and fail
 randomly. Readers skip it.
 
 `config.json` holds, under `quantization_config`, `quant_method: "sab"`, `format_version: 1`, `modules`: for each quantized
-module its name and `[K, k]`, `tied_head`: true or false, and `checksums` (see `integrity.py`; null if there are none). What
-else is there tells how the planes were made; readers skip it. Names in `modules` are those of the model's class; tensors begin
-as in the base model's dense checkpoints, which may differ (LLaVA's module `model.language_model.layers.0…` is
+module its name and `[K, k]`, `tied_head`: true or false, and `checksums` (see `packed/checksums.py`; null if there are none).
+What else is there tells how the planes were made; readers skip it. Names in `modules` are those of the model's class; tensors
+begin as in the base model's dense checkpoints, which may differ (LLaVA's module `model.language_model.layers.0…` is
 `language_model.model.layers.0…` in the file). All other tensors, and the rest of `config.json`, are as in a dense checkpoint
 of the base model. A module is one of these:
 

@@ -43,7 +43,7 @@ class LoraSABLinear(nn.Module, LoraLayer):
 
     Args:
         base_layer: the packed Linear, which stays as it is.
-        adapter_name: of the first adapter.
+        adapter_name: name of the first adapter.
         config: PEFT's LoRA config.
         r, lora_alpha: rank and scale of the adapter, as PEFT resolved them for this module.
     Raises:

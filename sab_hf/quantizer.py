@@ -1,4 +1,4 @@
-"""`SABHfQuantizer`: the hooks that transformers calls while it loads a model. Thin: the work is in `binarize` and `linear`."""
+"""`SABHfQuantizer`: the hooks that transformers calls while it loads a model. Thin: the work is in `make/` and `packed/`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from .packed.swap import dequantize_modules, swap_in_empty
 from .packed.verify import PACKED_NAMES, check_headers, check_loaded, packed_names, raise_if_missing, raise_if_unlisted
 
 
-@register_quantizer("sab")
 class SABHfQuantizer(HfQuantizer):
     """Binarize a dense checkpoint while it loads, or fill packed modules from a packed one.
 
@@ -105,3 +104,6 @@ class SABHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`generate` with a static cache may compile the model: `SABLinear` is one custom op, without a graph break."""
         return True
+
+
+register_quantizer("sab")(SABHfQuantizer)  # not as a decorator, see `config.py`

@@ -29,12 +29,12 @@ def training_data(
         Trainer(model, TrainingArguments(..., remove_unused_columns=False), **data).train()
 
     Args:
-        data: in any form that calibration takes, except processed batches; the last reply of a conversation is learnt, all text
-            of a passage.
+        data: questions in any form that calibration takes, except processed batches; the last reply of a
+            conversation is learnt, all text of a passage.
         model: the model to train, or its packed base.
         processor: its processor (a tokenizer for a text-only model).
         num_samples: most samples to read.
-        seed: of their order.
+        seed: seed of their order.
         max_image_pixels: larger images are shrunk to this many pixels; None keeps them.
     Returns:
         `train_dataset`, a list of samples, and `data_collator`, which makes a batch of some: model inputs padded on the right,

@@ -11,8 +11,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+OTHER_PAGES = (ROOT, ROOT / "benchmarks", ROOT / "examples" / "tiny_vlm")
+ALL_PAGES = sorted(str(path.relative_to(ROOT)) for folder in (DOCS, *OTHER_PAGES) for path in folder.glob("*.md"))
 
 _FENCE = re.compile(r"(?P<mark><!-- output -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _REPLACE = re.compile(r"^<!-- replace: (.+?) -> (.*?) -->$", re.MULTILINE)
@@ -41,11 +44,14 @@ def read_page(name: str) -> tuple[list[Block], dict[str, str]]:
     return blocks, replacements
 
 
-def links(name: str) -> list[str]:
-    """Return the relative targets of a page's links, anchors left out."""
-    text = (DOCS / name).read_text(encoding="utf-8")
-    return [
-        target.partition("#")[0]
-        for target in re.findall(r"\]\(([^)]+)\)", text)
-        if not target.startswith(("http", "#"))
-    ]
+def links(page: Path) -> list[tuple[Path, str]]:
+    """Return the files that a page's links name, with the heading in them that each names, or ""; other sites left out."""
+    targets = re.findall(r"\]\(([^)]+)\)", _FENCE.sub("", page.read_text(encoding="utf-8")))
+    parts = [target.partition("#") for target in targets if not target.startswith("http")]
+    return [((page.parent / file).resolve() if file else page, anchor) for file, _, anchor in parts]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names by which links reach the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

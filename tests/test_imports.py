@@ -64,10 +64,12 @@ def imports(module: str) -> tuple[set[str], set[str]]:
 
 
 def _module_level(node):
-    """Yield the imports below `node` that run when the module is imported: those in no function."""
+    """Yield the imports below `node` that run when the module is imported: those in no function, nor for type checkers only."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.Import, ast.ImportFrom)):
             yield child
+        elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
         elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             yield from _module_level(child)
 
@@ -149,5 +151,6 @@ def test_loading_and_running_a_packed_checkpoint_imports_nothing_heavy(packed_di
 
 def test_public_names_exist():
     assert all(hasattr(sab_hf, name) for name in sab_hf.__all__)
+    assert set(sab_hf.__all__) <= set(dir(sab_hf))
     with pytest.raises(AttributeError, match="nothing"):
         sab_hf.nothing  # noqa: B018

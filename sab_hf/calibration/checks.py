@@ -95,7 +95,7 @@ def check_image_tokens(
         tokens: modality → number of tokens in the set.
         batches: the processed batches.
         processor: named in the error.
-        model_config: of the model.
+        model_config: config of the model.
         allow_text_only: warn in place of raising.
 
     Raises:

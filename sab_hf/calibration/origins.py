@@ -23,7 +23,7 @@ def read_samples(calibration: Any, *, seed: int, limit: int, with_images: bool =
 
     Args:
         calibration: "builtin", a Hub dataset id, a local folder or JSONL file, or samples in memory.
-        seed: of the shuffle.
+        seed: seed of the shuffle.
         limit: most samples that will be asked for.
         with_images: False draws only text from the built-in set.
 

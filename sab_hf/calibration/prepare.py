@@ -38,7 +38,7 @@ class CalibrationSet:
     """What a model is calibrated on.
 
     Attributes:
-        batches: in the order in which they run.
+        batches: the batches in the order in which they run.
         num_samples: rows of all batches.
         num_dropped: samples left out because they were longer than the limit.
         tokens: modality → number of tokens, padding left out.
@@ -89,7 +89,7 @@ def prepare_calibration(
         processor: the model's processor; a tokenizer for a text-only model; not needed for processed batches.
         model_config: the model's config, which names the placeholder tokens.
         num_samples: samples to take; fewer with a warning where there are not enough.
-        seed: of the shuffle before taking them, and of the built-in set.
+        seed: seed of the shuffle before taking them, and of the built-in set.
         max_length: tokens; longer samples are dropped and counted, never truncated.
         batch_size: samples per batch; above 1 they are padded on the right, those of like length together.
         allow_text_only: accept a set without image tokens for a model that takes images.

@@ -78,7 +78,7 @@ def load_media(sample: Sample, max_image_pixels: int | None) -> list[dict[str, A
     """Return the messages of a sample with every image opened, as RGB, and paths of video and audio resolved.
 
     Args:
-        sample: as parsed; it is not changed.
+        sample: a sample as parsed; it is not changed.
         max_image_pixels: larger images are shrunk to this many pixels, keeping their shape; None keeps them.
 
     Raises:

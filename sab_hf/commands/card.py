@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", help="folder of a packed checkpoint; card, report and pictures in it are written anew"
     )
     parser.add_argument("--evaluation", help="JSON file from `sab-hf eval --output`")
-    parser.add_argument("--repo-id", help="what the loading snippet loads; default: the folder's name")
+    parser.add_argument("--repo-id", help="name that the loading snippet loads; default: the folder's name")
     parser.add_argument("--base-model", help="Hub id of the original; default: as in the report that is there")
-    parser.add_argument("--license", help="for the metadata; default: as in the card that is there")
+    parser.add_argument("--license", help="license for the metadata; default: as in the card that is there")
     add_push(parser)
 
 

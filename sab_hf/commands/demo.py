@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="packed checkpoint: a folder or Hub id")
     parser.add_argument("--image", help="file or URL of a picture to talk about")
     parser.add_argument("--prompt", help="one question; without it, each line of stdin is one")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="of an answer (default 128)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="most tokens of an answer (default 128)")
     add_device_map(parser)
 
 

@@ -13,7 +13,9 @@ SUMMARY = "write a dense checkpoint that needs no plugin"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="packed checkpoint: a folder or Hub id")
     parser.add_argument("output", help="folder for the dense checkpoint")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the dense weights (default: as stored)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of the dense weights (default: as stored)"
+    )
     add_shard_size(parser)
 
 

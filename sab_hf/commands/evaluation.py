@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", default="builtin", help='questions: "builtin", a Hub dataset, a folder, or a JSONL file'
     )
     parser.add_argument("--num-samples", type=int, default=200, help="most samples (default 200)")
-    parser.add_argument("--seed", type=int, default=1, help="of their order and of the built-in set (default 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of their order and of the built-in set (default 1)")
     parser.add_argument("--batch-size", type=int, default=8, help="samples of a forward pass (default 8)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of weights and activations (default: as stored)"
+        "--dtype", choices=DTYPES, default="auto", help="dtype of weights and activations (default: as stored)"
     )
     add_device_map(parser)
     parser.add_argument("--output", help="file for the result as JSON, for `sab-hf card --evaluation`")

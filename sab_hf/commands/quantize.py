@@ -20,21 +20,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bits",
         type=float,
-        help="stored bits per language weight; default: as many as one plane and a tenth of the columns take",
+        help="stored bits per language weight; default: what one plane and a tenth of the columns take",
     )
     parser.add_argument("--calibration", help='"builtin" (default), a Hub dataset, a folder, or a JSONL file')
     parser.add_argument("--num-samples", type=int, help="calibration samples")
     parser.add_argument("--refine-steps", type=int, help="steps of block refinement; 0 turns it off")
-    parser.add_argument("--seed", type=int, help="of the calibration set")
+    parser.add_argument("--seed", type=int, help="seed of the calibration set")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE",
         help="any other field of SABQuantizationConfig, value as JSON or text; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the parts left dense (default: as stored)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of the parts left dense (default: as stored)"
+    )
     add_device_map(parser)
-    parser.add_argument("--revision", help="of the dense checkpoint on the Hub")
+    parser.add_argument("--revision", help="revision of the dense checkpoint on the Hub")
     add_shard_size(parser)
-    parser.add_argument("--license", help="for the card; default: that in the card of the original")
+    parser.add_argument("--license", help="license for the card; default: that in the card of the original")
     add_push(parser)
 
 

@@ -23,7 +23,9 @@ def add_push(parser: argparse.ArgumentParser) -> None:
 
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
     """Add the option for the size of weights files; what is no size is wrong usage, and not found out after hours."""
-    parser.add_argument("--max-shard-size", type=_size, default="5GB", help="of one weights file (default 5GB)")
+    parser.add_argument(
+        "--max-shard-size", type=_size, default="5GB", help="most bytes of one weights file (default 5GB)"
+    )
 
 
 def _size(text: str) -> str:
@@ -34,7 +36,9 @@ def _size(text: str) -> str:
 
 def add_device_map(parser: argparse.ArgumentParser) -> None:
     """Add the option that says where a model is loaded."""
-    parser.add_argument("--device-map", help="for example auto, cuda or cpu; default: a GPU if there is one")
+    parser.add_argument(
+        "--device-map", help="device map, for example auto, cuda or cpu; default: a GPU if there is one"
+    )
 
 
 def device_map(args: argparse.Namespace) -> str | None:

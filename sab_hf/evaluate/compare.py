@@ -133,13 +133,13 @@ def evaluate(
             all accepted. Samples without a reply are passages: they count for perplexity, agreement and KL only.
         original: the model to compare with, or a path or Hub id; None: no comparison.
         num_samples: most samples to use.
-        seed: of their order, and of the built-in set (calibration draws it with seed 0: these are new samples).
+        seed: seed of their order, and of the built-in set (calibration draws it with seed 0: these are new samples).
         batch_size: samples of a forward pass; changes results by rounding only.
-        max_new_tokens: of a greedy answer.
+        max_new_tokens: most tokens of a greedy answer.
         max_image_pixels: larger images are shrunk to this many pixels; None keeps them.
         scorers: name → (answer, accepted answers) → 0 to 1; None: exact match, ANLS, relaxed accuracy.
-        load_kwargs: for `from_pretrained`, where a path or id is given: `device_map`, `dtype`, `token`, …; `revision` and
-            `subfolder` are those of `model` alone.
+        load_kwargs: arguments of `from_pretrained`, where a path or id is given: `device_map`, `dtype`, `token`, …; `revision`
+            and `subfolder` are those of `model` alone.
     Raises:
         ValueError: the data has none of the accepted forms, or the two models have different vocabularies.
     """

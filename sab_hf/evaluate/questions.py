@@ -60,9 +60,10 @@ def read_questions(data: Any, num_samples: int, seed: int, with_images: bool) ->
     """Read questions from any source that calibration reads (a name, a path, samples in memory), in shuffled order.
 
     Args:
-        data: as `SABQuantizationConfig.calibration`, except processed batches; "answers" of a row are all accepted.
+        data: samples in a form of `SABQuantizationConfig.calibration`, except processed batches; "answers" of a row
+            are all accepted.
         num_samples: most questions to take.
-        seed: of the shuffle, and of the built-in set.
+        seed: seed of the shuffle, and of the built-in set.
         with_images: whether the model takes images; else those with media are left out.
     Raises:
         ValueError: the source has none of the accepted forms, or nothing is left.

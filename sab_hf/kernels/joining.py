@@ -130,7 +130,7 @@ def _depends_on_product(node: fx.Node) -> bool:
 
 
 def _replace(graph: fx.Graph, x: fx.Node, group: list[tuple[fx.Node, tuple]], exact: bool) -> None:
-    """Put one `sab::linears` where the first product of the group is; the order of the graph is mended afterwards."""
+    """Put one `sab::linears` where the first product of the group is; the graph is sorted afterwards."""
     nodes = [node for node, _ in group]
     operands = [list(several) for several in zip(*[one for _, one in group], strict=True)]
     with graph.inserting_before(nodes[0]):

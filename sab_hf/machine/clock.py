@@ -20,7 +20,7 @@ class Stage:
 
     Attributes:
         seconds: wall time.
-        last_seconds: of it, the last run of the stage (the last block, where blocks have runs of their own).
+        last_seconds: seconds of the last run of the stage (the last block, where blocks have runs of their own).
         peak_ram_mib: most resident memory of the process up to the end of the stage, MiB; None where the system does not tell.
         peak_gpu_mib: most GPU memory allocated during the stage, MiB; None without a GPU.
     """

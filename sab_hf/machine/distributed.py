@@ -64,7 +64,7 @@ def share(items: list[Item]) -> Iterator[tuple[int, Item]]:
 
 
 def assign(costs: dict[str, float]) -> dict[str, int]:
-    """Give each task to a process, the dearest first, always to the one with the least to do.
+    """Give each task to a process, the costliest first, always to the one with the least to do.
 
     Args:
         costs: task → cost, in any unit.
@@ -130,9 +130,9 @@ def sum_moments(moments: dict[str, SecondMoments], names: list[str], device: tor
     """Add up second moments in place, so that each process has those of all samples; what one lacks is created.
 
     Args:
-        moments: of this process, by Linear.
-        names: of all Linears that accumulate, on any process.
-        device: of created accumulators.
+        moments: second moments of this process, by Linear.
+        names: names of all Linears that accumulate, on any process.
+        device: device of created accumulators.
     """
     if size() == 1:
         return

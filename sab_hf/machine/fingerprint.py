@@ -52,9 +52,9 @@ def fingerprint(
     """Take the fingerprint of a run. Every weight is read once, offloaded ones too.
 
     Args:
-        model: with its dense weights.
+        model: the model with its dense weights.
         batches: the calibration set.
-        config: of the run.
+        config: config of the run.
         device: the compute device.
         processes: that work together.
         decided: numbers that the config leaves open and the run has decided.

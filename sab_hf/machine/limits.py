@@ -65,7 +65,7 @@ def take_samples(value: Any, rows: slice, batch: int, length: int) -> Any:
     Args:
         value: nested tuples, lists and dicts of tensors and anything else.
         rows: which samples.
-        batch, length: of the hidden states [batch, length, hidden_size].
+        batch, length: sizes of the hidden states [batch, length, hidden_size].
     """
     if isinstance(value, Tensor):
         axis = _batch_axis(value, batch, length)

@@ -39,7 +39,7 @@ class Placement:
         """Bring the module called `name` to the compute device for the time of a `with` statement.
 
         Args:
-            name: of a block, or of any other module.
+            name: name of a block, or of any other module.
             lasting: the visit changes the module. Its former weights are then given up at once, and what the module has become
                 goes to where it was before, or to the device that offloaded weights would run on.
         Raises:

@@ -26,7 +26,7 @@ class StateStore:
     Args:
         device: the compute device.
         device_limit, ram_limit: bytes of tensors kept on the device and in RAM; None: a quarter of what is free there now.
-        folder: of the files; None: the system's folder for temporary files. Files die with the store.
+        folder: folder of the files; None: the system's folder for temporary files. Files die with the store.
     """
 
     def __init__(

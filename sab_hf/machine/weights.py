@@ -24,8 +24,8 @@ def iter_weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, 
     """Yield the name and weight [out_features, in_features] of each Linear; a fused parameter is read once for its experts.
 
     Args:
-        model: in memory or offloaded; fused experts may be taken apart or not.
-        names: of Linears, the experts of a parameter one after the other.
+        model: the model, in memory or offloaded; fused experts may be taken apart or not.
+        names: names of Linears, the experts of a parameter one after the other.
     Raises:
         ValueError: a weight is on the meta device and no hook says from where to load it.
     """

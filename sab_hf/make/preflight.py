@@ -5,7 +5,7 @@ R = 1 with a residual plane on the share s of the columns, T tokens of the large
 measured, V the vocabulary, E bytes of an activation):
 
     moments  = 4 z Σ m²                                  over the different inputs of the block; each expert has its own
-    fit      = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the dearest Linear
+    fit      = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the largest Linear
     distil   = Σ 31 n m + 4 T Σ (n + 2 m) + min(32 T V, 4 GiB)     over the blocks of a window, as many as fit
     refine   = Σ n m (25 (P + s R) + 20) + 4 T Σ (n + 2 m)
     record   = everything beside the blocks + 3 E T max (n + m)

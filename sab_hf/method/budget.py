@@ -54,7 +54,7 @@ def check_budget(shapes: dict[str, tuple[int, int]], bits: float) -> None:
     if bits < floor:
         raise ValueError(
             f"`bits` must be at least {math.ceil(floor * 1000) / 1000} for this model (one sign plane and its scales), got "
-            f"{bits}; raise it, or add small layers, whose scales are dear, to `modules_to_not_convert`"
+            f"{bits}; raise it, or add small layers, whose scales take most of their bits, to `modules_to_not_convert`"
         )
     if bits > ceiling:
         raise ValueError(

@@ -157,7 +157,7 @@ def fit_planes_elementwise(
     Args:
         W: [out_features, in_features] float32.
         weight: v = Λ², [out_features, in_features] or [in_features], positive.
-        num_planes, significant_columns: as in `fit_planes`.
+        num_planes, significant_columns: the sizes, as in `fit_planes`.
         alternations: rounds; each step is exact, so the last is the best.
     """
     v = weight.expand_as(W)

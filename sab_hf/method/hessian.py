@@ -13,7 +13,7 @@ class SecondMoments:
 
     Args:
         in_features: width of the inputs.
-        device: of the accumulators.
+        device: device of the accumulators.
 
     Source: SAB-LVLM, Hessians for text and visual inputs; here all from one forward pass (method §2).
     """

@@ -52,10 +52,10 @@ def fit_linear(
     """Fit one Linear.
 
     Args:
-        name: for the record.
-        linear: with its dense weight.
-        moments: of its inputs; None if no token reached it.
-        sensitivity: of the loss to it; None where it was not measured.
+        name: name of the Linear, for the record.
+        linear: the Linear with its dense weight.
+        moments: second moments of its inputs; None if no token reached it.
+        sensitivity: sensitivity of the loss to it; None where it was not measured.
         sizes: [full planes, significant columns].
         config: the method's numbers.
     """

@@ -11,7 +11,7 @@ from ..config import SABQuantizationConfig
 
 
 def needs_sensitivity(config: SABQuantizationConfig, refine_steps: int) -> bool:
-    """Return whether a run of so many refinement steps uses the sensitivity of Linears or of block outputs."""
+    """Return whether a run with `refine_steps` steps of refinement uses the sensitivity of Linears or of block outputs."""
     in_refinement = refine_steps > 0 and config.refine_loss == "gradient"
     return config.significance == "gradient" or config.budget == "sensitivity" or in_refinement
 

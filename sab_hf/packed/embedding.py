@@ -16,7 +16,7 @@ class SABEmbedding(SABModule):
     Args:
         tensors: packed tensors as in `SABModule`, without a residual plane; a row is a token.
         embedding_dim: columns of the matrix.
-        dtype: of the rows that come out; `.to(dtype)` changes it.
+        dtype: dtype of the rows that come out; `.to(dtype)` changes it.
     """
 
     def __init__(self, tensors: dict[str, Tensor], embedding_dim: int, dtype: torch.dtype):

@@ -235,7 +235,7 @@ def new_state(number: int, workspace: Workspace, batch: CalibrationBatch, modali
 
 
 def count_first(rows: Iterable[int], num_samples: int) -> int:
-    """Return how many of the first batches, which have so many rows each, hold `num_samples` samples (all, if too few)."""
+    """Return how many of the first batches hold `num_samples` samples together (all, if too few); rows: of each batch."""
     total = count = 0
     for size in rows:
         if total >= num_samples:

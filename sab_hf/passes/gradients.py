@@ -83,14 +83,14 @@ def measure_sensitivity(
     of the Fisher information: it needs no labels, and does not vanish where the model is right.
 
     Args:
-        model: in full precision; its weights are only read.
+        model: the model in full precision; its weights are only read.
         inputs: the recorded inputs of the blocks; left as they are. Each process of several has its own; means are over all.
         batches: the calibration set.
         block_names: the blocks, in order.
-        names: of the Linears, all inside the blocks; experts of fused parameters are taken apart for the passes.
+        names: names of the Linears, all inside the blocks; experts of fused parameters are taken apart for the passes.
         damping: λ as a share of the mean diagonal of each H_m.
         num_samples: about as many samples are used; the hidden states of all blocks are kept for them.
-        seed: of the drawn tokens.
+        seed: seed of the drawn tokens.
     Raises:
         UnmeasurableError: the model gives no logits, or a block no gradient.
 

@@ -32,7 +32,7 @@ def record(
     Blocks hand their input on instead of computing; the first one runs once, to learn what it returns.
 
     Args:
-        blocks: in order; blocks that run before them compute as they are.
+        blocks: the blocks in order; blocks that run before them compute as they are.
         to_the_end: False: stop when the last block was called, as blocks after it cannot run now.
     Raises:
         RuntimeError: a block runs twice, or the hidden states are not one row for each token.
@@ -78,7 +78,7 @@ def output_of_last_block(
     """Return what `model` makes of a batch whose last block gives `hidden`; the blocks themselves do not run.
 
     Args:
-        state: of the batch.
+        state: state of the batch.
         hidden: [..., batch, length, hidden_size].
         options: further arguments of the model.
     Returns:

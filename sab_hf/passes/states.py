@@ -23,14 +23,14 @@ class BatchState:
     """One calibration batch. Its tensors live where the workspace has room for them.
 
     Attributes:
-        number: of the batch in the calibration set, counted over all processes.
+        number: number of the batch in the calibration set, counted over all processes.
         workspace: where it is computed and kept.
         modality: [batch, length] int8 of the positions of `hidden`, see `calibration/modality.py`.
         given: [batch, length] int8 of the batch's own tokens: the same, but for a decoder that reads an encoder's output.
         foreign: the modality of what blocks read beside them (image features through cross-attention).
         hidden: [..., batch, length, hidden_size], the input of the next block, from the binarized blocks before it. Some
             models have several streams of hidden states, on a first axis. None if the model ran no block for the batch.
-        target: as `hidden`, the same from the full-precision blocks; None where it is not needed.
+        target: hidden states from the full-precision blocks, like `hidden`; None where it is not needed.
         calls: for each block, the other arguments that the model gives it (masks, rotary positions, …); None for a block
             that the model leaves out for this batch (cross-attention without an image).
         injections: for each block, what the model adds to the hidden states before it (as deep visual features), or None.
@@ -66,9 +66,9 @@ class BatchState:
         """Yield the batch on the compute device, ready for block number `index`, in parts that fit into its memory.
 
         Args:
-            index: of a block; one of the `count` from it on runs for this batch.
+            index: number of a block; one of the `count` from it on runs for this batch.
             of_target: the block will run on `target`, and reads what full-precision blocks left.
-            count: of blocks that the parts are ready for.
+            count: number of blocks that the parts are ready for.
         """
         device = self.workspace.device
         batch, length = self.modality.shape

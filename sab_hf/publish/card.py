@@ -27,7 +27,7 @@ def model_card(
     """Write the card of a packed checkpoint.
 
     Args:
-        summary: from `summary.summarize`, or the JSON report of a checkpoint.
+        summary: result of `summary.summarize`, or the JSON report of a checkpoint.
         repo_id: what the loading snippet loads.
         license: identifier of the license for the metadata; None: not stated.
         plots: names of the pictures in the folder `plots` beside the card.

@@ -74,7 +74,7 @@ def lines(title: str, x: Sequence[str], series: dict[str, Sequence[float | None]
         title: over the chart.
         x: labels of the places.
         series: name → a value for each place, None where there is none.
-        x_label, y_label: of the axes.
+        x_label, y_label: labels of the axes.
     """
     left, top, width, height = 76, 70, 640, 240
     known = [value for values in series.values() for value in values if value is not None]

@@ -34,8 +34,8 @@ def html_report(summary: dict[str, Any], title: str | None = None) -> str:
     """Return the report of a packed model as one HTML page.
 
     Args:
-        summary: from `summary.summarize`, or the JSON report of a checkpoint.
-        title: of the page; None: after the original.
+        summary: result of `summary.summarize`, or the JSON report of a checkpoint.
+        title: title of the page; None: one after the original.
     """
     title = title or f"{summary['base_model'] or summary['model_class']}, binarized"
     pictures = plots(summary)

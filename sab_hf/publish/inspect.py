@@ -31,7 +31,7 @@ class Inspection:
 
     Attributes:
         name: folder or Hub id.
-        format_version: of the packed tensors.
+        format_version: version of the file format.
         num_files, num_tensors: weights files, and tensors in them.
         checksums: NONE, PRESENT or VERIFIED.
         report: sizes by role and module, from the headers and the config.
@@ -64,7 +64,7 @@ def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: st
     Args:
         path_or_id: a folder, or a Hub repository (of which only headers are fetched).
         verify: read everything and check the checksums as well; a repository is downloaded for that.
-        revision: of the repository.
+        revision: revision of the repository.
     Raises:
         ValueError: the checkpoint is not packed by this package, or is damaged; the message says where.
         OSError: there is no such checkpoint.

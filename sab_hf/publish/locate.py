@@ -31,7 +31,7 @@ def read_config(path_or_id: str | os.PathLike, **kwargs: Any) -> Any:
 
     Args:
         path_or_id: a folder or a Hub repository.
-        kwargs: for `AutoConfig.from_pretrained`.
+        kwargs: arguments of `AutoConfig.from_pretrained`.
     Raises:
         ValueError: the name is that of a file, or transformers does not know the model.
         OSError: there is no such checkpoint.

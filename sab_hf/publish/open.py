@@ -28,7 +28,7 @@ def load(path_or_id: str | os.PathLike, **kwargs: Any) -> tuple[Any, Any]:
 
     Args:
         path_or_id: a local folder or a Hub repository.
-        kwargs: for `from_pretrained`, for example `device_map="auto"`, `dtype=torch.bfloat16`, `revision="main"`.
+        kwargs: arguments of `from_pretrained`, for example `device_map="auto"`, `dtype=torch.bfloat16`, `revision="main"`.
     Returns:
         The model in evaluation mode, and its processor (a tokenizer for a text-only model).
     Raises:

@@ -60,9 +60,9 @@ def save(
         record: what `sab_hf.quantize` returned; None: the one that the model carries since it was quantized, if any.
         evaluation: what `sab_hf.evaluate.evaluate` returned, for card and report.
         base_model: Hub id of the original for the card; None: where the model came from, if known.
-        license: for the card; None: that in the card of the original.
-        max_shard_size: of one weights file.
-        private, token, revision, commit_message: of the Hub repository.
+        license: license for the card; None: that in the card of the original.
+        max_shard_size: most bytes of one weights file.
+        private, token, revision, commit_message: options of the Hub repository.
     Returns:
         The folder, or the URL of the repository.
     Raises:

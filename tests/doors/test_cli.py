@@ -243,6 +243,27 @@ def test_command_as_a_process(packed_dir, tmp_path):
     assert json.loads(done.stdout)["name"] == str(packed_dir)
 
 
+def test_installed_command_is_this_one(packed_dir, tmp_path):
+    done = process(
+        ["-c", "import sab_hf_command, sys; sys.exit(sab_hf_command.main())", "inspect", str(packed_dir)], tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(packed_dir) in done.stdout
+
+
+@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["quantize", "--help"], 0), (["inspect"], 2)])
+def test_usage_is_told_before_anything_heavy_is_imported(argv, code, tmp_path):
+    script = (
+        "import sab_hf_command, sys\n"
+        "try:\n    sab_hf_command.main()\n"
+        "finally:\n    print(sorted({'torch', 'transformers', 'sab_hf'} & set(sys.modules)))\n"
+    )
+    done = process(["-c", script, *argv], tmp_path)
+    assert done.returncode == code
+    assert "usage: sab-hf" in done.stdout + done.stderr
+    assert done.stdout.endswith("[]\n")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("optimum.commands.optimum_cli") is None, reason="needs optimum")
 def test_optimum_cli_has_the_same_command(packed_dir, vlm_dir, tmp_path):
     command = ["-c", "import sys; from optimum.commands.optimum_cli import main; main()", "sab", "inspect"]
@@ -250,3 +271,15 @@ def test_optimum_cli_has_the_same_command(packed_dir, vlm_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["name"] == str(packed_dir)
     assert process([*command, str(vlm_dir)], tmp_path).returncode == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optimum.commands.optimum_cli") is None, reason="needs optimum")
+def test_optimum_cli_imports_nothing_heavy_to_parse(tmp_path):
+    script = (
+        "import sys\nfrom optimum.commands.optimum_cli import main\n"
+        "try:\n    main()\nfinally:\n    print(sorted({'torch', 'transformers', 'sab_hf'} & set(sys.modules)))\n"
+    )
+    done = process(["-c", script, "sab", "--help"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "quantize" in done.stdout
+    assert done.stdout.endswith("[]\n")

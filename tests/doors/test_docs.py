@@ -14,14 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from docs_reader import DOCS, PAGES, Block, links, read_page
+from docs_reader import ALL_PAGES, DOCS, PAGES, ROOT, Block, anchors, links, read_page
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import sab_hf
 from sab_hf import SABQuantizationConfig, cli
 from sab_hf.evaluate.compare import evaluate
 
-ROOT = Path(sab_hf.__file__).parents[1]
 TINY = ROOT / "examples" / "tiny_vlm" / "checkpoint"
 NOT_RUN = (
     "pip install ",
@@ -135,7 +133,7 @@ def test_harnesses_score_as_the_package_does(program, module, changes, materials
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_replacements_blocks_and_links_are_as_they_should_be(page):
+def test_replacements_and_blocks_are_as_they_should_be(page):
     blocks, replacements = read_page(page)
     text = (DOCS / page).read_text(encoding="utf-8")
     for old in replacements:
@@ -144,12 +142,17 @@ def test_replacements_blocks_and_links_are_as_they_should_be(page):
     for block in blocks:
         if block.kind == "shell":
             assert all(line.startswith(NOT_RUN) for line in block.code.splitlines()), block.code
-    for target in links(page):
-        assert (DOCS / target).exists(), target
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_links_lead_somewhere(page):
+    for target, anchor in links(ROOT / page):
+        assert target.exists(), target
+        assert not anchor or anchor in anchors(target), f"{target}#{anchor}"
 
 
 def test_the_guide_links_every_page():
-    assert {"guide.md", *links("guide.md")} >= set(PAGES)
+    assert {"guide.md", *(target.name for target, _ in links(DOCS / "guide.md"))} >= set(PAGES)
 
 
 def test_snippets_left_to_another_test_name_one_that_exists():

@@ -1,4 +1,4 @@
-"""Bad input of every kind: what is wrong, where, and how to mend it, before hours are spent and never in silence."""
+"""Bad input of every kind: what is wrong, where, and how to correct it, before hours are spent and never in silence."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_truncated_file_is_refused(packed_dir, tmp_path, keep):
 
 def test_future_format_version_asks_for_an_upgrade(damage):
     path = damage(config=lambda config: config.update(format_version=2, new_field=3))
-    with pytest.raises(ValueError, match=r"format version 2, this sab_hf reads version 1.*pip install -U sab_hf"):
+    with pytest.raises(ValueError, match=r"format version 2, this sab_hf reads version 1; upgrade sab_hf, from where"):
         load(path)
 
 

@@ -77,7 +77,7 @@ def pixels(*shape: int, seed: int = 0) -> Tensor:
 
 
 def tokens(*media: tuple[int, int], words: int = 14, seed: int = 0, framed: bool = False) -> dict[str, Tensor]:
-    """Return one row of tokens: words, then each placeholder so many times, then words.
+    """Return one row of tokens: words, then each placeholder as often as asked, then words.
 
     Args:
         media: placeholder id and how many of it.

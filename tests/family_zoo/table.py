@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,8 +99,8 @@ def write_table(outcomes: list[Mapping[str, Any]]) -> None:
     if reasons:
         legend += "\nWhy not:\n\n" + "\n".join(reasons) + "\n"
     command = (
-        f"\n`python tests/families.py --json FILE` on each version, then `--table FILE …`; two CPU cores, "
-        f"{datetime.date.today().isoformat()}. `pytest tests/test_families.py` runs a part of it, with `-m slow` the rest.\n"
+        "\nThis page is made by `python tests/families.py --json FILE` on each version, then `--table FILE …`.\n"
+        "`pytest tests/anatomy/test_families.py` runs a part of it, with `-m slow` the rest.\n"
     )
     DOC.parent.mkdir(exist_ok=True)
     DOC.write_text(HEAD + "\n".join(lines) + "\n" + legend + command + TAIL)

@@ -10,9 +10,9 @@ class SABCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser):
-        from sab_hf.cli import add_commands
+        from sab_hf_command import parsing_part  # optimum parses for every command, so nothing heavy is imported here
 
-        add_commands(parser)
+        parsing_part().add_commands(parser)
 
     def run(self):
         from sab_hf.cli import execute

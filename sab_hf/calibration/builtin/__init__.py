@@ -64,7 +64,7 @@ def builtin_samples(num_samples: int, seed: int = 0, *, with_images: bool = True
 
     Args:
         num_samples: how many; three quarters of them have an image of 224 to 448 pixels.
-        seed: of the set.
+        seed: seed of the set.
         with_images: False makes text alone, for models that take no images.
 
     Returns:

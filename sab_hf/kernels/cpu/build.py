@@ -54,7 +54,7 @@ def build(library: Path = LIBRARY, extra_flags: Sequence[str] = (), machine: str
 
     Args:
         library: the file to write.
-        extra_flags: for compiling and linking, for instance `-fsanitize=address`.
+        extra_flags: flags for compiling and linking, for instance `-fsanitize=address`.
         machine: the architecture as `platform.machine()` names it, for cross compilers.
     Returns:
         `library`.

@@ -22,7 +22,7 @@ from . import library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum sab_dtype
 _NAMES = tuple(name for name, _ in library.Matrix._fields_)[4:11]  # the op's arguments after `x`
-# Beyond so many tokens exact products are left to PyTorch's matmul on dense rows; measured by benchmarks/speed_cpu.py.
+# Beyond this number of tokens exact products are left to PyTorch's matmul on dense rows; measured by benchmarks/speed_cpu.py.
 _EXACT_TOKENS = {"avx512": sys.maxsize, "avx2": 16, "neon": 4, "portable": 4}
 _FEW_TOKENS = min(_EXACT_TOKENS.values())
 _DENSE_BYTES = 16 << 20  # of dense rows at a time
@@ -215,7 +215,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _is_for_matmul(kernels: ctypes.CDLL, tokens: int, exact: bool) -> bool:
-    """Tell whether so many tokens are better multiplied by dense rows than looked up."""
+    """Tell whether products of `tokens` inputs are faster by dense rows than by look-up."""
     name = kernels.sab_cpu_isa().decode()
     return (exact or name == "portable") and tokens > _EXACT_TOKENS[name]
 

@@ -137,7 +137,7 @@ def bits_program(
 ):  # fmt: skip
     """Do the work of one program: y[b, i] = Σ over planes k of r_k[i] (B_k u_k)[i, b], `steps` tiles of 16 WARPS / SPLIT rows.
 
-    Activations: see `triton_prepare.cut_kernel`. signs: [PLANES, rows, STRIDE] int32, of which NUM_WORDS count; residual:
+    Activations: see `prepare.cut_kernel`. signs: [PLANES, rows, STRIDE] int32, of which NUM_WORDS count; residual:
     [rows, RESIDUAL_STRIDE], RESIDUAL_WORDS. A tile of words is under way while the one before is computed; the first one
     is, before the activations are there. INPUTS inputs are computed side by side.
     """

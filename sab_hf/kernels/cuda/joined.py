@@ -1,6 +1,6 @@
 """Triton: several products of one input in one launch, whose programs are dealt to the matrices.
 
-A program does what it would do in a launch of its matrix alone (`triton_single.py`, `triton_bits.py`), bit for bit. Matrices
+A program does what it would do in a launch of its matrix alone (`single.py`, `bits.py`), bit for bit. Matrices
 of the same sizes, a class, share one body, which takes the pointers of the program's matrix; each class has a body of its own.
 """
 

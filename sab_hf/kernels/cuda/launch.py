@@ -37,7 +37,7 @@ def linear(x: Tensor, planes: Planes, exact: bool) -> Tensor:
 
 
 def linears(x: Tensor, matrices: Sequence[Planes], exact: bool) -> list[Tensor]:
-    """Return the results of `linear` for several matrices; those for which `triton_joined.py` has a kernel share launches."""
+    """Return the results of `linear` for several matrices; those for which `joined.py` has a kernel share launches."""
     if len(matrices) == 1:
         return [linear(x, matrices[0], exact)]
     results: dict[int, Tensor] = {}
@@ -60,7 +60,7 @@ def _kernel(x: Tensor, planes: Planes, exact: bool) -> str:
 
 
 def single_product(x: Tensor, planes: Planes, tiles: cuda_tiles.SingleTiles | None = None) -> Tensor:
-    """Multiply one input, x [1, m], rounded to int8 with a scale for each 32 columns; see `triton_single.py`."""
+    """Multiply one input, x [1, m], rounded to int8 with a scale for each 32 columns; see `single.py`."""
     tiles = tiles or _single_tiles(x, planes)
     programs, steps = _single_programs(planes, tiles)
     y = x.new_empty(1, planes.rows)
@@ -91,7 +91,7 @@ def joined_single_products(x: Tensor, matrices: Sequence[Planes]) -> list[Tensor
 
 
 def bits_product(x: Tensor, planes: Planes, tiles: cuda_tiles.BitsTiles | None = None) -> Tensor:
-    """Multiply with activations rounded to 16 bits, a scale for each 512 columns; see `triton_bits.py`."""
+    """Multiply with activations rounded to 16 bits, a scale for each 512 columns; see `bits.py`."""
     batch, tiles = x.shape[0], tiles or _bits_tiles(x, planes)
     total, pieces = _total(planes), _pieces(planes)
     cut = _cut_activations(x, total * pieces)
@@ -131,7 +131,7 @@ def joined_bits_products(x: Tensor, matrices: Sequence[Planes]) -> list[Tensor]:
 
 
 def int8_product(x: Tensor, planes: Planes, tiles: cuda_tiles.Int8Tiles | None = None) -> Tensor:
-    """Multiply with activations rounded to int8, a scale for each 32 columns; see `triton_int8.py`."""
+    """Multiply with activations rounded to int8, a scale for each 32 columns; see `int8.py`."""
     batch, total, padded = x.shape[0], _total(planes), _padded(planes)
     tiles = tiles or cuda_tiles.int8_tiles(*_tile_sizes(x, planes))
     work = x.new_empty(10, total * batch * padded, dtype=torch.int32)
@@ -150,7 +150,7 @@ def int8_product(x: Tensor, planes: Planes, tiles: cuda_tiles.Int8Tiles | None =
 
 
 def dot_product(x: Tensor, planes: Planes, tiles: cuda_tiles.DotTiles | None = None) -> Tensor:
-    """Multiply in the dtype of x, the scaled activations rounded to it once; see `triton_dot.py`."""
+    """Multiply in the dtype of x, the scaled activations rounded to it once; see `dot.py`."""
     batch, total, padded = x.shape[0], _total(planes), _padded(planes)
     tiles = tiles or cuda_tiles.dot_tiles(planes.rows, planes.num_words, total, batch, _processors(x), x.element_size())
     grid = (triton.cdiv(planes.rows, tiles.rows), triton.cdiv(batch, tiles.batch), tiles.splits)

@@ -147,7 +147,7 @@ def scale_kernel(
 ):  # fmt: skip
     """Write c ⊙ x in the dtype of u: [plane, input, word, 32], and set the counters of the product's splits to zero.
 
-    Place 2i + s of a word is its bit i + 16s, the order in which `triton_dot.py` takes weights out of it.
+    Place 2i + s of a word is its bit i + 16s, the order in which `dot.py` takes weights out of it.
     """
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     plane, batch = tl.program_id(1), tl.program_id(2)

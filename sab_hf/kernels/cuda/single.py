@@ -2,7 +2,7 @@
 
 Each program rounds the whole input to int8 itself, while its first tiles of weights are under way, and keeps it in
 registers. That is the fastest where a matrix is so small that a second launch would cost more than its bytes. Products are
-those of `triton_int8.py`: a scale for 32 columns, exact sums, one program for an output.
+those of `int8.py`: a scale for 32 columns, exact sums, one program for an output.
 """
 
 from __future__ import annotations

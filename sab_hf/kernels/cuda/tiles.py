@@ -68,7 +68,7 @@ def kernel(
     Args:
         words, residual_words: 32-bit words of a row of a plane and of the residual plane.
         itemsize: bytes of an activation.
-        capability: of the device; tensor cores multiply bits on 8.x and 9.x.
+        capability: compute capability of the device; tensor cores multiply bits on 8.x and 9.x.
     """
     if not exact:
         fits = planes <= SINGLE_PLANES and _single_words(words, residual_words) <= SINGLE_WORDS

@@ -1,0 +1,35 @@
+"""The console script `sab-hf`: parses the command line before torch and transformers are imported, which takes seconds.
+
+Importing any module of `sab_hf` executes the package first, which registers it with transformers. What parses needs none of that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+
+def main() -> int:
+    """Run `sab-hf` on the arguments of the process, and return the exit code.
+
+    Raises:
+        SystemExit: with code 2 for wrong usage, 0 for `--help` and `--version`.
+    """
+    parser = parsing_part().make_parser()
+    args = parser.parse_args()
+    from sab_hf.cli import execute
+
+    return execute(args, parser)
+
+
+def parsing_part() -> ModuleType:
+    """Return `sab_hf.cli`, imported without executing `sab_hf`, and forgotten again: the next import is a whole one."""
+    if "sab_hf" in sys.modules:
+        return importlib.import_module("sab_hf.cli")
+    sys.modules["sab_hf"] = importlib.util.module_from_spec(importlib.util.find_spec("sab_hf"))
+    try:
+        return importlib.import_module("sab_hf.cli")
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sab_hf"]:
+            del sys.modules[name]
