@@ -1,4 +1,19 @@
-"""Sign planes with row and column scales: the one value that everything else makes, stores or runs."""
+"""Sign planes with row and column scales: the one value that everything else makes, stores or runs.
+
+A weight [out_features, in_features] takes these forms on its way from a dense checkpoint to a product:
+
+| form | where | scales | made by |
+|---|---|---|---|
+| dense weight | the model's `nn.Linear` | – | transformers |
+| `PlaneState` | `method/fit.py` | float32; all planes of full width | the alternating fit, for itself |
+| `SignPlanes` | here | float16 or float32 | the fit, `packing.from_tensors`; what a weight *is* |
+| `TrainablePlanes` | `method/trainable.py` | float32, relative to their start | refinement and distillation |
+| tensors by name | `packing.py`, files | bits of float16, as int16 | `packing.to_tensors` |
+| `SABModule` | `packed/` | the same tensors, as parameters | `from_planes`, loading |
+| `Operands` | `kernels/ops.py` | float16, or int16 as stored | `SABModule.multiply`, for `sab::linear` |
+| `Planes` | `kernels/cuda/planes.py` | as in `Operands` | from these, for Triton kernels |
+| `Matrix` | `kernels/cpu/library.py`, `sab_cpu.h` | addresses of the stored ones | from these, for C kernels |
+"""
 
 from __future__ import annotations
 
