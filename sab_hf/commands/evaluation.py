@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .shared import DTYPES, add_device_map, device_map
+from .shared import DTYPES, add_allow_urls, add_device_map, device_map
 
 SUMMARY = "score a model, and compare it with its original"
 
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", default="builtin", help='questions: "builtin", a Hub dataset, a folder, or a JSONL file'
     )
+    add_allow_urls(parser)
     parser.add_argument("--num-samples", type=int, default=200, help="most samples (default 200)")
     parser.add_argument("--seed", type=int, default=1, help="of their order and of the built-in set (default 1)")
     parser.add_argument("--batch-size", type=int, default=8, help="samples of a forward pass (default 8)")
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
         num_samples=args.num_samples,
         seed=args.seed,
         batch_size=args.batch_size,
+        allow_urls=args.allow_urls,
         dtype=args.dtype,
         device_map=device_map(args),
     )

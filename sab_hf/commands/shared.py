@@ -21,6 +21,14 @@ def add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="make a new repository private")
 
 
+def add_allow_urls(parser: argparse.ArgumentParser) -> None:
+    """Add the option that lets samples name files by URL."""
+    parser.add_argument(
+        "--allow-urls", action="store_true",
+        help="fetch pictures that samples name by http(s) URL, from public addresses; without it such a sample is an error",
+    )  # fmt: skip
+
+
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
     """Add the option for the size of weights files; what is no size is wrong usage, and not found out after hours."""
     parser.add_argument("--max-shard-size", type=_size, default="5GB", help="of one weights file (default 5GB)")
