@@ -69,8 +69,8 @@ class ChatEncoder:
             ValueError: a file cannot be read, the samples need a chat template that the processor lacks, or hold what it
                 does not read.
         """
-        with tempfile.TemporaryDirectory(prefix="sab_hf.") as scratch:
-            conversations = [self._messages(sample, Path(scratch)) for sample in samples]
+        with tempfile.TemporaryDirectory(prefix="sab_hf.") if self.allow_urls else contextlib.nullcontext() as scratch:
+            conversations = [self._messages(sample, scratch and Path(scratch)) for sample in samples]
             return self._process(conversations, padding, padding_side, reply)
 
     def _process(self, conversations: list, padding: bool, padding_side: str, reply: bool) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class ChatEncoder:
             return True
         return False
 
-    def _messages(self, sample: Sample, scratch: Path) -> list[dict[str, Any]]:
+    def _messages(self, sample: Sample, scratch: Path | None) -> list[dict[str, Any]]:
         if self.text_only:
             return [{**message, "content": _parts([message], "text")} for message in sample.messages]
         self._check_media(sample)

@@ -161,7 +161,10 @@ def _unread(row: Any) -> tuple[str, ...]:
     """Return the keys of a row under which there are pictures, video or audio that no accepted form has."""
     if not isinstance(row, Mapping):
         return ()
-    return tuple(key for key, value in row.items() if isinstance(key, str) and key not in _KEYS and _is_media(value))
+    others = [
+        (key, value) for key, value in row.items() if isinstance(key, str) and key not in _KEYS and value is not None
+    ]
+    return tuple(key for key, value in others if key.removesuffix("s") in _MEDIA or _is_media(value))
 
 
 def _is_media(value: Any) -> bool:

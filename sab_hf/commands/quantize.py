@@ -42,10 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from transformers import AutoProcessor
 
-    from ..publish.inspect import saved_class
+    from ..publish.folders import check_target
+    from ..publish.inspect import empty_model
     from ..publish.locate import quantization_method, read_config
     from ..publish.report import report
-    from ..publish.save import check_login, check_target, save
+    from ..publish.save import check_login, save
 
     config, where_to = quantization_config(args), device_map(args)
     output = args.output
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(f"`{args.model}` is quantized already, with {method!r}; name the dense original")
     config.processor = processor = AutoProcessor.from_pretrained(args.model, revision=args.revision)
     with log_to_stderr():
-        model = saved_class(model_config).from_pretrained(
+        model = type(empty_model(model_config, args.model)).from_pretrained(
             args.model,
             revision=args.revision,
             quantization_config=config,

@@ -334,6 +334,11 @@ def test_parse_sample_notes_media_that_no_form_has(value):
     assert parse_sample({"img": value, "image": "a.png", "question": "What?", "id": 7}, "row 1").unread == ("img",)
 
 
+def test_parse_sample_notes_columns_of_video_and_audio():
+    row = {"video": object(), "audios": [object()], "question": "What?", "videos": None}
+    assert parse_sample(row, "row 1").unread == ("video", "audios")
+
+
 def test_parse_sample_takes_no_other_column_for_media():
     row = {"question": "Is it a.png", "answer": "a.png", "label": 3, "id": "17", "note": "see page.html", "tags": ["a"]}
     assert parse_sample(row, "row 1").unread == ()
