@@ -66,7 +66,7 @@ def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         with _cleaning_up_when_terminated():
             plain, text = COMMANDS[args.sab_command].run(args)
-        sys.stdout.write((_json(plain) if args.json else text) + "\n")
+        sys.stdout.write((_json(plain) if args.json else _printable(text)) + "\n")
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stderr.write(f"\nsab-hf {args.sab_command}: interrupted\n")
@@ -75,7 +75,7 @@ def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except _expected_errors() as error:
-        sys.stderr.write(f"sab-hf {args.sab_command}: error: {str(error) or type(error).__name__}\n")
+        sys.stderr.write(f"sab-hf {args.sab_command}: error: {_printable(str(error)) or type(error).__name__}\n")
         return FAILED
     return DONE
 
@@ -84,6 +84,12 @@ def _json(plain: Any) -> str:
     from .publish.report import finite
 
     return json.dumps(finite(plain), indent=1)
+
+
+def _printable(text: str) -> str:
+    from .publish.form import printable
+
+    return printable(text)
 
 
 @contextlib.contextmanager

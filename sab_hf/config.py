@@ -18,6 +18,9 @@ from .packing import FORMAT_VERSION
 MAX_PLANES = 8
 """Most full planes a matrix may have. The sign sweep compares 2^(planes + 1) levels for each weight."""
 
+MAX_SEED = 2**63 - 1
+"""Largest seed: some steps add the number of a sample to it, and generators take 64 bits."""
+
 DENSE = 16
 """Bits of a role that is left as it is."""
 
@@ -39,6 +42,7 @@ _OF_THE_MACHINE = (
     "cache_device_gib",
     "cache_ram_gib",
     "process_timeout",
+    "allow_urls",
 )
 """Fields about where a run happens, which no checkpoint records."""
 
@@ -65,6 +69,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         written_samples: samples that the model writes itself, continuing the given ones, beside them for distillation; 0: none.
             With a few hundred given samples they help; in place of given ones they do not.
         allow_text_only: permit a calibration set without image tokens for a model that takes images.
+        allow_urls: fetch files that calibration samples name by http(s) URL: each at most 64 MiB (video and audio 1 GiB) and
+            60 s, from public addresses alone. False: such a sample is an error, since a data set may come from elsewhere.
         rest_bits: sign planes of every matrix outside the language blocks: vision (and audio) towers, projector, input embedding
             and output head, 1 to 8, as many bits a weight and a little for scales; 16 leaves them dense. 4 costs hardly any
             accuracy and makes the whole checkpoint small.
@@ -144,6 +150,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     batch_size: int = 8
     written_samples: int = 0
     allow_text_only: bool = False
+    allow_urls: bool = False
     rest_bits: int = DENSE
     vision_bits: int | None = None
     projector_bits: int | None = None
@@ -193,14 +200,10 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             )
         if self.bits is not None:
             _check_number(self, "bits", 0, MAX_PLANES + 1, open_low=True)
-        for name, low in (
-            ("num_samples", 1),
-            ("seed", 0),
-            ("max_length", 1),
-            ("batch_size", 1),
-            ("written_samples", 0),
-        ):
-            _check_integer(self, name, low)
+        for name in ("num_samples", "max_length", "batch_size"):
+            _check_integer(self, name, 1)
+        _check_integer(self, "written_samples", 0)
+        _check_integer(self, "seed", 0, MAX_SEED)
         _check_integer(self, "alternations", 1)
         _check_integer(self, "block_size", 1)
         for name in ("refine_steps", "distil_steps"):
@@ -218,7 +221,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         _check_number(self, "salient_top_p", 0, 1, open_low=True)
         _check_number(self, "diff_quantile", 0, 1)
         _check_number(self, "sparsity_threshold", 0, 1)
-        for name in ("allow_text_only", "allow_low_coverage", "tied_head"):
+        for name in ("allow_text_only", "allow_urls", "allow_low_coverage", "tied_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
         for name in ("rest_bits", *(f"{role}_bits" for role in REST_ROLES)):
@@ -320,10 +323,12 @@ def without_path(name: str) -> str:
     return "/".join(Path(name).absolute().parts[-2:]) if Path(name).exists() else name
 
 
-def _check_integer(config: SABQuantizationConfig, name: str, low: int) -> None:
+def _check_integer(config: SABQuantizationConfig, name: str, low: int, high: int = 2**31 - 1) -> None:
     value = getattr(config, name)
     if type(value) is not int or value < low:
-        raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}")
+        raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r:.80}")
+    if value > high:
+        raise ValueError(f"`{name}` must be an integer of at most {high}, got {value!r:.80}")
 
 
 def _check_number(config: SABQuantizationConfig, name: str, low: float, high: float, open_low: bool = False) -> None:

@@ -11,7 +11,15 @@ from transformers.quantizers.base import HfQuantizer
 
 from .packed.checksums import check_checksums, checkpoint_files, expect_marker, seal
 from .packed.swap import dequantize_modules, swap_in_empty
-from .packed.verify import PACKED_NAMES, check_headers, check_loaded, packed_names, raise_if_missing, raise_if_unlisted
+from .packed.verify import (
+    PACKED_NAMES,
+    check_headers,
+    check_loaded,
+    naming_stale_files,
+    packed_names,
+    raise_if_missing,
+    raise_if_unlisted,
+)
 
 
 class SABHfQuantizer(HfQuantizer):
@@ -33,9 +41,10 @@ class SABHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             swap_in_empty(model, self.quantization_config.modules, self.quantization_config.tied_head)
             files = kwargs.get("checkpoint_files") or checkpoint_files(model)
-            if files:
-                check_headers(model, files)
-            check_checksums(files, self.quantization_config.checksums, model)
+            with naming_stale_files(files):
+                if files:
+                    check_headers(model, files)
+                check_checksums(files, self.quantization_config.checksums, model)
             expect_marker(model, self.quantization_config.modules)
             return model
         from .make.binarize import make_plan

@@ -22,6 +22,7 @@ def training_data(
     num_samples: int = 100_000,
     seed: int = 0,
     max_image_pixels: int | None = 1024 * 1024,
+    allow_urls: bool = False,
 ) -> dict[str, Any]:
     """Read questions with answers, and return what `Trainer` needs to learn the answers.
 
@@ -36,13 +37,14 @@ def training_data(
         num_samples: most samples to read.
         seed: seed of their order.
         max_image_pixels: larger images are shrunk to this many pixels; None keeps them.
+        allow_urls: whether files that samples name by URL are fetched.
     Returns:
         `train_dataset`, a list of samples, and `data_collator`, which makes a batch of some: model inputs padded on the right,
         and labels that are -100 except for what is learnt.
     Raises:
         ValueError: the data has none of the accepted forms.
     """
-    encoder = ChatEncoder(processor, max_image_pixels)
+    encoder = ChatEncoder(processor, max_image_pixels, allow_urls)
     questions = read_questions(data, num_samples, seed, with_images=not encoder.text_only)
     return {"train_dataset": questions, "data_collator": _collator(encoder, model.config)}
 

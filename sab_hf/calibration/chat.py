@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -24,6 +26,11 @@ STRING = "string"  # a string, with the placeholder of an image written in it
 NO_TEMPLATE = "none"
 
 _PROBE = "calibration probe"
+_READERS = {
+    "video": ("video_processor",),
+    "audio": ("feature_extractor", "audio_processor"),
+}
+"""Kind of media → parts of a processor that read it; other processors ignore it without a word."""
 
 
 class ChatEncoder:
@@ -32,14 +39,15 @@ class ChatEncoder:
     Args:
         processor: the model's processor, or a tokenizer (text alone is then taken from the samples).
         max_image_pixels: larger images are shrunk to this many pixels; None keeps them.
+        allow_urls: whether files that samples name by URL are fetched.
 
     Attributes:
         tokenizer: the processor's tokenizer.
         content: what the chat template takes: PARTS, MIXED, STRING or NO_TEMPLATE.
     """
 
-    def __init__(self, processor: Any, max_image_pixels: int | None = None):
-        self.processor, self.max_image_pixels = processor, max_image_pixels
+    def __init__(self, processor: Any, max_image_pixels: int | None = None, allow_urls: bool = False):
+        self.processor, self.max_image_pixels, self.allow_urls = processor, max_image_pixels, allow_urls
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.text_only = isinstance(processor, PreTrainedTokenizerBase)
         self._template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
@@ -58,9 +66,14 @@ class ChatEncoder:
             reply: end with what the template writes before the model's next reply.
 
         Raises:
-            ValueError: an image cannot be read, or the samples need a chat template that the processor lacks.
+            ValueError: a file cannot be read, the samples need a chat template that the processor lacks, or hold what it
+                does not read.
         """
-        conversations = [self._messages(sample) for sample in samples]
+        with tempfile.TemporaryDirectory(prefix="sab_hf.") if self.allow_urls else contextlib.nullcontext() as scratch:
+            conversations = [self._messages(sample, scratch and Path(scratch)) for sample in samples]
+            return self._process(conversations, padding, padding_side, reply)
+
+    def _process(self, conversations: list, padding: bool, padding_side: str, reply: bool) -> dict[str, Any]:
         options: dict[str, Any] = {"padding": True, "padding_side": padding_side} if padding else {}
         if self.content == PARTS:
             return dict(self._apply_template(conversations, tokenize=True, options=options, reply=reply))
@@ -91,15 +104,31 @@ class ChatEncoder:
             return True
         return False
 
-    def _messages(self, sample: Sample) -> list[dict[str, Any]]:
-        if not self.text_only:
-            if self.content != PARTS and sample.num_media > sample.num_images:
+    def _messages(self, sample: Sample, scratch: Path | None) -> list[dict[str, Any]]:
+        if self.text_only:
+            return [{**message, "content": _parts([message], "text")} for message in sample.messages]
+        self._check_media(sample)
+        return load_media(sample, self.max_image_pixels, self.allow_urls, scratch)
+
+    def _check_media(self, sample: Sample) -> None:
+        """Raise a ValueError if a sample holds what would be left out in silence."""
+        name = type(self.processor).__name__
+        if self.content != PARTS and sample.num_media > sample.num_images:
+            raise ValueError(
+                f"{sample.where}: video and audio need a processor whose chat template takes lists of parts; "
+                f"{name} has none. Pass processed batches"
+            )
+        for kind in [kind for kind in sample.kinds if kind in _READERS]:
+            if not any(getattr(self.processor, reader, None) is not None for reader in _READERS[kind]):
                 raise ValueError(
-                    f"{sample.where}: video and audio need a processor whose chat template takes lists of parts; "
-                    f"{type(self.processor).__name__} has none. Pass processed batches"
+                    f"{sample.where}: it holds {kind}, which {name} does not read: it has no "
+                    f"{' or '.join(f'`{reader}`' for reader in _READERS[kind])}. Leave the sample out, or pass processed batches"
                 )
-            return load_media(sample, self.max_image_pixels)
-        return [{**message, "content": _parts([message], "text")} for message in sample.messages]
+        if sample.unread and not sample.num_media:
+            raise ValueError(
+                f"{sample.where}: key {sample.unread[0]!r} holds media, and is none of the keys that are read; name a picture "
+                "'image' (or 'images'), put video and audio into 'messages', or remove the key"
+            )
 
     def _prompt(self, messages: list[dict[str, Any]], reply: bool = False) -> str:
         if self.content == NO_TEMPLATE:

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from .chat import ChatEncoder
-from .modality import AUDIO, IMAGE, VIDEO, placeholder_id, takes_audio, takes_images
+from .modality import AUDIO, IMAGE, TEXT, VIDEO, placeholder_id, takes_audio, takes_images
 from .origins import BUILTIN
 from .samples import Sample
 
@@ -57,16 +59,43 @@ def all_dropped(kind: str, lengths: list[int], max_length: int) -> str:
     )
 
 
+def check_token_ids(input_ids: Tensor, modality: Tensor, where: str, vocabulary: int | None) -> None:
+    """Check that the model has an embedding for each token of text, before it is asked for it.
+
+    Args:
+        input_ids: [batch, length] token ids.
+        modality: [batch, length] int8; what stands for images, video and audio needs no embedding.
+        where: name of the batch or sample.
+        vocabulary: rows of the input embedding; None: not known.
+
+    Raises:
+        ValueError: a token is outside of the vocabulary.
+    """
+    if vocabulary is None:
+        return
+    wrong = ((input_ids < 0) | (input_ids >= vocabulary)) & (modality <= TEXT)
+    if wrong.any():
+        row, position = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{where}: 'input_ids' must be from 0 to {vocabulary - 1}, the model's vocabulary, got "
+            f"{int(input_ids[row, position])} at row {row}, position {position}; process samples with the model's own processor"
+        )
+
+
 def warn_of_lost_images(processed: list[tuple[Sample, Mapping[str, Any]]], encoder: ChatEncoder) -> None:
-    """Warn if samples had images and what they were processed to has no pixel values."""
-    with_images = [inputs for sample, inputs in processed if sample.num_images]
-    if encoder.text_only and with_images:
+    """Warn if samples had images and what they were processed to has no pixel values, and of media that is not read."""
+    with_media = sum(bool(sample.num_media or sample.unread) for sample, _ in processed)
+    if encoder.text_only and with_media:
         logger.warning(
-            "%s is a tokenizer: of %d samples with images only the text is used",
+            "%s is a tokenizer: of %d samples with images, video or audio only the text is used",
             type(encoder.processor).__name__,
-            len(with_images),
+            with_media,
         )
         return
+    unread = sorted({key for sample, _ in processed for key in sample.unread})
+    if unread:
+        logger.warning("samples hold further media under the keys %s, which are not read", unread)
+    with_images = [inputs for sample, inputs in processed if sample.num_images]
     lost = [inputs for inputs in with_images if not _has_pixels(inputs)]
     if lost:
         logger.warning(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .pictures import brief, brief_error, check_regular, shortened
 from .samples import ACCEPTED_FORMATS, Sample, parse_sample
 
 BUILTIN = "builtin"
@@ -63,7 +64,7 @@ def _check_collection(rows: Any) -> None:
         )
     if not isinstance(rows, Iterable):
         raise ValueError(
-            f"`calibration` must be a name, a path or a list of samples, got {rows!r}.\n{ACCEPTED_FORMATS}"
+            f"`calibration` must be a name, a path or a list of samples, got {brief(rows)}.\n{ACCEPTED_FORMATS}"
         )
     if (
         isinstance(rows, (list, tuple))
@@ -106,9 +107,9 @@ def _as_sample(row: Any, where: str) -> Sample:
 
 def _open_named(name: str) -> Any:
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike `Path.is_dir`, also for what is too long for a name
         return _open_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".jsonl":
             raise ValueError(f"`calibration` must be a .jsonl file or a folder, got the file {path}")
         return _read_jsonl(path)
@@ -117,7 +118,7 @@ def _open_named(name: str) -> Any:
         return _open_hub(name)
     raise ValueError(
         f"`calibration` must be {BUILTIN!r}, a Hub dataset id ('org/name', 'org/name:config' or "
-        f"'org/name:config:split'), an existing folder or .jsonl file, or a list of samples; got {name!r}"
+        f"'org/name:config:split'), an existing folder or .jsonl file, or a list of samples; got {shortened(name)}"
     )
 
 
@@ -164,19 +165,28 @@ def _datasets() -> Any:
 
 
 def _read_jsonl(file: Path) -> list[Sample]:
+    try:
+        check_regular(file)
+    except OSError as error:
+        raise ValueError(f"the calibration file {file} cannot be read: {error}") from error
     samples = []
-    with file.open(encoding="utf-8-sig") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             where = f"{file}, row {number}"
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                row = json.loads(text) if text else None
+            except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"{where}: each row must be one JSON value, got {line.strip()[:60]!r} ({error})"
+                    f"{where}: the file must be text in UTF-8, and byte {error.start} of this row is not "
+                    f"({error.reason}); convert it if it is UTF-16, which Windows calls Unicode"
                 ) from error
-            samples.append(parse_sample(row, where, file.parent))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{where}: each row must be one JSON value, got {text[:60]!r} ({brief_error(error)})"
+                ) from error
+            if text:
+                samples.append(parse_sample(row, where, file.parent))
     if not samples:
         raise ValueError(f"the calibration file {file} must hold at least one row, got none")
     return samples

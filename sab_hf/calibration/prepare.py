@@ -7,16 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .chat import ChatEncoder, borrowed
-from .checks import all_dropped, check_image_tokens, check_lengths, check_number, warn_of_lost_images
+from .checks import (
+    all_dropped,
+    check_image_tokens,
+    check_lengths,
+    check_number,
+    check_token_ids,
+    warn_of_lost_images,
+)
 from .modality import IMAGE, MODALITY_NAMES, PADDING, token_modality
 from .origins import read_samples, shuffled_order
+from .pictures import brief_error
 from .samples import ACCEPTED_FORMATS, Sample
 
 logger = logging.getLogger(__name__)
 
+_TOKEN_DTYPES = (torch.int64, torch.int32)
 _TRIES = 4  # samples looked at for each one wanted, where some are too long
 
 
@@ -80,6 +90,8 @@ def prepare_calibration(
     batch_size: int = 1,
     allow_text_only: bool = False,
     max_image_pixels: int | None = 1024 * 1024,
+    allow_urls: bool = False,
+    vocabulary: int | None = None,
 ) -> CalibrationSet:
     """Read, process and label a calibration set. The processor and its tokenizer are left as they were.
 
@@ -94,6 +106,8 @@ def prepare_calibration(
         batch_size: samples per batch; above 1 they are padded on the right, those of like length together.
         allow_text_only: accept a set without image tokens for a model that takes images.
         max_image_pixels: larger images are shrunk to this many pixels, keeping their shape; None keeps them.
+        allow_urls: whether files that samples name by URL are fetched.
+        vocabulary: rows of the model's input embedding, to which token ids are held; None: they are not checked.
 
     Raises:
         ValueError: a sample has none of the accepted forms, an image cannot be read, every sample is too long, or a
@@ -106,13 +120,15 @@ def prepare_calibration(
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
     if holds_batches(calibration):
-        batches, num_dropped = _take_batches(calibration, model_config, num_samples, seed, max_length)
+        batches, num_dropped = _take_batches(calibration, model_config, num_samples, seed, max_length, vocabulary)
     elif processor is None:
         raise ValueError("calibration samples need the model's processor to become model inputs, got `processor=None`")
     else:
         with borrowed(getattr(processor, "tokenizer", processor)):
-            encoder = ChatEncoder(processor, max_image_pixels)
-            samples, too_long = _take_samples(calibration, encoder, model_config, num_samples, seed, max_length)
+            encoder = ChatEncoder(processor, max_image_pixels, allow_urls)
+            samples, too_long = _take_samples(
+                calibration, encoder, model_config, num_samples, seed, max_length, vocabulary
+            )
             num_dropped = len(too_long)
             check_lengths([sample for sample, _ in samples], too_long, max_length, allow_text_only)
             warn_of_lost_images([(sample, batch.inputs) for sample, batch in samples], encoder)
@@ -136,7 +152,7 @@ def holds_batches(calibration: Any) -> bool:
 
 
 def _take_batches(
-    given: list[Any], model_config: Any, num_samples: int, seed: int, max_length: int
+    given: list[Any], model_config: Any, num_samples: int, seed: int, max_length: int, vocabulary: int | None
 ) -> tuple[list[CalibrationBatch], int]:
     """Take processed batches, in shuffled order, until they hold `num_samples` rows."""
     batches, taken, dropped = [], 0, 0
@@ -145,16 +161,21 @@ def _take_batches(
             break
         inputs = given[i]
         input_ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
-            shown = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in _TOKEN_DTYPES:
+            shown = (
+                f"{input_ids.dtype} {tuple(input_ids.shape)}"
+                if isinstance(input_ids, Tensor)
+                else type(input_ids).__name__
+            )
             raise ValueError(
-                f"batch {i}: key 'input_ids' must be a tensor [batch, length], got {shown}; process with "
+                f"batch {i}: key 'input_ids' must be a tensor of integers [batch, length], got {shown}; process with "
                 f'return_tensors="pt".\n{ACCEPTED_FORMATS}'
             )
+        modality = token_modality(inputs, model_config)
+        check_token_ids(input_ids, modality, f"batch {i}", vocabulary)
         if input_ids.shape[1] > max_length:
             dropped += len(input_ids)
             continue
-        modality = token_modality(inputs, model_config)
         batches.append(CalibrationBatch({k: v for k, v in inputs.items() if k != "modality"}, modality))
         taken += len(input_ids)
     if not batches:
@@ -163,7 +184,13 @@ def _take_batches(
 
 
 def _take_samples(
-    calibration: Any, encoder: ChatEncoder, model_config: Any, num_samples: int, seed: int, max_length: int
+    calibration: Any,
+    encoder: ChatEncoder,
+    model_config: Any,
+    num_samples: int,
+    seed: int,
+    max_length: int,
+    vocabulary: int | None,
 ) -> tuple[list[_Processed], list[tuple[Sample, int]]]:
     """Process samples one by one until `num_samples` fit into `max_length`.
 
@@ -175,12 +202,14 @@ def _take_samples(
         if needs_image and not sample.num_media:
             skipped += 1
             continue
-        inputs = encoder([sample])
+        inputs = _encode_one(encoder, sample)
+        modality = token_modality(inputs, model_config)
+        check_token_ids(inputs["input_ids"], modality, sample.where, vocabulary)
         length = inputs["input_ids"].shape[1]
         if length > max_length:
             too_long.append((sample, length))
             continue
-        kept.append((sample, CalibrationBatch(inputs, token_modality(inputs, model_config))))
+        kept.append((sample, CalibrationBatch(inputs, modality)))
         if len(kept) == num_samples:
             break
     if skipped:
@@ -188,6 +217,21 @@ def _take_samples(
     if not kept and not too_long:
         raise ValueError(f"none of the {skipped} calibration samples has an image, and this model needs one in each")
     return kept, too_long
+
+
+def _encode_one(encoder: ChatEncoder, sample: Sample) -> dict[str, Any]:
+    """Process one sample; what a processor raises for it then names the sample."""
+    try:
+        return encoder([sample])
+    except ImportError:  # a package that video or audio needs
+        raise
+    except Exception as error:  # processors and templates raise what they like
+        if str(error).startswith(f"{sample.where}: "):
+            raise
+        name = type(encoder.processor).__name__
+        raise ValueError(
+            f"{sample.where}: {name} cannot process the sample ({type(error).__name__}: {brief_error(error)})"
+        ) from error
 
 
 def _encode_batches(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import math
+import mimetypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+from .pictures import REMOTE, brief, brief_error, check_regular, open_picture, require_allowed, resolve, shortened
+from .urls import MAX_MEDIA_BYTES, fetch
 
 ACCEPTED_FORMATS = """A sample is one of
-  - a list of chat messages: [{"role": "user", "content": [{"type": "image", "image": <PIL image, path or URL>},
+  - a list of chat messages: [{"role": "user", "content": [{"type": "image", "image": <PIL image, path, URL or base64>},
     {"type": "text", "text": "What is this?"}]}, {"role": "assistant", "content": "A lighthouse."}];
   - {"messages": [...]}, optionally with "images": [...], which fills the {"type": "image"} parts, or the "<image>" in
     the text, in order;
@@ -23,7 +26,8 @@ _MEDIA = ("image", "video", "audio")
 _MEDIA_KEYS = ("url", "path", "base64")  # beside the part's own type: {"type": "image", "url": ...}
 _TEXT_KEYS = ("question", "prompt", "text")
 _IMAGE_MARKER = "<image>"
-_REMOTE = ("http://", "https://", "data:")
+_KEYS = {*_TEXT_KEYS, "answer", "answers", "messages", "images", "image", "file_name"}
+_MAX_TEXT = 2_000_000  # characters of a sample; a tokenizer needs minutes for more
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class Sample:
         where: how to name the sample in a message to the user, for example "data.jsonl, row 7".
         folder: where relative paths start; None: the working directory.
         answers: all accepted answers to the last question, where the data lists several.
+        unread: keys of the row that hold pictures, video or audio and are not read.
     """
 
     messages: list[dict[str, Any]]
     where: str
     folder: Path | None = None
     answers: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def num_media(self) -> int:
@@ -69,32 +75,64 @@ def parse_sample(row: Any, where: str, folder: Path | None = None) -> Sample:
     """
     try:
         row, answers = _first_answer(row)
-        return Sample(_messages(row), where, folder, answers)
+        messages = _messages(row)
+        _check_length(messages)
+        return Sample(messages, where, folder, answers, _unread(row))
     except _SampleError as error:
         raise ValueError(f"{where}: {error}.\n{ACCEPTED_FORMATS}") from None
 
 
-def load_media(sample: Sample, max_image_pixels: int | None) -> list[dict[str, Any]]:
+def load_media(
+    sample: Sample, max_image_pixels: int | None, allow_urls: bool = False, scratch: Path | None = None
+) -> list[dict[str, Any]]:
     """Return the messages of a sample with every image opened, as RGB, and paths of video and audio resolved.
 
     Args:
         sample: a sample as parsed; it is not changed.
         max_image_pixels: larger images are shrunk to this many pixels, keeping their shape; None keeps them.
+        allow_urls: whether files are fetched from http(s) URLs.
+        scratch: folder for video and audio that is fetched.
 
     Raises:
-        ValueError: an image cannot be read; names the sample and the path.
+        ValueError: a file cannot be read; names the sample and the file.
     """
     messages = []
     for message in sample.messages:
         parts = []
         for part in message["content"]:
-            if part["type"] == "image":
-                part = {"type": "image", "image": _open_image(part["image"], sample, max_image_pixels)}
-            elif part["type"] in _MEDIA:
-                part = {"type": part["type"], part["type"]: _resolve(part[part["type"]], sample.folder)}
+            kind = part["type"]
+            try:
+                if kind == "image":
+                    part = {"type": kind, kind: open_picture(part[kind], sample.folder, max_image_pixels, allow_urls)}
+                elif kind in _MEDIA:
+                    part = {"type": kind, kind: _media_file(part[kind], sample.folder, allow_urls, scratch)}
+            except ValueError as error:
+                raise ValueError(f"{sample.where}: {error}") from error
             parts.append(part)
         messages.append({**message, "content": parts})
     return messages
+
+
+def _media_file(value: Any, folder: Path | None, allow_urls: bool, scratch: Path | None) -> Any:
+    """Return video or audio for the processor: arrays as they are, files as paths, what is fetched as a file in `scratch`.
+
+    Raises:
+        ValueError: the file is not there or cannot be fetched.
+    """
+    try:
+        if isinstance(value, str) and value.startswith(REMOTE):
+            content = fetch(require_allowed(value, allow_urls), MAX_MEDIA_BYTES)
+            if scratch is None:
+                raise ValueError("there is no folder to put it into")
+            path = scratch / f"{len(list(scratch.iterdir()))}{Path(urlsplit(value).path).suffix}"
+            path.write_bytes(content)
+            return str(path)
+        value = resolve(value, folder)
+        if isinstance(value, str) and not value.startswith("data:"):
+            check_regular(value)
+        return value
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {shortened(value)} ({brief_error(error)})") from error
 
 
 class _SampleError(ValueError):
@@ -109,8 +147,36 @@ def _first_answer(row: Any) -> tuple[Any, tuple[str, ...]]:
     rows = listed if isinstance(listed, (list, tuple)) else ()
     answers = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in rows]
     if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise _SampleError(f"key 'answers' must be a list of at least one string, got {_shown(listed)}")
+        raise _SampleError(f"key 'answers' must be a list of at least one string, got {brief(listed)}")
     return {**row, "answer": answers[0]}, tuple(answers)
+
+
+def _check_length(messages: list[dict[str, Any]]) -> None:
+    length = sum(len(part.get("text", "")) for message in messages for part in message["content"])
+    if length > _MAX_TEXT:
+        raise _SampleError(f"a sample must have at most {_MAX_TEXT:,} characters of text, got {length:,}; split it")
+
+
+def _unread(row: Any) -> tuple[str, ...]:
+    """Return the keys of a row under which there are pictures, video or audio that no accepted form has."""
+    if not isinstance(row, Mapping):
+        return ()
+    others = [
+        (key, value) for key, value in row.items() if isinstance(key, str) and key not in _KEYS and value is not None
+    ]
+    return tuple(key for key, value in others if key.removesuffix("s") in _MEDIA or _is_media(value))
+
+
+def _is_media(value: Any) -> bool:
+    """Whether a value is a picture, video or sound: an object of Pillow or `datasets`, or the name of such a file."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and _is_media(value[0])
+    if isinstance(value, str):
+        kind = mimetypes.guess_type(value)[0] if len(value) < 1000 else value[:20]
+        return value.startswith("data:image") or (kind or "").partition("/")[0] in _MEDIA
+    if isinstance(value, Mapping):
+        return "bytes" in value or "sampling_rate" in value
+    return isinstance(value, bytes) or all(hasattr(value, name) for name in ("mode", "size", "convert"))
 
 
 def _messages(row: Any) -> list[dict[str, Any]]:
@@ -125,7 +191,7 @@ def _messages(row: Any) -> list[dict[str, Any]]:
         messages, images = row, []
     if not isinstance(messages, (list, tuple)) or not messages:
         key = "key 'messages'" if isinstance(row, Mapping) else "the sample"
-        raise _SampleError(f"{key} must be a list of at least one chat message, got {_shown(messages)}")
+        raise _SampleError(f"{key} must be a list of at least one chat message, got {brief(messages)}")
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     return _fill_images(messages, images)
 
@@ -139,7 +205,7 @@ def _simple_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
         )
     for name in (key, "answer"):
         if name in row and not isinstance(row[name], str):
-            raise _SampleError(f"key {name!r} must be a string, got {_shown(row[name])}")
+            raise _SampleError(f"key {name!r} must be a string, got {brief(row[name])}")
     question = {"role": "user", "content": [_text(row[key])]}
     messages = [question]
     if "answer" in row:
@@ -151,21 +217,21 @@ def _listed_images(row: dict[str, Any]) -> list[Any]:
     """Return the images beside the text: "images", "image", or "file_name" as in a folder's metadata.jsonl."""
     if "images" in row:
         if not isinstance(row["images"], (list, tuple)):
-            raise _SampleError(f"key 'images' must be a list of images or paths, got {_shown(row['images'])}")
+            raise _SampleError(f"key 'images' must be a list of images or paths, got {brief(row['images'])}")
         return list(row["images"])
     return [row[key] for key in ("image", "file_name") if key in row][:1]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise _SampleError(f"{where} must be a dict with 'role' and 'content', got {_shown(message)}")
+        raise _SampleError(f"{where} must be a dict with 'role' and 'content', got {brief(message)}")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
-        raise _SampleError(f"{where}: key 'role' must be a string such as 'user', got {_shown(role)}")
+        raise _SampleError(f"{where}: key 'role' must be a string such as 'user', got {brief(role)}")
     if isinstance(content, str):
         return {"role": role, "content": [_text(content)]}
     if not isinstance(content, (list, tuple)):
-        raise _SampleError(f"{where}: key 'content' must be a string or a list of parts, got {_shown(content)}")
+        raise _SampleError(f"{where}: key 'content' must be a string or a list of parts, got {brief(content)}")
     return {"role": role, "content": [_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]}
 
 
@@ -173,19 +239,21 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     if isinstance(part, str):
         return _text(part)
     if not isinstance(part, Mapping):
-        raise _SampleError(f"{where} must be a dict with 'type', got {_shown(part)}")
+        raise _SampleError(f"{where} must be a dict with 'type', got {brief(part)}")
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type")
     if kind == "text":
         if not isinstance(part.get("text"), str):
-            raise _SampleError(f"{where}: key 'text' must be a string, got {_shown(part.get('text'))}")
+            raise _SampleError(f"{where}: key 'text' must be a string, got {brief(part.get('text'))}")
         return _text(part["text"])
     if kind == "image_url":  # the form of the OpenAI interface
         url = part.get("image_url")
         return {"type": "image", "image": url.get("url") if isinstance(url, Mapping) else url}
     if kind not in _MEDIA:
-        raise _SampleError(f"{where}: key 'type' must be 'text', 'image', 'video' or 'audio', got {_shown(kind)}")
+        raise _SampleError(f"{where}: key 'type' must be 'text', 'image', 'video' or 'audio', got {brief(kind)}")
     media = next((part[key] for key in (kind, *_MEDIA_KEYS) if key in part), None)
+    if kind == "image" and isinstance(media, str) and media is part.get("base64") and not media.startswith("data:"):
+        media = f"data:image;base64,{media}"
     if media is None and kind != "image":  # an image may still come from the "images" list
         raise _SampleError(f"{where}: key {kind!r} is required in a part of type {kind!r}, got the keys {sorted(part)}")
     return {"type": kind, kind: media}
@@ -229,45 +297,3 @@ def _split_markers(part: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _text(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
-
-
-def _resolve(value: Any, folder: Path | None) -> Any:
-    """Return a local path as seen from `folder`; anything else as it is."""
-    if isinstance(value, Path) or (isinstance(value, str) and not value.startswith(_REMOTE)):
-        path = Path(value).expanduser()
-        return str(folder / path if folder else path)
-    return value
-
-
-def _open_image(value: Any, sample: Sample, max_pixels: int | None) -> Any:
-    """Open an image from a path, URL, bytes or PIL image; arrays pass as they are."""
-    from PIL import Image, ImageOps
-    from transformers.image_utils import load_image
-
-    if isinstance(value, Mapping) and (value.get("bytes") or value.get("path")):  # an undecoded `datasets.Image`
-        value = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
-    value = _resolve(value, sample.folder)
-    try:
-        if isinstance(value, str) and value.startswith(_REMOTE):
-            value = load_image(value)
-        elif isinstance(value, (str, io.BytesIO)):
-            with Image.open(value) as file:
-                value = ImageOps.exif_transpose(file)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{sample.where}: cannot read the image {value!r} ({error})") from error
-    if not isinstance(value, Image.Image):
-        if hasattr(value, "shape"):
-            return value
-        raise ValueError(
-            f"{sample.where}: an image must be a PIL image, an array, a path or a URL, got {_shown(value)}"
-        )
-    value = value.convert("RGB")
-    if max_pixels is not None and value.width * value.height > max_pixels:
-        scale = math.sqrt(max_pixels / (value.width * value.height))
-        value = value.resize((max(1, int(value.width * scale)), max(1, int(value.height * scale))))
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

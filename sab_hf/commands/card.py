@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..publish.card import find_license
+    from ..publish.form import read_evaluation
     from ..publish.save import check_login, publish_folder, read_summary, write_pages
     from ..publish.summary import plain_evaluation
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     repo_id = args.repo_id or folder.resolve().name
     if args.push:
         repo_id = check_login(repo_id)
-    evaluation = _read_evaluation(args.evaluation) if args.evaluation else None
+    evaluation = read_evaluation(Path(args.evaluation)) if args.evaluation else None
     summary = read_summary(folder)
     if args.base_model:
         summary["base_model"] = args.base_model
@@ -46,18 +46,3 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     if args.push:
         plain["published"] = publish_folder(folder, repo_id, private=args.private or None)
     return plain, "\n".join(f"{what}: {where}" for what, where in plain.items())
-
-
-def _read_evaluation(file: str) -> dict[str, Any]:
-    """Return the JSON that `sab-hf eval --output` wrote.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not {"data", "seed", "num_samples", "model"} <= content.keys():
-        raise ValueError(f"--evaluation must be a file that `sab-hf eval --output` wrote, `{file}` is none")
-    return content

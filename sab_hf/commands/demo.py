@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..dialogue import Chat, check_image
+    from ..publish.form import printable
 
     if args.image:
         check_image(args.image)
@@ -33,6 +34,6 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
             continue
         turns.append({"prompt": prompt, "answer": chat.ask(prompt)})
         if args.prompt is None and not args.json:
-            sys.stdout.write(f"{turns[-1]['answer']}\n")
+            sys.stdout.write(f"{printable(turns[-1]['answer'])}\n")
             sys.stdout.flush()
     return turns, turns[-1]["answer"] if args.prompt is not None and turns else f"{len(turns)} questions answered"

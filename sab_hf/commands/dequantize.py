@@ -20,13 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
-    from ..publish.save import atomic_folder, check_target, fresh_processor
+    from ..publish.folders import atomic_folder, check_target
+    from ..publish.save import fresh_processor
 
-    check_target(args.output)
+    check_target(args.output, replace=False)
     model = load_packed(args.checkpoint, args.dtype, "cpu")
     processor = fresh_processor(model, args.checkpoint)
     model = model.dequantize()
-    with atomic_folder(args.output) as folder:
+    with atomic_folder(args.output, replace=False) as folder:
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
         processor.save_pretrained(folder)
     size = 2**-20 * sum(parameter.nbytes for parameter in model.parameters())

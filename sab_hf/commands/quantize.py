@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from .shared import DTYPES, add_device_map, add_push, add_shard_size, device_map, log_to_stderr
+from .shared import DTYPES, add_allow_urls, add_device_map, add_push, add_shard_size, device_map, log_to_stderr
 
 SUMMARY = "binarize a checkpoint and save it packed, with card and report"
 _WITH_OPTIONS = ("bits", "calibration", "num_samples", "refine_steps", "seed")
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stored bits per language weight; default: what one plane and a tenth of the columns take",
     )
     parser.add_argument("--calibration", help='"builtin" (default), a Hub dataset, a folder, or a JSONL file')
+    add_allow_urls(parser)
     parser.add_argument("--num-samples", type=int, help="calibration samples")
     parser.add_argument("--refine-steps", type=int, help="steps of block refinement; 0 turns it off")
     parser.add_argument("--seed", type=int, help="seed of the calibration set")
@@ -43,10 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from transformers import AutoProcessor
 
-    from ..publish.inspect import saved_class
+    from ..publish.folders import check_target
+    from ..publish.inspect import empty_model
     from ..publish.locate import quantization_method, read_config
     from ..publish.report import report
-    from ..publish.save import check_login, check_target, save
+    from ..publish.save import check_login, save
 
     config, where_to = quantization_config(args), device_map(args)
     output = args.output
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(f"`{args.model}` is quantized already, with {method!r}; name the dense original")
     config.processor = processor = AutoProcessor.from_pretrained(args.model, revision=args.revision)
     with log_to_stderr():
-        model = saved_class(model_config).from_pretrained(
+        model = type(empty_model(model_config, args.model)).from_pretrained(
             args.model,
             revision=args.revision,
             quantization_config=config,
@@ -90,6 +92,8 @@ def quantization_config(args: argparse.Namespace) -> Any:
     from ..config import SABQuantizationConfig
 
     fields = {name: getattr(args, name) for name in _WITH_OPTIONS if getattr(args, name) is not None}
+    if args.allow_urls:
+        fields["allow_urls"] = True
     known = {field.name for field in dataclasses.fields(SABQuantizationConfig) if field.init} - _NOT_SET
     for entry in args.set:
         name, _, value = entry.partition("=")

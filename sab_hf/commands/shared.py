@@ -21,6 +21,14 @@ def add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="make a new repository private")
 
 
+def add_allow_urls(parser: argparse.ArgumentParser) -> None:
+    """Add the option that lets samples name files by URL."""
+    parser.add_argument(
+        "--allow-urls", action="store_true",
+        help="fetch pictures that samples name by http(s) URL, from public addresses; without it such a sample is an error",
+    )  # fmt: skip
+
+
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
     """Add the option for the size of weights files; what is no size is wrong usage, and not found out after hours."""
     parser.add_argument(
@@ -61,21 +69,23 @@ def load_packed(checkpoint: str, dtype: str, device_map: str | None) -> Any:
         ValueError: the checkpoint is not packed by this package, or is damaged.
         OSError: there is no such checkpoint.
     """
-    from ..publish.inspect import saved_class
+    from ..publish.inspect import empty_model
     from ..publish.locate import read_config, require_packed
 
     config = read_config(checkpoint)
     require_packed(config, checkpoint)
-    return saved_class(config).from_pretrained(checkpoint, dtype=dtype, device_map=device_map).eval()
+    return type(empty_model(config, checkpoint)).from_pretrained(checkpoint, dtype=dtype, device_map=device_map).eval()
 
 
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
     """Show the package's log on stderr, above progress bars: calibration set, memory estimate, stages."""
 
+    from ..publish.form import printable
+
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(printable(self.format(record)), file=sys.stderr)
 
     logger, handler = logging.getLogger(__package__.partition(".")[0]), Handler()
     level, propagate = logger.level, logger.propagate

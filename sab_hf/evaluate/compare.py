@@ -118,6 +118,7 @@ def evaluate(
     batch_size: int = 8,
     max_new_tokens: int = 32,
     max_image_pixels: int | None = 1024 * 1024,
+    allow_urls: bool = False,
     scorers: dict[str, Callable[[str, Sequence[str]], float]] | None = None,
     **load_kwargs: Any,
 ) -> Evaluation:
@@ -137,6 +138,7 @@ def evaluate(
         batch_size: samples of a forward pass; changes results by rounding only.
         max_new_tokens: most tokens of a greedy answer.
         max_image_pixels: larger images are shrunk to this many pixels; None keeps them.
+        allow_urls: whether files that samples name by URL are fetched.
         scorers: name → (answer, accepted answers) → 0 to 1; None: exact match, ANLS, relaxed accuracy.
         load_kwargs: arguments of `from_pretrained`, where a path or id is given: `device_map`, `dtype`, `token`, …; `revision`
             and `subfolder` are those of `model` alone.
@@ -149,7 +151,7 @@ def evaluate(
     model, processor = _open(model, processor, load_kwargs)
     models = [model] if original is None else [model, _open(original, processor, _elsewhere(load_kwargs))[0]]
     scorers = SCORERS if scorers is None else scorers
-    encoder = ChatEncoder(processor, max_image_pixels)
+    encoder = ChatEncoder(processor, max_image_pixels, allow_urls)
     questions = read_questions(data, num_samples, seed, with_images=not encoder.text_only)
     modes = [each.training for each in models]
     tally = _Tally(len(models))

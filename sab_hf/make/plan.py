@@ -118,6 +118,8 @@ def _calibration(model: nn.Module, config: SABQuantizationConfig, processor: Any
         max_length=config.max_length,
         batch_size=config.batch_size,
         allow_text_only=config.allow_text_only,
+        allow_urls=config.allow_urls,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
     )
 
 

@@ -25,7 +25,7 @@ def swap_in_empty(model: nn.Module, modules: dict[str, list[int]], tied_head: bo
     if not modules:
         raise ValueError(
             "the checkpoint's quantization_config says `sab` but lists no quantized modules; it is damaged or was written by "
-            "hand. To quantize a dense checkpoint, remove quantization_config from its config.json"
+            "hand: download or quantize the checkpoint again. To quantize a dense one, pass `quantization_config=`"
         )
     split_experts(model, modules)
     dense = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}

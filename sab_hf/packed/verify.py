@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -137,6 +139,25 @@ def _check_module(name: str, module: SABModule) -> None:
             )
 
 
+@contextmanager
+def naming_stale_files(files: Iterable[str | os.PathLike]) -> Iterator[None]:
+    """Let an error of a check say which of the files being loaded is left from an older save, if one is.
+
+    `save_pretrained` with several weights files leaves an older single one beside them, and loaders take that one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        single = next((Path(file) for file in files if Path(file).name == "model.safetensors"), None)
+        index = single and single.with_name("model.safetensors.index.json")
+        if single is None or not index.is_file() or index.stat().st_mtime < single.stat().st_mtime:
+            raise
+        raise ValueError(
+            f"{single} is left from an older save, and loaders take it in place of what {index.name} beside it lists: "
+            f"remove {single.name}, or move it away. What does not fit: {error}"
+        ) from error
+
+
 def raise_if_altered(
     name: str, dtype: object, shape: Sequence[int], got_dtype: object, got_shape: Sequence[int]
 ) -> None:
@@ -152,9 +173,8 @@ def raise_if_missing(names: list[str]) -> None:
     """Raise a ValueError if packed tensors called `names` are not in the checkpoint."""
     if names:
         raise ValueError(
-            f"the checkpoint says `sab` but lacks packed tensors: {len(names)} in all, first `{names[0]}`; it is incomplete or "
-            "holds dense weights. Download it again, or remove quantization_config from its config.json if "
-            "it is dense"
+            f"the checkpoint says `sab` but lacks packed tensors: {len(names)} in all, first `{names[0]}`; it is incomplete, or "
+            "its weights are those of another save: download or quantize it again"
         )
 
 

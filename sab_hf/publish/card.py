@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from yaml import YAMLError
 
 from .html import distillation_lines, evaluation_rows
@@ -47,8 +51,10 @@ def model_card(
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
+        text=as_text,
+        code=as_code,
         title=repo_id.rpartition("/")[2],
-        repo_id=repo_id,
+        repo_id=json.dumps(repo_id, ensure_ascii=False),
         base_sentence=f"This is {_link(summary)}, binarized.",
         bits=f"{summary['bits']:.3f}",
         roles=_role_rows(summary),
@@ -79,19 +85,36 @@ def find_license(base_model: str | None) -> str | None:
         card = ModelCard.load(local if local.is_file() else base_model, ignore_metadata_errors=True)
     except (OSError, ValueError, YAMLError, EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError):
         return None
-    return card.data.license
+    found = card.data.license
+    return found if isinstance(found, (str, list)) else None
 
 
 def _is_repo_id(name: str) -> bool:
-    """Whether `name` has the form owner/name and is no folder here."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    """Whether `name` has the form owner/name, as the Hub allows it, and is no folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not Path(name).exists()
+
+
+def as_text(value: Any) -> str:
+    """Return a value as text of Markdown, on one line: nothing in it is markup, HTML or the end of a table's cell."""
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
+
+
+def as_code(value: Any) -> str:
+    """Return a value as inline code of Markdown, on one line, delimited by more backticks than it holds."""
+    text = " ".join(str(value).split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
 
 
 def _link(summary: dict[str, Any]) -> str:
     base = summary["base_model"]
     if base and _is_repo_id(base):
-        return f"[`{base}`](https://huggingface.co/{base})"
-    return f"a `{summary['model_class']}`"
+        return f"[{as_code(base)}](https://huggingface.co/{base})"
+    return f"a {as_code(summary['model_class'])}"
 
 
 def _role_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -109,6 +132,6 @@ def _role_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _about(evaluation: dict[str, Any]) -> str:
     return (
-        f"{evaluation['num_samples']} samples of `{evaluation['data']}`, seed {evaluation['seed']}, greedy; "
+        f"{evaluation['num_samples']} samples of {as_code(evaluation['data'])}, seed {evaluation['seed']}, greedy; "
         "`sab-hf eval` repeats it."
     )

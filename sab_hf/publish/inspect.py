@@ -13,13 +13,12 @@ import torch
 import transformers
 from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from torch import nn
-from transformers import AutoConfig
 
 from ..config import SABQuantizationConfig
 from ..packed.checksums import check_checksums, checkpoint_files
 from ..packed.swap import swap_in_empty
-from ..packed.verify import PACKED_NAMES, check_entries, header_entries
-from .locate import check_name, not_found, require_packed
+from ..packed.verify import PACKED_NAMES, check_entries, header_entries, naming_stale_files
+from .locate import check_name, not_found, read_config, require_packed
 from .report import Report, report
 
 NONE, PRESENT, VERIFIED = "none", "present, not checked", "verified"
@@ -81,10 +80,11 @@ def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: st
         raise ValueError(f"`{name}` has no safetensors files; download or quantize it again")
     entries = {file: header_entries(file) for file in files} if folder else _remote_entries(name, revision)
     flat = [entry for of_file in entries.values() for entry in of_file]
-    check_entries(model, flat)
-    _check_sums(model, flat)
-    if verify:
-        check_checksums(files, config.checksums, model)
+    with naming_stale_files(files):
+        check_entries(model, flat)
+        _check_sums(model, flat)
+        if verify:
+            check_checksums(files, config.checksums, model)
     state = NONE if config.checksums is None else VERIFIED if verify else PRESENT
     return Inspection(name, config.format_version, len(entries), len(flat), state, report(model))
 
@@ -93,11 +93,26 @@ def skeleton(
     path_or_id: str | os.PathLike, quantization: SABQuantizationConfig, revision: str | None = None
 ) -> nn.Module:
     """Return the packed model of a checkpoint without any weights (on the meta device)."""
-    config = AutoConfig.from_pretrained(path_or_id, revision=revision)
+    model = empty_model(read_config(path_or_id, revision=revision), path_or_id)
     with torch.device("meta"):
-        model = saved_class(config)._from_config(config, dtype=config.dtype)
         swap_in_empty(model, quantization.modules, quantization.tied_head)
     return model
+
+
+def empty_model(config: Any, path_or_id: str | os.PathLike) -> nn.Module:
+    """Return the dense model of a config without any weights (on the meta device).
+
+    Raises:
+        ValueError: no model can be built by the config.
+    """
+    with torch.device("meta"):
+        try:
+            return saved_class(config)._from_config(config, dtype=config.dtype)
+        except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(
+                f"no model can be built by the config.json of `{path_or_id}` ({type(error).__name__}: {error}); download it or "
+                "make it again"
+            ) from error
 
 
 def saved_class(config: Any) -> Any:
@@ -106,11 +121,12 @@ def saved_class(config: Any) -> Any:
     Raises:
         ValueError: this transformers has no such class.
     """
-    name = (config.architectures or ["nothing"])[0]
+    names = config.architectures
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "nothing"
     found = getattr(transformers, name, None)
-    if found is None:
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
-            f"transformers {transformers.__version__} has no class {name!r}, which the config names; upgrade it"
+            f"transformers {transformers.__version__} has no model class {name!r}, which the config names; upgrade it"
         )
     return found
 
@@ -131,9 +147,12 @@ def _raw_config(name: str, folder: Path | None, revision: str | None) -> dict[st
     except (OSError, ValueError) as error:
         raise not_found(name, error) from error
     try:
-        return json.loads(text)
-    except ValueError as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: it is no JSON ({error}); download or quantize it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold an object, got {found!r:.60}; download or quantize it again")
+    return found
 
 
 def _remote_entries(name: str, revision: str | None) -> dict[str, list[tuple[str, str, tuple[int, ...]]]]:

@@ -21,7 +21,13 @@ def check_name(path_or_id: str | os.PathLike) -> None:
         raise ValueError(f"`{name}` is a file; name the folder of a checkpoint, or a Hub repository")
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"the folder `{name}` holds no checkpoint: it has no config.json")
+            old = next(path.glob(".sab_hf.*.old"), None)
+            hint = (
+                ""
+                if old is None
+                else f". A save to it was cut off: the old model is in `{old}`; the next save puts it back"
+            )
+            raise FileNotFoundError(f"the folder `{name}` holds no checkpoint: it has no config.json{hint}")
     elif not name or name.startswith((".", os.sep, "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"there is no folder `{name}`")
 
@@ -44,6 +50,11 @@ def read_config(path_or_id: str | os.PathLike, **kwargs: Any) -> Any:
         if Path(path_or_id).is_dir():
             raise
         raise not_found(path_or_id, error) from error
+    except Exception as error:  # a config of the wrong form makes transformers raise what it likes
+        raise ValueError(
+            f"the config.json of `{path_or_id}` has not the form of a config ({type(error).__name__}: {error}); download or "
+            "make it again"
+        ) from error
 
 
 def not_found(path_or_id: str | os.PathLike, error: Exception) -> OSError:
@@ -52,11 +63,17 @@ def not_found(path_or_id: str | os.PathLike, error: Exception) -> OSError:
 
 
 def quantization_method(config: Any) -> str | None:
-    """Return the quantization method that a config names (as an object, or as the data of config.json), or None."""
+    """Return the quantization method that a config names (as an object, or as the data of config.json), or None.
+
+    Raises:
+        ValueError: `quantization_config` has another form.
+    """
     get = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
     quantization = get("quantization_config")
     if not quantization:
         return None
+    if isinstance(quantization, (str, int, float, list)):
+        raise ValueError(f"config.json: `quantization_config` must be an object, got {quantization!r:.60}")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     return str(getattr(method, "value", method))
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from .card import find_license, model_card
+from .folders import HIDDEN, atomic_folder, write_file
+from .form import check_summary, read_json
 from .html import html_report, plots
 from .inspect import inspect, saved_class
-from .locate import quantization_method
 from .summary import summarize
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,9 @@ def save(
 ) -> str:
     """Save a packed model with its processor, card, report and pictures to a folder, or publish it as a Hub repository.
 
-    A folder is complete or not there: everything is written beside it and then renamed. A repository gets one commit; if that
-    fails, a message says where the checkpoint lies.
+    A folder is complete or not there: everything is written to a hidden folder and then renamed. Where a packed checkpoint is
+    replaced, other files in its folder stay. A repository gets one commit; if that fails, a message says where the checkpoint
+    lies.
 
     Args:
         model: the packed model.
@@ -70,7 +71,7 @@ def save(
     """
     summary = summarize(model, record, evaluation, base_model)
     if summary["record"] is None and model.name_or_path:  # loaded packed: what the folder that it came from says
-        told = _report(Path(model.name_or_path))
+        told = _told(Path(model.name_or_path))
         summary["base_model"] = summary["base_model"] or told.get("base_model")
         if told.get("record"):
             summary |= {name: told[name] for name in ("record", "device")}
@@ -116,7 +117,13 @@ def publish_folder(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision and not revision.startswith("refs/"):  # a pull request is there, or nobody can make it
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=commit_message,
+        ignore_patterns=[f"{HIDDEN}*"],
+    )
     logger.info("published %s: %s", repo_id, commit.commit_url)
     return f"{api.endpoint}/{repo_id}"
 
@@ -125,7 +132,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """Return the JSON report in the folder of a checkpoint; where there is none, load the model and make one.
 
     Raises:
-        ValueError: the folder holds no packed checkpoint.
+        ValueError: the folder holds no packed checkpoint, or a damaged report.
     """
     found = inspect(folder)
     summary = _report(folder)
@@ -136,12 +143,33 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    """Return the JSON report in a folder; {} if there is none, or another program's."""
-    try:
-        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Return the JSON report in a folder; {} if there is none, or another program's.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    file = folder / REPORT
+    if not file.is_file():
         return {}
-    return found if isinstance(found, dict) and "total_bytes" in found else {}
+    try:
+        found = read_json(file)
+        if not isinstance(found, dict) or "total_bytes" not in found:
+            return {}
+        check_summary(found, file)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; remove the file, and it is made anew without the record of the quantization"
+        ) from error
+    return found
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    """Return the JSON report in the folder that a model came from, {} with a warning if it is damaged: saving goes on."""
+    try:
+        return _report(folder)
+    except ValueError as error:
+        logger.warning("%s", error)
+        return {}
 
 
 @contextmanager
@@ -172,63 +200,6 @@ def check_login(repo_id: str, token: str | bool | None = None) -> str:
     return repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
 
-def check_target(path: str | os.PathLike) -> None:
-    """Check that a checkpoint may be written to `path`: it is new, empty, or holds a packed checkpoint.
-
-    Raises:
-        ValueError: something else is there, which is not replaced.
-        OSError: the folder above cannot be written.
-    """
-    path = Path(path).absolute()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        config = path / "config.json"
-        if not config.is_file():
-            raise ValueError(
-                f"`{path}` exists and is no checkpoint, so it is not replaced; choose another folder or remove it"
-            )
-        if quantization_method(json.loads(config.read_text(encoding="utf-8"))) != "sab":
-            raise ValueError(
-                f"`{path}` holds a checkpoint that sab_hf did not pack, so it is not replaced; choose another folder or remove it"
-            )
-    above = next(folder for folder in path.parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OSError(f"`{path}` cannot be made: `{above}` is no folder that can be written")
-
-
-@contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Give an empty folder beside `path`, which becomes `path` at the end; on an error it is removed and `path` is as before.
-
-    Raises:
-        ValueError, OSError: see `check_target`.
-    """
-    check_target(path)
-    path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        partial.chmod(0o777 & ~_umask())
-        yield partial
-        for file in partial.glob("*.safetensors"):  # written readable for the owner alone
-            file.chmod(0o666 & ~_umask())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
-            path.rename(old)
-            try:
-                partial.rename(path)
-            except BaseException:
-                old.rename(path)
-                old.parent.rmdir()
-                raise
-            shutil.rmtree(old.parent)
-        else:
-            partial.rename(path)
-    except SafetensorError as error:  # says neither where, nor that it is the disk's fault
-        raise OSError(f"`{path}` could not be written, and nothing was left there: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def fresh_processor(model: nn.Module, processor: Any) -> Any:
     """Return the processor as it was loaded: calls of a tokenizer leave padding and truncation in what it saves.
 
@@ -257,10 +228,10 @@ def write_pages(folder: Path, summary: dict[str, Any], repo_id: str, license: st
     pictures = plots(summary)
     (folder / "plots").mkdir(exist_ok=True)
     for name, svg in pictures.items():
-        (folder / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
-    (folder / REPORT).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    (folder / "report.html").write_text(html_report(summary, repo_id.rpartition("/")[2]), encoding="utf-8")
-    model_card(summary, repo_id, license, tuple(pictures)).save(folder / "README.md")
+        write_file(folder / "plots" / f"{name}.svg", svg)
+    write_file(folder / REPORT, json.dumps(summary, indent=1))
+    write_file(folder / "report.html", html_report(summary, repo_id.rpartition("/")[2]))
+    write_file(folder / "README.md", str(model_card(summary, repo_id, license, tuple(pictures))))
 
 
 def _write(
@@ -275,9 +246,3 @@ def _write(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
     write_pages(folder, summary, repo_id, license)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

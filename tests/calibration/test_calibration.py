@@ -212,7 +212,7 @@ def test_prepare_calibration_takes_text_for_a_text_model(processor, caplog):
     texts = [tokenizer.decode(batch.inputs["input_ids"][0]) for batch in result.batches]
     assert sorted(texts) == ["user: Hello.\n", "user: What is it?\nassistant: A sky.\n"]
     assert result.tokens.keys() == {TEXT}
-    assert "of 1 samples with images only the text is used" in caplog.text
+    assert "of 1 samples with images, video or audio only the text is used" in caplog.text
     assert "text as the only modality" in caplog.text
     bare = prepare_calibration([CONVERSATION], make_tokenizer(), LlamaConfig(), num_samples=1)
     assert tokenizer.decode(bare.batches[0].inputs["input_ids"][0]) == "What is it?\nA sky."
@@ -251,9 +251,18 @@ def test_prepare_calibration_counts_rows_of_processed_batches(config, caplog):
         prepare_calibration(batches[2:3], None, config, num_samples=3, max_length=50)
 
 
-@pytest.mark.parametrize(("ids", "shown"), [([[1, 2]], "list"), (torch.ones(3), r"\(3,\)")])
+@pytest.mark.parametrize(
+    ("ids", "shown"),
+    [
+        ([[1, 2]], "list"),
+        (torch.ones(3).long(), r"torch\.int64 \(3,\)"),
+        (torch.ones(1, 3), r"torch\.float32 \(1, 3\)"),
+    ],
+)
 def test_prepare_calibration_names_a_bad_processed_batch(ids, shown, config):
-    with pytest.raises(ValueError, match=rf"batch 0: key 'input_ids' must be a tensor \[batch, length\], got {shown}"):
+    with pytest.raises(
+        ValueError, match=rf"batch 0: key 'input_ids' must be a tensor of integers \[batch, length\], got {shown}"
+    ):
         prepare_calibration([{"input_ids": ids}], None, config)
 
 
@@ -273,3 +282,47 @@ def test_prepare_calibration_uses_the_builtin_set_without_any_dataset_library(pr
     assert result.tokens[IMAGE] == 6 * IMAGE_TOKENS
     text_model = prepare_calibration("builtin", make_tokenizer(), LlamaConfig(), num_samples=8)
     assert text_model.tokens.keys() == {TEXT}
+
+
+# What would be lost in silence, and what no model takes.
+
+
+@pytest.mark.parametrize(("kind", "name"), [("video", "clip.mp4"), ("audio", "speech.wav")])
+def test_prepare_calibration_refuses_media_that_the_processor_ignores(kind, name, processor, config, tmp_path):
+    (tmp_path / name).write_bytes(b"content")
+    content = [IMAGE_PART, {"type": kind, kind: str(tmp_path / name)}, QUESTION]
+    with pytest.raises(ValueError, match=rf"^sample 0: it holds {kind}, which LlavaProcessor does not read"):
+        prepare_calibration([[{"role": "user", "content": content}, ANSWER]], processor, config, num_samples=1)
+
+
+def test_prepare_calibration_refuses_rows_whose_pictures_it_does_not_read(processor, config, caplog):
+    rows = [{"image": picture(), "question": "What?"}, {"img": picture(), "question": "What?"}]
+    with pytest.raises(ValueError, match=r"^sample 1: key 'img' holds media, .* name a picture 'image'"):
+        prepare_calibration(rows, processor, config, num_samples=2)
+    prepare_calibration([rows[0] | {"mask": picture()}], processor, config, num_samples=1)
+    assert "further media under the keys ['mask'], which are not read" in caplog.text
+
+
+def test_prepare_calibration_names_the_batch_with_a_token_of_another_vocabulary(processor, config):
+    def batches(token):
+        return [
+            {"input_ids": torch.tensor([[5, 6, config.image_token_index]])},
+            {"input_ids": torch.tensor([[5, token, 7]])},
+        ]
+
+    for token in (-1, 300, 2**40):
+        with pytest.raises(
+            ValueError, match=rf"^batch 1: 'input_ids' must be from 0 to 299.* got {token} at row 0, position 1"
+        ):
+            prepare_calibration(batches(token), None, config, num_samples=2, vocabulary=300)
+    prepare_calibration(batches(299), None, config, num_samples=2, vocabulary=300)
+    known = prepare_calibration(batches(4), None, config, num_samples=2, vocabulary=config.image_token_index)
+    assert known.tokens[IMAGE] == 1  # a placeholder needs no embedding
+    with pytest.raises(ValueError, match=r"^sample 0: 'input_ids' must be from 0 to 9"):
+        prepare_calibration([CONVERSATION], processor, config, num_samples=1, vocabulary=10)
+
+
+def test_prepare_calibration_names_the_sample_that_a_processor_fails_on(processor, config):
+    lone = "half of a pair: \ud800"
+    with pytest.raises(ValueError, match=r"^sample 0: LlavaProcessor cannot process the sample \(\w+: "):
+        prepare_calibration([{"image": picture(), "text": lone}], processor, config, num_samples=1)

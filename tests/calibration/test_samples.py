@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import os
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,11 +109,17 @@ def test_parse_sample_ignores_keys_without_a_value():
     assert sample.messages == [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
 
 
-def test_load_media_resolves_video_and_audio_from_the_folder():
-    content = [{"type": "video", "path": "v.mp4"}, {"type": "audio", "audio": "https://host/a.wav"}]
-    sample = parse_sample([{"role": "user", "content": content}], "row 1", Path("clips"))
-    loaded = load_media(sample, None)[0]["content"]
-    assert loaded == [{"type": "video", "video": "clips/v.mp4"}, {"type": "audio", "audio": "https://host/a.wav"}]
+def test_load_media_resolves_video_and_audio_from_the_folder(tmp_path):
+    (tmp_path / "v.mp4").write_bytes(b"frames")
+    sound = np.zeros(8, dtype=np.float32)
+    content = [{"type": "video", "path": "v.mp4"}, {"type": "audio", "audio": sound}]
+    sample = parse_sample([{"role": "user", "content": content}], "row 1", tmp_path)
+    video, audio = load_media(sample, None)[0]["content"]
+    assert video == {"type": "video", "video": str(tmp_path / "v.mp4")}
+    assert audio["audio"] is sound
+    gone = parse_sample([{"role": "user", "content": [{"type": "audio", "path": "a.wav"}]}], "row 1", tmp_path)
+    with pytest.raises(ValueError, match=r"row 1: cannot read '.*a\.wav'"):
+        load_media(gone, None)
 
 
 def test_load_media_turns_photographs_upright():
@@ -285,7 +293,7 @@ def test_read_samples_explains_a_hub_dataset_that_cannot_be_loaded(monkeypatch):
         (datasets.Dataset.from_list(ROWS).to_iterable_dataset().take(0), "got an empty stream"),
         ([{"role": "user", "content": "x"}], "got one conversation .* put it into a list"),
         (datasets.DatasetDict(train=[]), r"one split of a dataset, got a DatasetDict with the keys \['train'\]"),
-        (5, "must be a name, a path or a list of samples, got 5"),
+        (5, "must be a name, a path or a list of samples, got int 5"),
     ],
 )
 def test_read_samples_names_what_is_no_collection_of_samples(source, message):
@@ -311,3 +319,72 @@ def test_read_samples_draws_without_repetition(count, seed, limit):
     drawn = questions(read([f"text {i}" for i in range(count)], seed=seed, limit=limit))
     assert len(drawn) == len(set(drawn)) == min(count, limit)
     assert drawn == [f"text {i}" for i in shuffled_order(count, seed)[:limit]]
+
+
+# What is left out, what is no text, what is too much.
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Image.new("RGB", (4, 4)), "cat.png", "pictures/a cat.JPG", {"bytes": b"x", "path": None}, [Image.new("L", (2, 2))],
+     b"\x89PNG", "clip.mp4"],
+)  # fmt: skip
+def test_parse_sample_notes_media_that_no_form_has(value):
+    assert parse_sample({"img": value, "question": "What?"}, "row 1").unread == ("img",)
+    assert parse_sample({"img": value, "image": "a.png", "question": "What?", "id": 7}, "row 1").unread == ("img",)
+
+
+def test_parse_sample_notes_columns_of_video_and_audio():
+    row = {"video": object(), "audios": [object()], "question": "What?", "videos": None}
+    assert parse_sample(row, "row 1").unread == ("video", "audios")
+
+
+def test_parse_sample_takes_no_other_column_for_media():
+    row = {"question": "Is it a.png", "answer": "a.png", "label": 3, "id": "17", "note": "see page.html", "tags": ["a"]}
+    assert parse_sample(row, "row 1").unread == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n\xff\xfe\x00{', r"row 2: the file must be text in UTF-8, and byte 0 of this row is not"),
+        ('{"text": "a"}\n'.encode("utf-16"), r"row 1: the file must be text in UTF-8.* UTF-16"),
+        (b'{"text": "a"}\n' + b"\x00\x01\x02\n", r"row 2: each row must be one JSON value"),
+        (b"[" * 100_000, r"row 1: each row must be one JSON value"),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", r"row 1: each row must be one JSON value"),
+    ],
+    ids=["binary", "UTF-16", "control characters", "deep", "long number"],
+)
+def test_read_samples_names_the_row_that_is_no_text(tmp_path, content, message):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"data\.jsonl, {message}") as error:
+        read(tmp_path / "data.jsonl")
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_read_samples_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "data.jsonl")
+    with pytest.raises(ValueError, match=r"the calibration file .*data\.jsonl cannot be read: it is no regular file"):
+        read(tmp_path)
+
+
+def test_parse_sample_refuses_ten_megabytes_of_text():
+    with pytest.raises(
+        ValueError, match=r"^row 5: a sample must have at most 2,000,000 characters of text, got 10,000,000"
+    ):
+        parse_sample("x" * 10_000_000, "row 5")
+
+
+def test_read_samples_cuts_a_text_that_is_no_name():
+    with pytest.raises(ValueError, match="must be 'builtin', a Hub dataset id") as error:
+        read("some text " * 100_000)
+    assert len(str(error.value)) < 600
+
+
+def test_load_media_asks_before_it_fetches():
+    for kind in ("image", "video", "audio"):
+        content = [{"type": kind, kind: "https://example.com/file"}]
+        sample = parse_sample([{"role": "user", "content": content}], "data.jsonl, row 2")
+        with pytest.raises(ValueError, match=r"data\.jsonl, row 2: .*URLs are not fetched unless .*`allow_urls=True`"):
+            load_media(sample, None)

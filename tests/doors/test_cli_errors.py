@@ -159,12 +159,36 @@ def test_quantize_refuses_its_target_before_it_reads_the_model(capsys, vlm_dir, 
     assert contents(tmp_path) == before
 
 
-def test_dequantize_replaces_no_dense_checkpoint(capsys, saved, vlm_dir, tmp_path):
-    shutil.copytree(vlm_dir, tmp_path / "original")
+@pytest.mark.parametrize(
+    "output", ["dense", "packed", "packed/", "linked", "./packed", "packed/../packed", "other", "file"]
+)
+def test_dequantize_replaces_nothing(capsys, saved, vlm_dir, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sab_hf.commands.dequantize.load_packed", None)
+    shutil.copytree(vlm_dir, "dense")
+    shutil.copytree(saved, "packed")
+    shutil.copytree(saved, "other")
+    Path("file").write_text("a file")
+    Path("linked").symlink_to("packed")
     before = contents(tmp_path)
-    assert "that sab_hf did not pack, so it is not replaced" in fails(
-        capsys, "dequantize", saved, tmp_path / "original"
-    )
+    message = fails(capsys, "dequantize", "packed", output)
+    assert "exists and is not empty, and a dense checkpoint replaces nothing; choose another folder" in message
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", ["questions.jsonl", "model.safetensors", "config.json", "linked", "folder"])
+def test_evaluation_replaces_no_other_file(capsys, saved, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sab_hf.evaluate.compare.evaluate", None)
+    Path("questions.jsonl").write_text('{"question": "?", "answer": "!"}')
+    Path("folder").mkdir()
+    Path("linked").symlink_to("questions.jsonl")
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(saved / name, name)
+    before = contents(tmp_path)
+    message = fails(capsys, "eval", saved, "--data", "questions.jsonl", "--output", output)
+    assert f"--output {output}" in message
+    assert "name another" in message
     assert contents(tmp_path) == before
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
+from sab_hf.publish.inspect import inspect
 
 DOWN = "language_model.model.layers.0.mlp.down_proj"  # in the file
 DOWN_MODULE = "model.language_model.layers.0.mlp.down_proj"  # in the model; has significant columns
@@ -187,9 +188,28 @@ def test_dense_weights_under_a_sab_config_are_refused(vlm_dir, packed_dir, tmp_p
     path = tmp_path / "dense"
     shutil.copytree(vlm_dir, path)
     shutil.copy(packed_dir / "config.json", path / "config.json")
-    message = r"lacks packed tensors: \d+ in all, first `model\.language_model\..*remove quantization_config from its"
-    with pytest.raises(ValueError, match=message):
+    message = r"lacks packed tensors: \d+ in all, first `model\.language_model\..*download or quantize it again"
+    with pytest.raises(ValueError, match=message) as error:
         load(path)
+    assert "quantization_config" not in str(error.value)  # advice to remove it would make the loss final
+
+
+@pytest.mark.parametrize("older", ["dense", "packed"])
+def test_an_older_file_beside_new_shards_is_named(vlm_dir, packed_dir, make_config, tmp_path, older):
+    path = tmp_path / "both"
+    shutil.copytree(vlm_dir if older == "dense" else packed_dir, path)
+    load(vlm_dir, quantization_config=make_config(bits=3.0)).save_pretrained(path, max_shard_size="60KB")
+    for read in (load, inspect):
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors is left from an older save, .*remove model\.safetensors"
+        ) as error:
+            read(path)
+        assert "quantization_config" not in str(error.value)
+    (path / "model.safetensors").unlink()
+    load(path)
+    (path / "model.safetensors.index.json").touch()
+    load(packed_dir).save_pretrained(path)  # one file again; what is left of the index does no harm
+    load(path)
 
 
 @pytest.mark.parametrize("suffix", ["signs", "col_scale", "significant_columns", "residual_row_scale"])
@@ -214,9 +234,7 @@ def test_empty_module_list_is_refused(damage, change):
         del config["modules"]
         config |= {name: value for name, value in change.items() if value is not None}
 
-    with pytest.raises(
-        ValueError, match=r"lists no quantized modules.*remove quantization_config from its config\.json"
-    ):
+    with pytest.raises(ValueError, match=r"lists no quantized modules.*download or quantize the checkpoint again"):
         load(damage(config=edit))
 
 

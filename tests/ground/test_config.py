@@ -16,15 +16,16 @@ from sab_hf import SABQuantizationConfig
 from sab_hf.config import MAX_PLANES
 from sab_hf.packing import FORMAT_VERSION
 
-NO_INTEGER = [0, -1, 1.0, "1", None, True]
+NO_INTEGER = [0, -1, 1.0, "1", None, True, 2**70]
 INVALID = {
     "bits": [0, -1, "1", True, math.nan, math.inf, MAX_PLANES + 1.5, [1.1]],
     "num_samples": NO_INTEGER,
     "written_samples": [-1, 2.0, True, "many"],
-    "seed": [-1, 0.5, "0", None, False],
+    "seed": [-1, 0.5, "0", None, False, 2**63, 2**70],
     "max_length": NO_INTEGER,
     "batch_size": NO_INTEGER,
     "allow_text_only": [0, 1, "yes", None],
+    "allow_urls": [0, 1, "yes", None],
     "modules_to_not_convert": ["lm_head", [1], [None], {"a": 1}, 3],
     "allow_low_coverage": [0, 1, "yes", None],
     "language_blocks": ["model.layers", [1], [None], {"a": 1}, 3],
@@ -78,7 +79,7 @@ INVALID = {
 }
 VALID = {
     "bits": [None, 1, 1.05, MAX_PLANES + 1],
-    "seed": [0],
+    "seed": [0, 2**63 - 1],
     "salient_top_p": [1, 1e-6],
     "diff_quantile": [0, 1],
     "sparsity_threshold": [0, 1],
@@ -124,6 +125,7 @@ MACHINE = {
     "cache_device_gib": 1.5,
     "cache_ram_gib": 2,
     "process_timeout": 9.0,
+    "allow_urls": True,
 }
 
 names = st.text("ab.é_0", max_size=5)
