@@ -17,8 +17,9 @@ from transformers import AutoConfig
 
 from ..config import SABQuantizationConfig
 from ..packed.checksums import check_checksums, checkpoint_files
+from ..packed.names import is_packed_name
 from ..packed.swap import swap_in_empty
-from ..packed.verify import PACKED_NAMES, check_entries, header_entries
+from ..packed.verify import check_entries, header_entries
 from .locate import check_name, not_found, require_packed
 from .report import Report, report
 
@@ -150,10 +151,10 @@ def _check_sums(model: nn.Module, entries: list[tuple[str, str, tuple[int, ...]]
     dense = {
         id(tensor): tensor.numel()
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if name.rpartition(".")[2] not in PACKED_NAMES and name not in ignored
+        if not is_packed_name(name) and name not in ignored
     }
     expected = sum(dense.values())
-    found = sum(math.prod(shape) for name, _, shape in entries if name.rpartition(".")[2] not in PACKED_NAMES)
+    found = sum(math.prod(shape) for name, _, shape in entries if not is_packed_name(name))
     if found != expected:
         raise ValueError(
             f"the files hold {found:,} dense weights, the model of the config has {expected:,}; the checkpoint is incomplete or "
