@@ -57,6 +57,8 @@ class SABHfQuantizer(HfQuantizer):
 
         with torch.device("cpu"):  # transformers builds the skeleton under the meta device
             self._plan = make_plan(model, self.quantization_config)
+        if not hasattr(HfQuantizer, "update_missing_keys"):  # transformers 5 calls no hook with them
+            _check_when_tied(model)
         return model
 
     def _name_as_here(self, model: nn.Module, modules: dict[str, list[int]]) -> None:
@@ -82,8 +84,13 @@ class SABHfQuantizer(HfQuantizer):
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Called by transformers 4.57 with the tensors that the checkpoint lacks."""
-        packed = packed_names(model)
-        raise_if_missing([key for key in missing_keys if key in packed])
+        if self.pre_quantized:
+            packed = packed_names(model)
+            raise_if_missing([key for key in missing_keys if key in packed])
+        else:
+            from .machine.weights import check_complete
+
+            check_complete(model, missing_keys)
         return missing_keys
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
@@ -133,3 +140,16 @@ class SABHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`generate` with a static cache may compile the model: `SABLinear` is one custom op, without a graph break."""
         return True
+
+
+def _check_when_tied(model: nn.Module) -> None:
+    """Check once that a dense checkpoint is complete, when transformers 5 ties weights and says which ones are missing."""
+    from .machine.weights import check_complete
+
+    def tie_weights(missing_keys: set[str] | None = None, **kwargs: Any) -> None:
+        type(model).tie_weights(model, missing_keys=missing_keys, **kwargs)
+        if missing_keys is not None:
+            del model.tie_weights  # from here on the class's own again
+            check_complete(model, missing_keys)
+
+    model.tie_weights = tie_weights
