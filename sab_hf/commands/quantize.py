@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from transformers import AutoProcessor
 
-    from ..publish.inspect import saved_class
-    from ..publish.locate import quantization_method, read_config
+        from ..publish.locate import quantization_method, read_config
+    from ..publish.open import opening_class
     from ..publish.report import report
     from ..publish.save import check_login, check_target, save
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(f"`{args.model}` is quantized already, with {method!r}; name the dense original")
     config.processor = processor = AutoProcessor.from_pretrained(args.model, revision=args.revision)
     with log_to_stderr():
-        model = saved_class(model_config).from_pretrained(
+        model = opening_class(model_config).from_pretrained(
             args.model,
             revision=args.revision,
             quantization_config=config,

@@ -57,12 +57,12 @@ def load_packed(checkpoint: str, dtype: str, device_map: str | None) -> Any:
         ValueError: the checkpoint is not packed by this package, or is damaged.
         OSError: there is no such checkpoint.
     """
-    from ..publish.inspect import saved_class
     from ..publish.locate import read_config, require_packed
+    from ..publish.open import opening_class
 
     config = read_config(checkpoint)
     require_packed(config, checkpoint)
-    return saved_class(config).from_pretrained(checkpoint, dtype=dtype, device_map=device_map).eval()
+    return opening_class(config).from_pretrained(checkpoint, dtype=dtype, device_map=device_map).eval()
 
 
 @contextlib.contextmanager

@@ -62,7 +62,8 @@ def seal(model: nn.Module) -> dict[str, Tensor] | None:
     empty, mark = torch.empty(0, dtype=torch.uint8), marker(config.modules)
     offloaded = [name for name, tensor in state.items() if tensor.is_meta]
     if offloaded:
-        settle_names(model, {name: tensor.to("meta") for name, tensor in (state | {mark: empty}).items()}, mark)
+        metas = {name: tensor.to("meta") for name, tensor in (state | {mark: empty}).items()}
+        settle_names(model, metas, config.modules, mark)
         logger.warning(
             "%d tensors are offloaded, first `%s`: the checkpoint is saved without checksums; load the model with "
             "device_map='cpu' to save them",
@@ -71,7 +72,7 @@ def seal(model: nn.Module) -> dict[str, Tensor] | None:
         )
         return None
     state[mark] = empty
-    stored = settle_names(model, state, mark)
+    stored = settle_names(model, state, config.modules, mark)
     aliases = _aliases(stored)
     digests = _digest_all((name, tensor) for name, tensor in stored.items() if name not in aliases)
     config.checksums = {"tensors": _by_group(digests), "aliases": aliases, "config": ""}

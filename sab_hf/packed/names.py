@@ -114,7 +114,9 @@ def _name_in_file_of_4(model: nn.Module, name: str) -> str:
     return name
 
 
-def settle_names(model: nn.Module, state: Mapping[str, Tensor], marker: str) -> dict[str, Tensor]:
+def settle_names(
+    model: nn.Module, state: Mapping[str, Tensor], modules: Collection[str], marker: str
+) -> dict[str, Tensor]:
     """Make sure that `model` can be loaded from the names under which it will be saved, and return its tensors by those.
 
     Where transformers' renaming is not undone by its loading, the tensors concerned keep the names that they have in the
@@ -123,10 +125,18 @@ def settle_names(model: nn.Module, state: Mapping[str, Tensor], marker: str) -> 
     Args:
         model: a packed model that is about to be saved; the conversions that it carries are adapted.
         state: its state dict, `marker` included.
+        modules: its packed modules, as its config lists them.
         marker: a name in `state` that the model has no place for (see `checksums.py`).
     Raises:
         ValueError: a tensor would not be found again.
     """
+    packed = {name.removesuffix(".signs") for name in state if name.endswith(".signs")}
+    if packed != set(modules):
+        raise ValueError(
+            f"{type(model).__name__} has {len(packed)} packed modules and its quantization_config lists {len(modules)}; first that is "
+            f"in one of them only: `{min(packed ^ set(modules))}`. The model was changed after it was quantized, so its checkpoint "
+            "could not be loaded: take adapters off (`model.unload()`), or save it as it was"
+        )
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # not loaded by `from_pretrained`
         conversions = _known_conversions(model, prefixes=False)
@@ -134,8 +144,7 @@ def settle_names(model: nn.Module, state: Mapping[str, Tensor], marker: str) -> 
     if lost:
         raise ValueError(
             f"{type(model).__name__} cannot be saved so that this version of transformers loads it again: {len(lost)} tensors would "
-            f"not be found, first `{min(lost)}`. If the model was changed after it was quantized (adapters, renamed modules), "
-            "save it without that; else call `model.dequantize()` and save the dense model"
+            f"not be found, first `{min(lost)}`. Call `model.dequantize()` and save the dense model, or use another version"
         )
     return stored
 

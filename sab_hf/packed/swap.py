@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .embedding import SABEmbedding, SABTiedHead
+from .embedding import FixedVocabulary, SABEmbedding, SABTiedHead
 from .experts import expert_name, fuse_experts, fused_parameters, split_experts
 from .linear import SABLinear, SABModule, replace_module
 from .names import block_of, loaded_names
@@ -41,6 +41,14 @@ def swap_in_empty(model: nn.Module, modules: dict[str, list[int]], tied_head: bo
             replace_module(model, name, SABLinear.empty_like(dense[name], num_planes, num_significant))
     if tied_head and model.get_output_embeddings() is not None:  # `AutoModel` gives models without a head
         tie_head(model)
+    fix_vocabulary(model)
+
+
+def fix_vocabulary(model: nn.Module) -> None:
+    """Have `resize_token_embeddings` of a model with packed embedding or head accept the present size only."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, SABEmbedding) or isinstance(head, (SABLinear, SABTiedHead)):
+        model.resize_token_embeddings = FixedVocabulary(embedding, embedding.num_embeddings)
 
 
 def modules_of(
@@ -149,6 +157,7 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
         if getattr(module, "bias", None) is not None:
             dense.bias = nn.Parameter(module.bias.to(dtype))
         replace_module(model, name, dense)
+    vars(model).pop("resize_token_embeddings", None)  # the class's own again
     fuse_experts(model)
     for name in tied:
         embedding = model.get_input_embeddings()

@@ -21,6 +21,7 @@ from ..packed.names import is_packed_name
 from ..packed.swap import swap_in_empty
 from ..packed.verify import check_entries, header_entries
 from .locate import check_name, not_found, require_packed
+from .open import opening_class
 from .report import Report, report
 
 NONE, PRESENT, VERIFIED = "none", "present, not checked", "verified"
@@ -96,24 +97,15 @@ def skeleton(
     """Return the packed model of a checkpoint without any weights (on the meta device)."""
     config = AutoConfig.from_pretrained(path_or_id, revision=revision)
     with torch.device("meta"):
-        model = saved_class(config)._from_config(config, dtype=config.dtype)
+        model = _from_config(config)
         swap_in_empty(model, quantization.modules, quantization.tied_head)
     return model
 
 
-def saved_class(config: Any) -> Any:
-    """Return the class that saved a checkpoint.
-
-    Raises:
-        ValueError: this transformers has no such class.
-    """
-    name = (config.architectures or ["nothing"])[0]
-    found = getattr(transformers, name, None)
-    if found is None:
-        raise ValueError(
-            f"transformers {transformers.__version__} has no class {name!r}, which the config names; upgrade it"
-        )
-    return found
+def _from_config(config: Any) -> nn.Module:
+    found = opening_class(config)
+    make = found._from_config if hasattr(found, "_from_config") else found.from_config  # a model's class, or an auto class
+    return make(config, dtype=config.dtype)
 
 
 def _download(name: str, revision: str | None) -> Path:
