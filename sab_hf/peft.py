@@ -192,7 +192,9 @@ def _check_trained_whole(model: nn.Module, config: Any) -> None:
         asked["trainable_token_indices"] = [n for n, m in model.named_modules() if m is model.get_input_embeddings()]
     for field, wanted in asked.items():
         for name, module in model.named_modules():
-            if any(f".{name}".endswith(f".{end}") for end in wanted) and any(isinstance(m, PACKED) for m in module.modules()):
+            if any(f".{name}".endswith(f".{end}") for end in wanted) and any(
+                isinstance(m, PACKED) for m in module.modules()
+            ):
                 raise ValueError(
                     f"`{field}` asks to train `{name}`, which is packed: sign planes cannot be trained. Leave it out, load a checkpoint "
                     "whose embedding and head are dense (`embedding_bits=16, head_bits=16`), or train `model.dequantize()`"

@@ -77,7 +77,9 @@ def modules_of(
     in_files = [name.removesuffix(".signs") for name in shapes if name.endswith(".signs")]
     sizes = {name: [shapes[f"{name}.signs"][0], *shapes.get(f"{name}.residual_col_scale", (0,))] for name in in_files}
     unknown = [name for name in modules if name not in places]
-    if sorted(sizes.values()) != sorted(modules.values()):  # the files tell nothing of the modules that the config means
+    if sorted(sizes.values()) != sorted(
+        modules.values()
+    ):  # the files tell nothing of the modules that the config means
         raise ValueError(_unknown_module(model, unknown[0], len(unknown)))
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     parts = {name for name, _ in model.named_modules()}

@@ -52,9 +52,7 @@ def header_entries(file: str | os.PathLike) -> list[tuple[str, str, tuple[int, .
         raise ValueError(f"{file} is damaged or cut off ({error}); download or quantize it again") from error
 
 
-def check_entries(
-    model: nn.Module, entries: Iterable[tuple[str, str, tuple[int, ...]]], partial: bool = False
-) -> None:
+def check_entries(model: nn.Module, entries: Iterable[tuple[str, str, tuple[int, ...]]], partial: bool = False) -> None:
     """Compare packed tensors by name, dtype and shape with what the skeleton expects.
 
     A tensor belongs where transformers' loader will put it. What that does not find (a loader may be given further names,

@@ -114,7 +114,9 @@ def check_replay(
         model(**inputs, **option, use_cache=False)
     lengths = state.hidden.float().norm(dim=-1).cpu()
     for index, (call, again) in enumerate(zip(state.calls, other.calls, strict=True)):
-        between = [0 if item is None else item.float().cpu() for item in (state.injections[index], other.injections[index])]
+        between = [
+            0 if item is None else item.float().cpu() for item in (state.injections[index], other.injections[index])
+        ]
         added = torch.as_tensor(between[0] - between[1])
         if added.ndim and (added.norm(dim=-1) > _NOISE * (2 * lengths + _longest(between))).any():
             what = "changes hidden states between blocks by more than an addition (a norm, a projection, another block) before"

@@ -104,7 +104,9 @@ def skeleton(
 
 def _from_config(config: Any) -> nn.Module:
     found = opening_class(config)
-    make = found._from_config if hasattr(found, "_from_config") else found.from_config  # a model's class, or an auto class
+    make = (
+        found._from_config if hasattr(found, "_from_config") else found.from_config
+    )  # a model's class, or an auto class
     return make(config, dtype=config.dtype)
 
 

@@ -334,7 +334,9 @@ def without_tensor(path: Path, folder: Path, name: str) -> Path:
 def test_dense_checkpoint_that_lacks_a_tensor_is_refused(vlm_dir, make_config, tmp_path, name):
     """Transformers would fill it with random values, and these would be binarized."""
     path = without_tensor(vlm_dir, tmp_path / "lost", name)
-    with pytest.raises(ValueError, match=rf"lacks 1 of the \d+ tensors of Llava.*{name}`.*LlavaForConditionalGeneration"):
+    with pytest.raises(
+        ValueError, match=rf"lacks 1 of the \d+ tensors of Llava.*{name}`.*LlavaForConditionalGeneration"
+    ):
         load(path, quantization_config=make_config())
 
 

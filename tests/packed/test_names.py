@@ -112,7 +112,9 @@ def test_model_whose_names_fall_together_in_files_is_not_saved(tmp_path, convers
 def test_packed_model_can_be_pickled_after_it_was_saved(tmp_path, conversions):
     from transformers.core_model_loading import Chunk, WeightConverter
 
-    conversions(WeightConverter([".self_attn.qk.weight"], [f".self_attn.{part}_proj.weight" for part in "qk"], [Chunk(0)]))
+    conversions(
+        WeightConverter([".self_attn.qk.weight"], [f".self_attn.{part}_proj.weight" for part in "qk"], [Chunk(0)])
+    )
     model = packed_llama(tmp_path)
     assert packed_linears(pickle.loads(pickle.dumps(model))).keys() == packed_linears(model).keys()
 
@@ -158,9 +160,19 @@ def test_automodel_leaves_out_a_packed_head(tmp_path, tied):
 def test_text_class_opens_the_language_part_of_a_vision_language_checkpoint(tmp_path, rest_bits):
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-    text = {"vocab_size": 270, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {
+        "vocab_size": 270,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     text |= {"num_key_value_heads": 1, "head_dim": 16, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
-    text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
+    text |= {
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
     vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
     torch.manual_seed(0)
     model = Qwen3_5ForConditionalGeneration(
@@ -178,7 +190,9 @@ def test_text_class_opens_the_language_part_of_a_vision_language_checkpoint(tmp_
 def test_class_without_the_packed_modules_is_named(packed_dir):
     from helpers import text_config
 
-    with pytest.raises(ValueError, match=r"14 modules that are no Linear of LlamaForCausalLM.*with the class that saved it"):
+    with pytest.raises(
+        ValueError, match=r"14 modules that are no Linear of LlamaForCausalLM.*with the class that saved it"
+    ):
         LlamaForCausalLM.from_pretrained(packed_dir, config=_with_quantization(text_config(), packed_dir))
 
 
