@@ -144,8 +144,8 @@ class _Refusing:
         if isinstance(_base(target), self.refused):
             raise ValueError(
                 f"{peft_config.peft_type.value} adapters need the dense weight of `{target_name}`, which is packed "
-                f"({type(_base(target)).__name__}); use LoRA on packed Linears, leave `{target_name}` out of `target_modules`, or put "
-                "the adapter on `model.dequantize()`"
+                f"({type(_base(target)).__name__}); use LoRA on packed Linears, leave `{target_name}` out of `target_modules`, "
+                "or put the adapter on `model.dequantize()`"
             )
         super()._create_and_replace(peft_config, adapter_name, target, target_name, *args, **kwargs)
 
@@ -196,8 +196,9 @@ def _check_trained_whole(model: nn.Module, config: Any) -> None:
                 isinstance(m, PACKED) for m in module.modules()
             ):
                 raise ValueError(
-                    f"`{field}` asks to train `{name}`, which is packed: sign planes cannot be trained. Leave it out, load a checkpoint "
-                    "whose embedding and head are dense (`embedding_bits=16, head_bits=16`), or train `model.dequantize()`"
+                    f"`{field}` asks to train `{name}`, which is packed: sign planes cannot be trained. Leave it out, load "
+                    "a checkpoint whose embedding and head are dense (`embedding_bits=16, head_bits=16`), or train "
+                    "`model.dequantize()`"
                 )
 
 

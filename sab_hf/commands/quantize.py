@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from transformers import AutoProcessor
 
-        from ..publish.locate import quantization_method, read_config
+    from ..publish.locate import quantization_method, read_config
     from ..publish.open import opening_class
     from ..publish.report import report
     from ..publish.save import check_login, check_target, save

@@ -88,9 +88,9 @@ class FixedVocabulary:
             size = math.ceil(size / pad_to_multiple_of) * pad_to_multiple_of
         if size != self._size:
             raise ValueError(
-                f"the vocabulary of {self._size} tokens cannot be resized to {size}: embedding or output head are packed, and sign "
-                "planes have no room for new rows. Call `model.dequantize()` first, or resize the dense model and quantize it with "
-                "`embedding_bits=16, head_bits=16`"
+                f"the vocabulary of {self._size} tokens cannot be resized to {size}: embedding or output head are packed, "
+                "and sign planes have no room for new rows. Call `model.dequantize()` first, or resize the dense model and "
+                "quantize it with `embedding_bits=16, head_bits=16`"
             )
         return self._embedding
 

@@ -1,4 +1,4 @@
-"""Names of tensors in files and in models: what transformers' own loader makes of a file's names, and what saving makes of a model's.
+"""Names of tensors in files and in models: what transformers makes of a file's names, and what saving makes of a model's.
 
 transformers renames tensors between files and models, also inside blocks, and takes dense weights apart or joins them on the way
 (`WeightConverter`). Packed tensors have names and shapes of their own, so no conversion may touch them; renaming them is harmless
@@ -7,7 +7,6 @@ where loading undoes it, and left out where it does not.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -133,9 +132,9 @@ def settle_names(
     packed = {name.removesuffix(".signs") for name in state if name.endswith(".signs")}
     if packed != set(modules):
         raise ValueError(
-            f"{type(model).__name__} has {len(packed)} packed modules and its quantization_config lists {len(modules)}; first that is "
-            f"in one of them only: `{min(packed ^ set(modules))}`. The model was changed after it was quantized, so its checkpoint "
-            "could not be loaded: take adapters off (`model.unload()`), or save it as it was"
+            f"{type(model).__name__} has {len(packed)} packed modules and its quantization_config lists {len(modules)}; first that "
+            f"is in one of them only: `{min(packed ^ set(modules))}`. The model was changed after it was quantized, so "
+            "its checkpoint could not be loaded: take adapters off (`model.unload()`), or save it as it was"
         )
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # not loaded by `from_pretrained`
@@ -143,8 +142,8 @@ def settle_names(
     stored, lost = _settled(model, state, marker, conversions)
     if lost:
         raise ValueError(
-            f"{type(model).__name__} cannot be saved so that this version of transformers loads it again: {len(lost)} tensors would "
-            f"not be found, first `{min(lost)}`. Call `model.dequantize()` and save the dense model, or use another version"
+            f"{type(model).__name__} cannot be saved so that this version of transformers loads it again: {len(lost)} tensors "
+            f"would not be found, first `{min(lost)}`. Call `model.dequantize()` and save the dense model, or use another version"
         )
     return stored
 

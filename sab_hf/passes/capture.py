@@ -237,8 +237,8 @@ def _not_run(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
 
     def refuse(*_) -> None:
         raise RuntimeError(
-            f"{type(model).__name__} runs its lists of language blocks alternately for some calibration samples and one after the "
-            "other for the first; this architecture is not supported yet"
+            f"{type(model).__name__} runs its lists of language blocks alternately for some calibration samples and one after "
+            "the other for the first; this architecture is not supported yet"
         )
 
     hooks = [block.register_forward_pre_hook(refuse) for block in blocks]

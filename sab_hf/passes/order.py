@@ -29,11 +29,12 @@ def in_running_order(model: nn.Module, roles: Roles, batches: list[CalibrationBa
     blocks = [model.get_submodule(name) for name in first]
     placement = workspace.placement
     try:
-        with placement.visit_rest(roles.blocks), placement.visit(first[0]):
-            with running_where_they_are(
-                {name: model.get_submodule(name) for stage in others for name in stage}, placement
-            ):
-                record(model, blocks, batches[0], new_state(0, workspace, batches[0]), to_the_end=False)
+        with (
+            placement.visit_rest(roles.blocks),
+            placement.visit(first[0]),
+            running_where_they_are({name: model.get_submodule(name) for stage in others for name in stage}, placement),
+        ):
+            record(model, blocks, batches[0], new_state(0, workspace, batches[0]), to_the_end=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -125,8 +125,8 @@ def check_replay(
         else:
             continue
         raise RuntimeError(
-            f"{type(model).__name__} {what} block {index} of {len(blocks)}, so its blocks cannot be calibrated one after the other; "
-            "this architecture is not supported yet"
+            f"{type(model).__name__} {what} block {index} of {len(blocks)}, so its blocks cannot be calibrated one after the "
+            "other; this architecture is not supported yet"
         )
 
 

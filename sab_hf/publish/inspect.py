@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from torch import nn
 from transformers import AutoConfig

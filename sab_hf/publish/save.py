@@ -68,7 +68,8 @@ def save(
     Returns:
         The folder, or the URL of the repository.
     Raises:
-        ValueError: the model is not packed, carries an adapter, has no processor, or the folder holds something that is no packed checkpoint.
+        ValueError: the model is not packed, carries an adapter, has no processor, or the folder holds something that is no
+            packed checkpoint.
     """
     refuse_adapters(
         model,

@@ -250,7 +250,7 @@ def test_saving_a_model_with_an_adapter_says_how_to_save_both(packed, inputs, tm
     ):
         sab_hf.save(model, build_processor(), tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
-    with pytest.raises(ValueError, match="changed after it was quantized.*unload"):
+    with pytest.raises(ValueError, match=r"changed after it was quantized.*unload"):
         model.get_base_model().save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
     sab_hf.save(model.unload(), build_processor(), tmp_path / "packed")

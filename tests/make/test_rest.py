@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers import (
-    build_tokenizer,
     CPU,
     V5,
     build_llama,
     build_llava,
     build_processor,
+    build_tokenizer,
     file_bytes,
     file_entries,
     generate,

@@ -57,7 +57,7 @@ def own_dir(tmp_path, monkeypatch):
 
 def test_model_with_code_of_its_own_is_saved_and_loaded_with_it(own_dir, tmp_path):
     config = SABQuantizationConfig(calibration=["some text", "more"] * 4, num_samples=4, refine_steps=0, alternations=1)
-    config.allow_text_only, config.sensitivity_samples = True, 2
+    config.allow_text_only, config.sensitivity_samples, config.processor = True, 2, build_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(own_dir, quantization_config=config, trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
     sab_hf.save(model, build_tokenizer(), tmp_path / "packed")
