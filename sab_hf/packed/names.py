@@ -132,9 +132,9 @@ def settle_names(
     packed = {name.removesuffix(".signs") for name in state if name.endswith(".signs")}
     if packed != set(modules):
         raise ValueError(
-            f"{type(model).__name__} has {len(packed)} packed modules and its quantization_config lists {len(modules)}; first that "
-            f"is in one of them only: `{min(packed ^ set(modules))}`. The model was changed after it was quantized, so "
-            "its checkpoint could not be loaded: take adapters off (`model.unload()`), or save it as it was"
+            f"{type(model).__name__} has {len(packed)} packed modules and its quantization_config lists {len(modules)}; first "
+            f"that is in one of them only: `{min(packed ^ set(modules))}`. The model was changed after it was "
+            "quantized, so its checkpoint could not be loaded: take adapters off (`model.unload()`), or save it as it was"
         )
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # not loaded by `from_pretrained`
