@@ -10,7 +10,8 @@ adapter's files are those of any LoRA adapter.
 
 PEFT finds the layer for a module in a fixed list, and the one opening it leaves, `LoraConfig._register_custom_module`, is
 not saved with the adapter. So this module enters its `LoraModel` in PEFT's table of tuners instead: a subclass that treats
-`SABLinear` and passes every other module on.
+`SABLinear` and passes every other module on. The other tuners of the table get subclasses that refuse packed modules with a
+reason; on dense modules of a packed model (norms, a dense tower) they work as ever.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ try:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
-    from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 except ImportError as error:
     if find_spec("peft") is None:
         raise ImportError("adapters on packed models need PEFT: pip install 'sab_hf[peft]'") from error
@@ -32,8 +33,10 @@ except ImportError as error:
         f"adapters on packed models need PEFT, which is installed but cannot be imported: {error}"
     ) from error
 
-from .packed.linear import SABLinear
+from .packed.embedding import SABEmbedding, SABTiedHead
+from .packed.linear import SABLinear, SABModule
 
+PACKED = (SABModule, SABTiedHead)
 _ALL_LINEAR = "all-linear"
 _INITIALIZATIONS = (True, False, "gaussian")  # the others start from a decomposition of the dense weight
 
@@ -123,8 +126,34 @@ class LoraSABLinear(nn.Module, LoraLayer):
         return "lora." + super().__repr__()
 
 
-class SABLoraModel(LoraModel):
+class _Refusing:
+    """What a tuner does before PEFT's own: refuse what would train, copy or replace packed tensors."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model.
+
+        Raises:
+            ValueError: the config asks for something of a packed module that needs dense weights.
+        """
+        _check_trained_whole(model, self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if isinstance(_base(target), self.refused):
+            raise ValueError(
+                f"{peft_config.peft_type.value} adapters need the dense weight of `{target_name}`, which is packed "
+                f"({type(_base(target)).__name__}); use LoRA on packed Linears, leave `{target_name}` out of `target_modules`, "
+                "or put the adapter on `model.dequantize()`"
+            )
+        super()._create_and_replace(peft_config, adapter_name, target, target_name, *args, **kwargs)
+
+
+class SABLoraModel(_Refusing, LoraModel):
     """PEFT's `LoraModel`, which also knows `SABLinear`."""
+
+    refused = (SABEmbedding, SABTiedHead)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model; "all-linear" means the packed Linears too, which PEFT would pass over."""
@@ -144,14 +173,45 @@ class SABLoraModel(LoraModel):
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
 
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def _packed(module: nn.Module) -> bool:
     """Return whether a module is a `SABLinear`, or a layer of a tuner on one."""
-    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, SABLinear)
+    return isinstance(_base(module), SABLinear)
+
+
+def _check_trained_whole(model: nn.Module, config: Any) -> None:
+    """Raise a ValueError if a config wants to train a packed module itself, or rows of a packed embedding."""
+    rows = getattr(config, "trainable_token_indices", None)
+    asked = {"modules_to_save": list(getattr(config, "modules_to_save", None) or ())}
+    if isinstance(rows, dict):
+        asked["trainable_token_indices"] = list(rows)
+    elif rows is not None:
+        asked["trainable_token_indices"] = [n for n, m in model.named_modules() if m is model.get_input_embeddings()]
+    for field, wanted in asked.items():
+        for name, module in model.named_modules():
+            if any(f".{name}".endswith(f".{end}") for end in wanted) and any(
+                isinstance(m, PACKED) for m in module.modules()
+            ):
+                raise ValueError(
+                    f"`{field}` asks to train `{name}`, which is packed: sign planes cannot be trained. Leave it out, load "
+                    "a checkpoint whose embedding and head are dense (`embedding_bits=16, head_bits=16`), or train "
+                    "`model.dequantize()`"
+                )
+
+
+def _refusing(tuner: type) -> type:
+    """Return a subclass of a tuner, of the same name, that refuses packed modules."""
+    return type(tuner.__name__, (_Refusing, tuner), {"refused": PACKED, "__doc__": tuner.__doc__})
 
 
 def register() -> None:
-    """Enter `SABLoraModel` in PEFT's table of tuners; done when this module is imported, and harmless when repeated."""
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = SABLoraModel
+    """Enter tuners that know packed modules in PEFT's table; done when this module is imported, and harmless when repeated."""
+    for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
+        if issubclass(tuner, BaseTuner) and not issubclass(tuner, _Refusing):
+            PEFT_TYPE_TO_TUNER_MAPPING[kind] = SABLoraModel if kind is PeftType.LORA else _refusing(tuner)
 
 
 register()

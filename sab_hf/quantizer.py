@@ -10,15 +10,16 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from .packed.checksums import check_checksums, checkpoint_files, expect_marker, seal
-from .packed.swap import dequantize_modules, swap_in_empty
+from .packed.names import block_of, is_packed_name, without_packed
+from .packed.swap import dequantize_modules, modules_of, swap_in_empty
 from .packed.verify import (
-    PACKED_NAMES,
-    check_headers,
+    check_entries,
     check_loaded,
     naming_stale_files,
     packed_names,
     raise_if_missing,
     raise_if_unlisted,
+    read_entries,
 )
 
 
@@ -34,24 +35,41 @@ class SABHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config, **kwargs):
         super().__init__(quantization_config, **kwargs)
+        self._partial = False  # whether the checkpoint holds more packed modules than the class that is loaded
         self.record = None
         """What quantization did (`binarize.QuantizationRecord`); None for a model that was loaded packed."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
-            swap_in_empty(model, self.quantization_config.modules, self.quantization_config.tied_head)
+            config = self.quantization_config
             files = kwargs.get("checkpoint_files") or checkpoint_files(model)
             with naming_stale_files(files):
+                entries = read_entries(files)
+                modules = modules_of(model, config.modules, entries) if files else config.modules
+                self._partial = len(modules) < len(config.modules)
+                swap_in_empty(model, modules, config.tied_head)
                 if files:
-                    check_headers(model, files)
-                check_checksums(files, self.quantization_config.checksums, model)
-            expect_marker(model, self.quantization_config.modules)
+                    check_entries(model, entries, self._partial)
+                check_checksums(files, config.checksums, model)
+            expect_marker(model, config.modules)
+            self._name_as_here(model, modules)
             return model
         from .make.binarize import make_plan
 
         with torch.device("cpu"):  # transformers builds the skeleton under the meta device
             self._plan = make_plan(model, self.quantization_config)
+        if not hasattr(HfQuantizer, "update_missing_keys"):  # transformers 5 calls no hook with them
+            _check_when_tied(model)
         return model
+
+    def _name_as_here(self, model: nn.Module, modules: dict[str, list[int]]) -> None:
+        """Have the config hold the names of this model's class, for when it is saved again."""
+        config = self.quantization_config
+        if modules.keys() != config.modules.keys():
+            lists = {name.rpartition(".")[0] for name in map(block_of, modules) if name}
+            own = [name for name in config.language_blocks or () if name in lists]
+            config.modules, config.language_blocks = modules, own or None
+            model.config.quantization_config = config
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
@@ -67,13 +85,23 @@ class SABHfQuantizer(HfQuantizer):
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Called by transformers 4.57 with the tensors that the checkpoint lacks."""
-        packed = packed_names(model)
-        raise_if_missing([key for key in missing_keys if key in packed])
+        if self.pre_quantized:
+            packed = packed_names(model)
+            raise_if_missing([key for key in missing_keys if key in packed])
+        else:
+            from .machine.weights import check_complete
+
+            check_complete(model, missing_keys)
         return missing_keys
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Called by transformers 5 with what it converts while it loads: packed tensors have no dense shape to be converted."""
+        return without_packed(super().update_weight_conversions(weight_conversions, *args))
 
     def update_unexpected_keys(self, model: nn.Module, unexpected_keys: list[str]) -> list[str]:
         """Called by transformers 4.57 with the tensors that the skeleton has no place for."""
-        raise_if_unlisted([key for key in unexpected_keys if key.rpartition(".")[2] in PACKED_NAMES])
+        if not self._partial:
+            raise_if_unlisted([key for key in unexpected_keys if is_packed_name(key)])
         return unexpected_keys
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -113,6 +141,19 @@ class SABHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`generate` with a static cache may compile the model: `SABLinear` is one custom op, without a graph break."""
         return True
+
+
+def _check_when_tied(model: nn.Module) -> None:
+    """Check once that a dense checkpoint is complete, when transformers 5 ties weights and says which ones are missing."""
+    from .machine.weights import check_complete
+
+    def tie_weights(missing_keys: set[str] | None = None, **kwargs: Any) -> None:
+        type(model).tie_weights(model, missing_keys=missing_keys, **kwargs)
+        if missing_keys is not None:
+            del model.tie_weights  # from here on the class's own again
+            check_complete(model, missing_keys)
+
+    model.tie_weights = tie_weights
 
 
 register_quantizer("sab")(SABHfQuantizer)  # not as a decorator, see `config.py`

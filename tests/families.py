@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from family_zoo import FAMILIES
+from family_zoo import FAMILIES, Family
 from family_zoo.table import write_table
 from torch import Tensor, nn
 
@@ -25,7 +25,11 @@ import sab_hf
 from sab_hf import SABLinear, SABQuantizationConfig
 from sab_hf.anatomy.roles import find_roles
 from sab_hf.anatomy.selection import is_plain_linear, is_worth_packing
+from sab_hf.machine.workspace import Workspace
+from sab_hf.make.plan import make_plan
 from sab_hf.packed.experts import fused_parameters
+from sab_hf.passes.capture import BlockInputs
+from sab_hf.passes.order import in_running_order
 
 NEW_TOKENS = 4
 
@@ -68,6 +72,7 @@ def check(name: str, folder: Path) -> Outcome:
     model_class, inputs = type(family.model), family.batches[-1]
     dense = dense_logits(family.model, inputs)
     family.model.save_pretrained(folder / "dense")
+    assert_blocks_get_what_the_model_gives(family)
     config = SABQuantizationConfig(calibration=family.batches, num_samples=8, refine_steps=1, alternations=2)
     model = load(model_class, folder / "dense", quantization_config=config)
     roles = find_roles(model)
@@ -109,6 +114,31 @@ def assert_nothing_dense(model: nn.Module, blocks: tuple[str, ...]) -> None:
         if is_plain_linear(module) and is_worth_packing(module)
     ]
     assert all(name.rpartition(".")[2] in ("gate", "router", "proj") for name in dense), f"dense: {dense}"
+
+
+@torch.no_grad()
+def assert_blocks_get_what_the_model_gives(family: Family) -> None:
+    """Check that hidden states passed from block to block are those that the model's own forward gives each block."""
+    model, config = family.model, SABQuantizationConfig(calibration=family.batches[-1:])
+    plan, fed = make_plan(model, config), {}
+    batches, workspace = plan.calibration.batches, Workspace.of(model)
+    roles = in_running_order(model, plan.roles, batches, workspace)
+
+    def note(name: str):
+        return lambda _, args, kwargs: fed.update({name: (args[0] if args else kwargs["hidden_states"]).clone()})
+
+    hooks = [model.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True) for n in roles.blocks]
+    model(**without(batches[0].inputs, "modality"), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for stage in roles.stages:
+        later = roles.blocks[roles.blocks.index(stage[-1]) + 1 :]
+        inputs = BlockInputs(model, stage, batches, workspace, later, all_run=False)
+        for index, name in enumerate(stage):
+            if name in fed:
+                difference = (inputs.states[0].hidden - fed[name]).abs().max() / fed[name].abs().max()
+                assert difference < 1e-4, f"{name} gets other hidden states than the model gives it ({difference:.1e})"
+            inputs.advance(model.get_submodule(name), index)
 
 
 def kind(name: str, blocks: tuple[str, ...]) -> str:

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..publish.folders import check_target
     from ..publish.inspect import empty_model
     from ..publish.locate import quantization_method, read_config
+    from ..publish.open import opening_class
     from ..publish.report import report
     from ..publish.save import check_login, save
 
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(f"`{args.model}` is quantized already, with {method!r}; name the dense original")
     config.processor = processor = AutoProcessor.from_pretrained(args.model, revision=args.revision)
     with log_to_stderr():
-        model = type(empty_model(model_config, args.model)).from_pretrained(
+        empty_model(model_config, args.model)  # what is wrong with the config is said here
+        model = opening_class(model_config).from_pretrained(
             args.model,
             revision=args.revision,
             quantization_config=config,

@@ -71,10 +71,12 @@ def load_packed(checkpoint: str, dtype: str, device_map: str | None) -> Any:
     """
     from ..publish.inspect import empty_model
     from ..publish.locate import read_config, require_packed
+    from ..publish.open import opening_class
 
     config = read_config(checkpoint)
     require_packed(config, checkpoint)
-    return type(empty_model(config, checkpoint)).from_pretrained(checkpoint, dtype=dtype, device_map=device_map).eval()
+    empty_model(config, checkpoint)  # what is wrong with the config is said here
+    return opening_class(config).from_pretrained(checkpoint, dtype=dtype, device_map=device_map).eval()
 
 
 @contextlib.contextmanager

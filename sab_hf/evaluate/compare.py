@@ -19,7 +19,7 @@ from transformers.utils.logging import tqdm
 
 from ..calibration.chat import ChatEncoder, borrowed
 from ..publish.locate import read_config
-from ..publish.open import hub_options, model_class
+from ..publish.open import hub_options, opening_class
 from ..publish.report import finite
 from .questions import QuestionBatch, encode_questions, read_questions
 from .scorers import SCORERS
@@ -176,7 +176,7 @@ def _open(model: Any, processor: Any, load_kwargs: dict[str, Any]) -> tuple[nn.M
     hub = hub_options(load_kwargs)
     if isinstance(model, (str, os.PathLike)):
         name = model
-        model = model_class(read_config(name, **hub)).from_pretrained(name, **load_kwargs)
+        model = opening_class(read_config(name, **hub)).from_pretrained(name, **load_kwargs)
     else:
         name = getattr(model, "name_or_path", "")
     if processor is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import groupby
@@ -51,6 +52,28 @@ def check_weights(model: nn.Module, names: Iterable[str]) -> None:
         parameter = model.get_parameter(name)
         if not parameter.is_meta:
             check_finite(name.removesuffix(".weight"), parameter)
+
+
+def check_complete(model: nn.Module, missing: Iterable[str]) -> None:
+    """Check that a dense checkpoint held every tensor of `model`: transformers fills the others with random values.
+
+    Args:
+        model: the model or its skeleton.
+        missing: the tensors that the checkpoint lacks, except tied ones, as transformers tells them.
+    Raises:
+        ValueError: one is missing that the model's class does not declare as one that may be.
+    """
+    allowed = model._keys_to_ignore_on_load_missing or ()
+    missing = sorted(name for name in missing if not any(re.search(pattern, name) for pattern in allowed))
+    if missing:
+        saved_by = f" ({model.config.architectures[0]})" if model.config.architectures else ""
+        listed = ", ".join(f"`{name}`" for name in missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} of the {len(model.state_dict())} tensors of {type(model).__name__}: {listed}. "
+            f"Random values would be binarized in their place. Load it with the class that saved it{saved_by}, or download "
+            "it again; if these tensors are meant to be new, load the model without `quantization_config` and call "
+            "`sab_hf.quantize(model, processor)`"
+        )
 
 
 def apart(model: nn.Module, names: Iterable[str]) -> AbstractContextManager[None]:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from ..packed.experts import split_experts
 from ..packed.linear import SABLinear, replace_module
 from ..packed.swap import swap_in_empty
 from ..passes.capture import BlockInputs
+from ..passes.order import in_running_order
 from ..passes.routing import with_fallback
 from ..planes import SignPlanes
 from .distil import distil_window, plan_windows
@@ -71,6 +72,7 @@ def binarize(
     """
     measure = record.stages.measure
     batches, given = list(plan.calibration.batches), len(plan.calibration.batches)
+    plan = replace(plan, roles=in_running_order(model, plan.roles, batches, workspace))
     if config.written_samples and plan.distil.steps:
         with measure("written samples"):
             batches += _write_samples(model, plan, config, workspace, steps)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoProcessor
 
+from ..anatomy.adapters import refuse_adapters
 from ..anatomy.roles import Roles, find_roles
 from ..anatomy.selection import Coverage, coverage, language_linears
 from ..calibration import CalibrationSet, holds_batches, prepare_calibration
@@ -69,6 +70,11 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
             "quantization trains scales and signs, which torch.inference_mode() rules out; quantize (or load with "
             "`quantization_config`) outside of it"
         )
+    refuse_adapters(
+        model,
+        "quantize the base model: `model.merge_and_unload()` first makes the adapter part of it, `model.unload()` leaves it away "
+        "(an adapter can be put on the packed model again, see `sab_hf.peft`)",
+    )
     packed = next((name for name, module in model.named_modules() if isinstance(module, SABModule)), None)
     if packed or getattr(model, "quantization_method", "sab") != "sab":
         raise ValueError(

@@ -18,7 +18,7 @@ from ..method.fit import fit_tall_planes
 from ..method.hessian import SecondMoments, damp, mix
 from ..packed.embedding import SABEmbedding
 from ..packed.linear import SABLinear, replace_module
-from ..packed.swap import set_tied, swap_in_empty, tie_head
+from ..packed.swap import fix_vocabulary, set_tied, swap_in_empty, tie_head
 from ..passes.capture import count_first
 from ..passes.rest_inputs import moments_after_blocks, moments_before_blocks
 
@@ -166,6 +166,7 @@ def _settle_head(model: nn.Module, roles: Roles, planned: dict[str, int], tied: 
         tie_head(model)
     elif {roles.embedding, roles.head} & planned.keys():
         set_tied(model, False)
+    fix_vocabulary(model)
 
 
 def packed_rest(model: nn.Module, planned: dict[str, int]) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
+from .names import names_when_saved, settle_names, tail
+
 logger = logging.getLogger(__name__)
 
 _REWRITTEN = ("transformers_version", "auto_map", "custom_pipelines")
@@ -51,12 +53,17 @@ def seal(model: nn.Module) -> dict[str, Tensor] | None:
         model: a quantized transformers model that is about to be saved.
     Returns:
         The state dict to save, which holds the marker; None where transformers must make it (offloaded tensors).
+    Raises:
+        ValueError: transformers would not load it again from the names under which it saves it.
     """
     config = model.config.quantization_config
     config.checksums = None
     state = model.state_dict()
+    empty, mark = torch.empty(0, dtype=torch.uint8), marker(config.modules)
     offloaded = [name for name, tensor in state.items() if tensor.is_meta]
     if offloaded:
+        metas = {name: tensor.to("meta") for name, tensor in (state | {mark: empty}).items()}
+        settle_names(model, metas, config.modules, mark)
         logger.warning(
             "%d tensors are offloaded, first `%s`: the checkpoint is saved without checksums; load the model with "
             "device_map='cpu' to save them",
@@ -64,8 +71,8 @@ def seal(model: nn.Module) -> dict[str, Tensor] | None:
             offloaded[0],
         )
         return None
-    state[marker(config.modules)] = torch.empty(0, dtype=torch.uint8)
-    stored = _as_in_file(model, dict(state))
+    state[mark] = empty
+    stored = settle_names(model, state, config.modules, mark)
     aliases = _aliases(stored)
     digests = _digest_all((name, tensor) for name, tensor in stored.items() if name not in aliases)
     config.checksums = {"tensors": _by_group(digests), "aliases": aliases, "config": ""}
@@ -89,10 +96,10 @@ def marker(modules: Iterable[str]) -> str:
 
 def expect_marker(model: nn.Module, modules: Iterable[str]) -> None:
     """Let transformers not report the marker as a tensor that the model has no place for."""
-    tail = re.escape(_tail(marker(modules)))
+    ending = re.escape(tail(marker(modules)))
     ignored = model._keys_to_ignore_on_load_unexpected
     kind = set if isinstance(ignored, set) else list  # transformers 5, 4.57
-    model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), rf"(^|\.){tail}$"])
+    model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), rf"(^|\.){ending}$"])
 
 
 def checkpoint_files(model: nn.Module) -> list[str]:
@@ -146,7 +153,8 @@ def check_checksums(
     wrong = _differing(tensors, checksums)
     names = {name for name, tensor in tensors.items() if tensor.numel()}  # the marker is in no model
     if wrong and model is not None and names <= model.state_dict().keys():
-        own = [_differing(_as_in_file(model, dict(tensors), prefixes), checksums) for prefixes in (False, True)]
+        mark = next((name for name, tensor in tensors.items() if not tensor.numel()), "")
+        own = [_differing(names_when_saved(model, tensors, mark, prefixes), checksums) for prefixes in (False, True)]
         wrong = min(own, key=len)
     if wrong:
         raise ValueError(
@@ -195,41 +203,6 @@ def _config_to_be_saved(model: nn.Module) -> dict[str, Any]:
     return json.loads(config.to_json_string(use_diff=True))
 
 
-def _as_in_file(model: nn.Module, state: dict[str, Tensor], prefixes: bool = False) -> dict[str, Tensor]:
-    """Return the state dict under the names, and in the layout, in which transformers will write it.
-
-    Args:
-        model: a model, or with `prefixes` a skeleton.
-        state: its tensors.
-        prefixes: put back the prefixes that loading removes from names: a skeleton does not know whether they were there.
-    """
-    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
-        state.pop(name, None)
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4.57
-        state = {_name_in_file(model, name): tensor for name, tensor in state.items()}
-        return model._fix_state_dict_keys_on_save(state)
-    if prefixes:
-        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)  # loading writes it anew
-    return revert_weight_conversion(model, state)
-
-
-def _name_in_file(model: nn.Module, name: str) -> str:
-    """Undo the renaming of loading, as `save_pretrained` of transformers 4.57 does for vision-language models."""
-    from transformers.modeling_utils import VLMS
-
-    classes = [cls.__name__.lower() for cls in type(model).__mro__[:-1]]
-    if any(known in cls for cls in classes for known in VLMS):
-        reverse = {pattern: replacement for replacement, pattern in model._checkpoint_conversion_mapping.items()}
-        for pattern, replacement in reverse.items():
-            renamed, count = re.subn(pattern, re.sub(r"\(.*\)", "", replacement.lstrip("^")), name)
-            if count:
-                return renamed
-    return name
-
-
 def _aliases(state: dict[str, Tensor]) -> dict[str, str]:
     """Return the tied tensors of a state dict: every further name → the first one."""
     first: dict[tuple, str] = {}
@@ -269,12 +242,6 @@ def _group(name: str) -> str:
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return ".".join(parts[:-1] if number is None else parts[: number + 1])
-
-
-def _tail(name: str) -> str:
-    """Return `name` from its first number on: loaders rename what is before."""
-    parts = name.split(".")
-    return ".".join(parts[next((i for i, part in enumerate(parts) if part.isdigit()), 0) :])
 
 
 def _hash(*contents: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +62,37 @@ class SABEmbedding(SABModule):
         bits = (self.signs[:, input].unsqueeze(-1) >> shifts & 1).flatten(-2)[..., : self.in_features]
         signed = (2.0 * bits - 1.0) * c.view(len(c), *[1] * input.ndim, -1)
         return (signed * r.unsqueeze(-1)).sum(0).to(self.output_like.dtype)
+
+
+class FixedVocabulary:
+    """What a model with a packed embedding or head has in place of `resize_token_embeddings`; holds no model.
+
+    Args:
+        embedding: the input embedding, packed or dense.
+        size: its tokens.
+    """
+
+    def __init__(self, embedding: nn.Module, size: int):
+        self._embedding, self._size = embedding, size
+
+    def __call__(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Return the input embedding if its size is asked for.
+
+        Raises:
+            ValueError: another size is asked for.
+        """
+        size = self._size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = math.ceil(size / pad_to_multiple_of) * pad_to_multiple_of
+        if size != self._size:
+            raise ValueError(
+                f"the vocabulary of {self._size} tokens cannot be resized to {size}: embedding or output head are packed, "
+                "and sign planes have no room for new rows. Call `model.dequantize()` first, or resize the dense model and "
+                "quantize it with `embedding_bits=16, head_bits=16`"
+            )
+        return self._embedding
 
 
 class SABTiedHead(nn.Module):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .embedding import SABEmbedding, SABTiedHead
-from .experts import fuse_experts, split_experts
+from .embedding import FixedVocabulary, SABEmbedding, SABTiedHead
+from .experts import expert_name, fuse_experts, fused_parameters, split_experts
 from .linear import SABLinear, SABModule, replace_module
+from .names import block_of, loaded_names
 
 
 def swap_in_empty(model: nn.Module, modules: dict[str, list[int]], tied_head: bool = False) -> None:
@@ -31,18 +33,84 @@ def swap_in_empty(model: nn.Module, modules: dict[str, list[int]], tied_head: bo
     dense = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     unknown = [name for name in modules if name not in dense]
     if unknown:
-        raise ValueError(
-            f"the checkpoint's quantization_config lists {len(unknown)} modules that are no Linear of "
-            f"{type(model).__name__}, first `{unknown[0]}`; load it with the class that saved it (and, for mixtures of "
-            "experts, with a transformers version that names them so: versions 4 and 5 differ)"
-        )
+        raise ValueError(_unknown_module(model, unknown[0], len(unknown)))
     for name, (num_planes, num_significant) in modules.items():
         if isinstance(dense[name], nn.Embedding):
             replace_module(model, name, SABEmbedding.empty_like(dense[name], num_planes))
         else:
             replace_module(model, name, SABLinear.empty_like(dense[name], num_planes, num_significant))
-    if tied_head:
+    if tied_head and model.get_output_embeddings() is not None:  # `AutoModel` gives models without a head
         tie_head(model)
+    fix_vocabulary(model)
+
+
+def fix_vocabulary(model: nn.Module) -> None:
+    """Have `resize_token_embeddings` of a model with packed embedding or head accept the present size only."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, SABEmbedding) or isinstance(head, (SABLinear, SABTiedHead)):
+        model.resize_token_embeddings = FixedVocabulary(embedding, embedding.num_embeddings)
+
+
+def modules_of(
+    model: nn.Module, modules: dict[str, list[int]], entries: Iterable[tuple[str, str, tuple[int, ...]]]
+) -> dict[str, list[int]]:
+    """Return the modules of `model` that a checkpoint holds packed, also where another class than the model's saved it.
+
+    The config's names are those of the class that saved. Another class for the same files (`AutoModel`, or
+    `AutoModelForCausalLM` for a vision-language model) names the same modules otherwise and may lack some; which is which
+    follows from where transformers' loader puts the files' tensors.
+
+    Args:
+        model: the skeleton, with dense modules.
+        modules: name → [K, k], as recorded in `config.json`.
+        entries: name, dtype and shape of each tensor in the files.
+    Returns:
+        name in the model → [K, k], without the modules that belong to parts that the model lacks.
+    Raises:
+        ValueError: a module belongs to a part that the model has, and is not in it; or the config lists other modules or sizes
+            than the files hold.
+    """
+    places = _places(model)
+    if modules.keys() <= places:
+        return modules
+    shapes = {name: shape for name, _, shape in entries}
+    in_files = [name.removesuffix(".signs") for name in shapes if name.endswith(".signs")]
+    sizes = {name: [shapes[f"{name}.signs"][0], *shapes.get(f"{name}.residual_col_scale", (0,))] for name in in_files}
+    unknown = [name for name in modules if name not in places]
+    if sorted(sizes.values()) != sorted(
+        modules.values()
+    ):  # the files tell nothing of the modules that the config means
+        raise ValueError(_unknown_module(model, unknown[0], len(unknown)))
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    parts = {name for name, _ in model.named_modules()}
+    found = {}
+    for name, (loaded, *_) in loaded_names(model, shapes, {f"{place}.signs" for place in places}).items():
+        if not name.endswith(".signs"):
+            continue
+        own = loaded.removesuffix(".signs")
+        if own in places:
+            found[own] = sizes[name.removesuffix(".signs")]
+        elif {block_of(other) for other in (own, own.removeprefix(prefix), prefix + own)} & parts:
+            raise ValueError(_unknown_module(model, own, 1))
+    if not found:
+        raise ValueError(_unknown_module(model, unknown[0], len(unknown)))
+    return found
+
+
+def _places(model: nn.Module) -> set[str]:
+    """Return the names of the modules that may be packed, experts of fused parameters among them."""
+    names = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    for fused in fused_parameters(model):
+        names |= {expert_name(fused, expert) for expert in range(model.get_parameter(fused).shape[0])}
+    return names
+
+
+def _unknown_module(model: nn.Module, name: str, count: int) -> str:
+    return (
+        f"the checkpoint's quantization_config lists {count} modules that are no Linear of {type(model).__name__}, first "
+        f"`{name}`; load it with the class that saved it (and, for mixtures of experts, with a transformers version that names "
+        "them so: versions 4 and 5 differ)"
+    )
 
 
 def tie_head(model: nn.Module) -> None:
@@ -91,6 +159,7 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
         if getattr(module, "bias", None) is not None:
             dense.bias = nn.Parameter(module.bias.to(dtype))
         replace_module(model, name, dense)
+    vars(model).pop("resize_token_embeddings", None)  # the class's own again
     fuse_experts(model)
     for name in tied:
         embedding = model.get_input_embeddings()

@@ -20,10 +20,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..packing import tensor_specs, unpack_bits
 from .linear import SABModule
+from .names import is_packed_name, loaded_names, tail
 
-PACKED_NAMES = frozenset(tensor_specs(1, 1, 1, 1))
-"""Last name parts of packed tensors."""
-_SUFFIXES = tuple(f".{name}" for name in PACKED_NAMES)
 _HEADER_DTYPES = {torch.uint8: "U8", torch.int16: "I16"}
 
 
@@ -37,13 +35,9 @@ def packed_names(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def check_headers(model: nn.Module, checkpoint_files: Iterable[str | os.PathLike]) -> None:
-    """Compare the packed tensors in the files' headers with what the skeleton expects, before any weight is read.
-
-    Raises:
-        ValueError: a packed tensor is missing, left over, or has another dtype or shape.
-    """
-    check_entries(model, [entry for file in checkpoint_files for entry in header_entries(file)])
+def read_entries(checkpoint_files: Iterable[str | os.PathLike]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Read the headers of a checkpoint's files, see `header_entries`."""
+    return [entry for file in checkpoint_files for entry in header_entries(file)]
 
 
 def header_entries(file: str | os.PathLike) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -60,47 +54,53 @@ def header_entries(file: str | os.PathLike) -> list[tuple[str, str, tuple[int, .
         raise ValueError(f"{file} is damaged or cut off ({error}); download or quantize it again") from error
 
 
-def check_entries(model: nn.Module, entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+def check_entries(model: nn.Module, entries: Iterable[tuple[str, str, tuple[int, ...]]], partial: bool = False) -> None:
     """Compare packed tensors by name, dtype and shape with what the skeleton expects.
 
-    Loaders may rename the first parts of a tensor's name, so tensors are matched by the rest of it, dtype and shape.
+    A tensor belongs where transformers' loader will put it. What that does not find (a loader may be given further names,
+    with `key_mapping`) is matched by the rest of its name behind the first number, dtype and shape.
 
+    Args:
+        partial: the model is a part of the one that was saved: what the files hold besides is left out.
     Raises:
-        ValueError: see `check_headers`.
+        ValueError: a packed tensor is missing, left over, or has another dtype or shape.
     """
+    entries = list(entries)
     expected = {
-        name: _Entry(_tail(name), _HEADER_DTYPES[tensor.dtype], tuple(tensor.shape))
+        name: _Entry(tail(name), _HEADER_DTYPES[tensor.dtype], tuple(tensor.shape))
         for name, tensor in packed_names(model).items()
-        if name.endswith(_SUFFIXES)
+        if is_packed_name(name)
     }
-    found = Counter(_Entry(_tail(name), *stored) for name, *stored in entries if name.endswith(_SUFFIXES))
-    surplus = found - Counter(expected.values())
+    places = loaded_names(model, [name for name, *_ in entries])
+    others = Counter()
+    for name, *stored in entries:
+        place = next((part for part in places.get(name, ()) if part in expected), None)
+        if place is not None:
+            entry = expected.pop(place)
+            raise_if_altered(place, entry.dtype, entry.shape, *stored)
+        elif is_packed_name(name):
+            others[_Entry(tail(name), *stored)] += 1
+    surplus = others - Counter(expected.values())
     missing = []
     for name, entry in expected.items():
-        if found[entry]:
-            found[entry] -= 1
+        if others[entry]:
+            others[entry] -= 1
             continue
         other = next((e for e in surplus if e.tail == entry.tail), None)
         if other:
             raise_if_altered(name, entry.dtype, entry.shape, other.dtype, other.shape)
         missing.append(name)
     raise_if_missing(missing)
-    raise_if_unlisted([entry.tail for entry in surplus])
+    if not partial:
+        raise_if_unlisted([entry.tail for entry in surplus])
 
 
 class _Entry(NamedTuple):
-    """What a file's header tells of a packed tensor; `tail` is the part of its name that loaders do not change."""
+    """What a file's header tells of a packed tensor; `tail` is the part of its name that loaders seldom change."""
 
     tail: str
     dtype: str
     shape: tuple[int, ...]
-
-
-def _tail(name: str) -> str:
-    """Return `name` from its first number on (the block's), or its last two parts: loaders rename what is before."""
-    parts = name.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
-    return ".".join(parts[first:])
 
 
 def check_loaded(model: nn.Module) -> None:

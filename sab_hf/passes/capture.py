@@ -13,7 +13,7 @@ from ..calibration import CalibrationBatch, media_modality
 from ..machine import distributed
 from ..machine.workspace import Workspace
 from ..method.hessian import SecondMoments
-from .recording import record
+from .recording import check_replay, record
 from .routing import RowLabels
 from .states import BatchState, Left, block_output, join
 
@@ -54,10 +54,13 @@ class BlockInputs:
         self.keeps = False
         placement, store = self.workspace.placement, self.workspace.store
         self.states: list[BatchState] = []
-        with placement.visit_rest((*block_names, *later)), placement.visit(block_names[0]):
+        own, others = placement.visit_rest((*block_names, *later)), [model.get_submodule(name) for name in later]
+        with own, placement.visit(block_names[0]), _not_run(model, others):
             for number, batch in distributed.share(batches):
                 state = new_state(first_number + number, self.workspace, batch)
-                record(model, blocks, batch, state, to_the_end=not later)
+                option = record(model, blocks, batch, state, to_the_end=not later)
+                if not self.states:
+                    check_replay(model, blocks, batch, state, not later, option)
                 seen = {}
                 state.hidden, state.calls, state.injections = (
                     store.put_all(value, seen) for value in (state.hidden, state.calls, state.injections)
@@ -226,6 +229,24 @@ class BlockInputs:
                     labels.start(piece)
                     block_output(block, index, piece, piece.hidden)
         return owner, moments
+
+
+@contextmanager
+def _not_run(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
+    """Raise a RuntimeError if the model runs one of `blocks`, which are expected to run later than all others."""
+
+    def refuse(*_) -> None:
+        raise RuntimeError(
+            f"{type(model).__name__} runs its lists of language blocks alternately for some calibration samples and one after "
+            "the other for the first; this architecture is not supported yet"
+        )
+
+    hooks = [block.register_forward_pre_hook(refuse) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def new_state(number: int, workspace: Workspace, batch: CalibrationBatch, modality: Tensor | None = None) -> BatchState:

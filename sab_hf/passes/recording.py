@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,12 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import PADDING, TEXT, CalibrationBatch
+from ..machine.placement import Placement
 from ..machine.store import map_tensors
 from .states import BatchState
 
 
 class _OtherRowsError(Exception):
     """A block got hidden states of another shape than the block before it handed on."""
+
+
+_NOISE = 0.02
+"""Share of a row's length by which rounding may change what a model adds to it; in bfloat16 it is below 0.01."""
 
 
 class _FinishedError(Exception):
@@ -26,7 +32,7 @@ class _FinishedError(Exception):
 @torch.no_grad()
 def record(
     model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch, state: BatchState, to_the_end: bool
-) -> None:
+) -> dict[str, Any]:
     """Run the model on a batch and note in `state` what its blocks are called with.
 
     Blocks hand their input on instead of computing; the first one runs once, to learn what it returns.
@@ -34,6 +40,8 @@ def record(
     Args:
         blocks: the blocks in order; blocks that run before them compute as they are.
         to_the_end: False: stop when the last block was called, as blocks after it cannot run now.
+    Returns:
+        The further arguments with which the model was run.
     Raises:
         RuntimeError: a block runs twice, or the hidden states are not one row for each token.
     """
@@ -54,7 +62,7 @@ def record(
                     f"{type(model).__name__}: {error}; this architecture is not supported yet"
                 ) from error
     if state.hidden is None:
-        return
+        return option
     shape = state.hidden.shape[:-1]
     if shape[-2:] != state.modality.shape:
         found = _decoder_modality(batch.inputs, shape)
@@ -65,6 +73,90 @@ def record(
                 "with 'labels' or 'decoder_input_ids'"
             )
         state.modality = found
+    return option
+
+
+@torch.no_grad()
+def check_replay(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    batch: CalibrationBatch,
+    state: BatchState,
+    to_the_end: bool,
+    option: dict[str, Any],
+) -> None:
+    """Check on one batch that blocks run one by one get what the model's own forward gives them.
+
+    What was recorded in `state` (arguments of the blocks, and what is added to hidden states between them) must not depend on
+    what the blocks compute. So it is recorded once more, with blocks that hand on other hidden states, and must be the same.
+    A norm, a projection or another block between two blocks shows here, as does a second stream that blocks hand on beside
+    the hidden states.
+
+    Args:
+        model, blocks, batch, to_the_end: as they were given to `record`.
+        state: what that noted.
+        option: what that returned.
+    Raises:
+        RuntimeError: it depends on them; the message names the block.
+    """
+    if state.hidden is None:
+        return
+    other = copy.copy(state)
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(hidden: Tensor) -> Tensor:
+        noise = torch.randn(hidden.shape, generator=generator).to(hidden.device, hidden.dtype)
+        return state.hidden.to(hidden.device) + noise * state.hidden.to(hidden.device).std(-1, keepdim=True)
+
+    inputs = model_inputs(model, batch.inputs, state.workspace.placement.input_device)
+    other.hidden, other.calls, other.injections = None, [None] * len(blocks), [None] * len(blocks)
+    with _recording(blocks, other, to_the_end, moved):
+        model(**inputs, **option, use_cache=False)
+    lengths = state.hidden.float().norm(dim=-1).cpu()
+    for index, (call, again) in enumerate(zip(state.calls, other.calls, strict=True)):
+        between = [
+            0 if item is None else item.float().cpu() for item in (state.injections[index], other.injections[index])
+        ]
+        added = torch.as_tensor(between[0] - between[1])
+        if added.ndim and (added.norm(dim=-1) > _NOISE * (2 * lengths + _longest(between))).any():
+            what = "changes hidden states between blocks by more than an addition (a norm, a projection, another block) before"
+        elif not _same(call, again):
+            what = "hands arguments that depend on what earlier blocks compute to"
+        else:
+            continue
+        raise RuntimeError(
+            f"{type(model).__name__} {what} block {index} of {len(blocks)}, so its blocks cannot be calibrated one after the "
+            "other; this architecture is not supported yet"
+        )
+
+
+def _longest(values: list[Any]) -> Tensor:
+    """Return the length of each row, of the longer of two."""
+    return torch.stack([value.norm(dim=-1) for value in values if isinstance(value, Tensor)]).amax(0)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether the tensors in two nested values are the same, up to rounding."""
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for value, tensors in zip((one, other), found, strict=True):
+        map_tensors(value, lambda tensor, tensors=tensors: tensors.append(tensor) or tensor)
+    if len(found[0]) != len(found[1]):
+        return False
+    for a, b in zip(*found, strict=True):
+        if a.shape != b.shape:
+            return False
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                return False
+        elif not torch.allclose(a.float(), b.float(), rtol=_NOISE, atol=_NOISE * float(_finite(a).abs().mean())):
+            return False
+    return True
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """Return the entries that are finite and no mask's least number; [0.0] if there are none."""
+    values = tensor[tensor.abs() < torch.finfo(tensor.dtype).max / 2].float()
+    return values if values.numel() else torch.zeros(1)
 
 
 def output_of_last_block(
@@ -108,7 +200,10 @@ def model_inputs(model: nn.Module, inputs: dict[str, Any], device: torch.device 
 
 
 @contextmanager
-def _recording(blocks: list[nn.Module], state: BatchState, to_the_end: bool) -> Iterator[None]:
+def _recording(
+    blocks: list[nn.Module], state: BatchState, to_the_end: bool, moved: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Iterator[None]:
+    """Let blocks note in `state` what they are called with, and hand on `moved(hidden states)`."""
     sent: Tensor | None = None  # a private copy of what the block before handed on
 
     def recorder(index: int, original: Callable) -> Callable:
@@ -124,13 +219,13 @@ def _recording(blocks: list[nn.Module], state: BatchState, to_the_end: bool) -> 
                 )
             if state.hidden is None:
                 state.hidden = hidden.clone()
-                state.others = _others(original, state.workspace.device, hidden.clone(), args, kwargs)
+                state.others = _others(original, state.workspace.device, moved(hidden), args, kwargs)
             state.injections[index] = None if sent is None or torch.equal(sent, hidden) else hidden - sent
             state.calls[index] = (args, kwargs)
             if index + 1 == len(blocks) and not to_the_end:
                 raise _FinishedError
-            sent = hidden.clone()
-            return _returned(hidden, state.others)
+            sent = moved(hidden)
+            return _returned(sent.clone(), state.others)
 
         return forward
 
@@ -168,6 +263,22 @@ def _replaced(blocks: list[nn.Module], replacement: Callable[[int, Callable], Ca
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+@contextmanager
+def running_where_they_are(blocks: dict[str, nn.Module], placement: Placement) -> Iterator[None]:
+    """Have each block come to the compute device whenever the model runs it."""
+
+    def visited(index: int, original: Callable) -> Callable:
+        def forward(*args, **kwargs):
+            with placement.visit(names[index]):
+                return original(*args, **kwargs)
+
+        return forward
+
+    names = list(blocks)
+    with _replaced(list(blocks.values()), visited):
+        yield
 
 
 def _decoder_modality(inputs: dict[str, Any], shape: torch.Size) -> Tensor | None:

@@ -69,7 +69,7 @@ def model_card(
         refine_steps="400 a block on a GPU, 50 on a CPU (the defaults)" if steps is None else steps,
         distillations=distillation_lines(record),
         license=license,
-        model_class=summary["model_class"],
+        opens=summary.get("opens_with") or {"class": summary["model_class"], "remote_code": False},
         **{name: summary[name] for name in ("device", "config", "versions", "format_version", "created")},
     )
 

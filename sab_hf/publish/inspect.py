@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from torch import nn
 
 from ..config import SABQuantizationConfig
 from ..packed.checksums import check_checksums, checkpoint_files
+from ..packed.names import is_packed_name
 from ..packed.swap import swap_in_empty
-from ..packed.verify import PACKED_NAMES, check_entries, header_entries, naming_stale_files
+from ..packed.verify import check_entries, header_entries, naming_stale_files
 from .locate import check_name, not_found, read_config, require_packed
+from .open import opening_class
 from .report import Report, report
 
 NONE, PRESENT, VERIFIED = "none", "present, not checked", "verified"
@@ -105,30 +106,16 @@ def empty_model(config: Any, path_or_id: str | os.PathLike) -> nn.Module:
     Raises:
         ValueError: no model can be built by the config.
     """
+    found = opening_class(config)
+    make = getattr(found, "_from_config", None) or found.from_config  # a model's class, or an auto class
     with torch.device("meta"):
         try:
-            return saved_class(config)._from_config(config, dtype=config.dtype)
+            return make(config, dtype=config.dtype)
         except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
             raise ValueError(
                 f"no model can be built by the config.json of `{path_or_id}` ({type(error).__name__}: {error}); download it or "
                 "make it again"
             ) from error
-
-
-def saved_class(config: Any) -> Any:
-    """Return the class that saved a checkpoint.
-
-    Raises:
-        ValueError: this transformers has no such class.
-    """
-    names = config.architectures
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "nothing"
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise ValueError(
-            f"transformers {transformers.__version__} has no model class {name!r}, which the config names; upgrade it"
-        )
-    return found
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -169,10 +156,10 @@ def _check_sums(model: nn.Module, entries: list[tuple[str, str, tuple[int, ...]]
     dense = {
         id(tensor): tensor.numel()
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if name.rpartition(".")[2] not in PACKED_NAMES and name not in ignored
+        if not is_packed_name(name) and name not in ignored
     }
     expected = sum(dense.values())
-    found = sum(math.prod(shape) for name, _, shape in entries if name.rpartition(".")[2] not in PACKED_NAMES)
+    found = sum(math.prod(shape) for name, _, shape in entries if not is_packed_name(name))
     if found != expected:
         raise ValueError(
             f"the files hold {found:,} dense weights, the model of the config has {expected:,}; the checkpoint is incomplete or "

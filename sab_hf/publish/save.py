@@ -18,11 +18,13 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
+from ..anatomy.adapters import refuse_adapters
 from .card import find_license, model_card
 from .folders import HIDDEN, atomic_folder, write_file
 from .form import check_summary, read_json
 from .html import html_report, plots
-from .inspect import inspect, saved_class
+from .inspect import inspect
+from .open import opening_class
 from .summary import summarize
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,14 @@ def save(
     Returns:
         The folder, or the URL of the repository.
     Raises:
-        ValueError: the model is not packed, has no processor, or the folder holds something that is no packed checkpoint.
+        ValueError: the model is not packed, carries an adapter, has no processor, or the folder holds something that is no
+            packed checkpoint.
     """
+    refuse_adapters(
+        model,
+        "save the adapter with `model.save_pretrained(adapter_folder)`, then the packed model without it with "
+        "`sab_hf.save(model.unload(), processor, folder)`",
+    )
     summary = summarize(model, record, evaluation, base_model)
     if summary["record"] is None and model.name_or_path:  # loaded packed: what the folder that it came from says
         told = _told(Path(model.name_or_path))
@@ -139,7 +147,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if summary.get("total_bytes") == found.report.total_bytes:
         return summary
     config = AutoConfig.from_pretrained(folder)
-    return summarize(saved_class(config).from_pretrained(folder))
+    return summarize(opening_class(config).from_pretrained(folder))
 
 
 def _report(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 from ..config import without_path
 from ..packing import unpack_bits
 from ..version import __version__
+from .open import remote_auto_class
 from .report import finite, report
 
 NUM_BINS = 64
@@ -47,6 +48,7 @@ def summarize(
         "versions": {"sab_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
         "device": _device(model),
         "model_class": type(model).__name__,
+        "opens_with": _opens_with(model),
         "pipeline_tag": _pipeline_tag(model),
         "base_model": base_model,
         "format_version": config["format_version"],
@@ -134,6 +136,14 @@ def _num_parameters(model: nn.Module, sizes: Any) -> int:
     return sum(module.num_weights for module in sizes.modules) + sum(
         size for key, size in dense.items() if key not in packed
     )
+
+
+def _opens_with(model: nn.Module) -> dict[str, Any]:
+    """Return the class of transformers that opens the checkpoint, and whether it needs code that the checkpoint brings."""
+    name = type(model).__name__
+    own = getattr(type(model), "_auto_class", None) or remote_auto_class(model.config)
+    native = getattr(transformers, name, None) is type(model)
+    return {"class": name if native or own is None else own, "remote_code": not native and own is not None}
 
 
 def _device(model: nn.Module) -> str:

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
-from helpers import build_processor, load, logits, packed_linears
+from helpers import build_llama, build_processor, build_tokenizer, load, logits, packed_linears
 from torch import nn
+from transformers import LlamaForCausalLM
 
+import sab_hf
 from sab_hf import SABLinear
 from sab_hf.kernels.ops import sab_linear
 
@@ -213,3 +215,92 @@ def test_trainer_trains_an_adapter_and_refuses_the_bare_packed_model(packed, sam
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").is_file()
+
+
+# ---- what is refused, and how to go on
+
+
+@pytest.fixture(scope="module")
+def packed_rest_dir(tmp_path_factory, make_config):
+    """A Llama with packed embedding and head, both untied."""
+    path = tmp_path_factory.mktemp("rest")
+    model = build_llama()
+    config = make_config(calibration=["some text", "more"] * 4, allow_text_only=True, rest_bits=4)
+    sab_hf.quantize(model, build_tokenizer(), None, config)
+    model.save_pretrained(path)
+    return path
+
+
+def test_quantizing_a_model_with_an_adapter_is_refused_before_calibration(model, make_config):
+    wrapped = lora(model, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"this is a PeftModel; .*merge_and_unload\(\)`.*unload\(\)`"):
+        sab_hf.quantize(wrapped, config=make_config(calibration="no/such/dataset"))
+    with pytest.raises(ValueError, match=r"has one in `model\..*q_proj`"):
+        sab_hf.quantize(wrapped.get_base_model(), config=make_config(calibration="no/such/dataset"))
+
+
+def test_saving_a_model_with_an_adapter_says_how_to_save_both(packed, inputs, tmp_path):
+    model = lora(packed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    expected = logits(model.eval(), inputs)
+    with pytest.raises(
+        ValueError, match=r"save the adapter with `model\.save_pretrained.*sab_hf\.save\(model\.unload\(\)"
+    ):
+        sab_hf.save(model, build_processor(), tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    with pytest.raises(ValueError, match=r"changed after it was quantized.*unload"):
+        model.get_base_model().save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    sab_hf.save(model.unload(), build_processor(), tmp_path / "packed")
+    again = peft.PeftModel.from_pretrained(load(tmp_path / "packed"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again, inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"modules_to_save": ["embed_tokens"]},
+            r"`modules_to_save` asks to train `model\.embed_tokens`, which is packed",
+        ),
+        ({"modules_to_save": ["lm_head"]}, r"`modules_to_save` asks to train `lm_head`, which is packed"),
+        ({"modules_to_save": ["mlp"]}, r"`modules_to_save` asks to train `model\.layers\.0\.mlp`, which is packed"),
+        ({"trainable_token_indices": [1]}, r"`trainable_token_indices` asks to train `model\.embed_tokens`"),
+        (
+            {"trainable_token_indices": {"embed_tokens": [1]}},
+            r"`trainable_token_indices` asks to train `model\.embed_tok",
+        ),
+        ({"target_modules": ["embed_tokens"]}, r"LORA adapters need the dense weight of `embed_tokens`.*SABEmbedding"),
+    ],
+)
+def test_training_packed_parts_themselves_is_refused(packed_rest_dir, changes, message):
+    model = LlamaForCausalLM.from_pretrained(packed_rest_dir)
+    with pytest.raises(ValueError, match=f"{message}.*dequantize"):
+        lora(model, **{"target_modules": ["q_proj"]} | changes)
+
+
+def test_lora_on_a_packed_head_trains(packed_rest_dir):
+    model, ids = (
+        lora(LlamaForCausalLM.from_pretrained(packed_rest_dir), target_modules=["lm_head"]),
+        torch.arange(9)[None],
+    )
+    losses = train(model, {"input_ids": ids, "labels": ids}, steps=8)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig"])
+def test_adapters_that_need_the_dense_weight_are_refused(packed_rest_dir, kind):
+    model = LlamaForCausalLM.from_pretrained(packed_rest_dir)
+    extra = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    with pytest.raises(
+        ValueError, match=r"adapters need the dense weight of `q_proj`, which is packed \(SABLinear\); use LoRA"
+    ):
+        peft.get_peft_model(model, getattr(peft, kind)(target_modules=["q_proj"], **extra))
+
+
+def test_adapters_on_dense_parts_of_a_packed_model_work(packed_rest_dir):
+    model, ids = LlamaForCausalLM.from_pretrained(packed_rest_dir), torch.arange(9)[None]
+    tuned = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["norm"]))
+    assert tuned(ids).logits.isfinite().all()

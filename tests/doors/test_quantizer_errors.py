@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import V5, build_llama, build_llava, build_tokenizer, load, logits, packed_linears
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedModel
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
@@ -334,3 +336,43 @@ def test_pickled_files_are_refused(packed_dir, tmp_path):
     with pytest.raises(ValueError, match="sab and is not serializable"):
         model.save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.glob("*.bin"))
+
+
+def without_tensor(path: Path, folder: Path, name: str) -> Path:
+    """Copy a dense checkpoint without one of its tensors."""
+    shutil.copytree(path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(key for key in tensors if key.endswith(name))
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["layers.1.mlp.up_proj.weight", "norm.weight", "lm_head.weight"])
+def test_dense_checkpoint_that_lacks_a_tensor_is_refused(vlm_dir, make_config, tmp_path, name):
+    """Transformers would fill it with random values, and these would be binarized."""
+    path = without_tensor(vlm_dir, tmp_path / "lost", name)
+    with pytest.raises(
+        ValueError, match=rf"lacks 1 of the \d+ tensors of Llava.*{name}`.*LlavaForConditionalGeneration"
+    ):
+        load(path, quantization_config=make_config())
+
+
+def test_class_that_the_checkpoint_has_no_tensors_for_is_refused(vlm_dir, make_config, processor):
+    config = make_config(calibration=["some text"] * 4, processor=processor.tokenizer, allow_text_only=True)
+    with pytest.raises(ValueError, match=r"lacks \d+ of the \d+ tensors of LlamaForCausalLM: `lm_head.weight`, .*…"):
+        LlamaForCausalLM.from_pretrained(vlm_dir, config=build_llama(vocab_size=270).config, quantization_config=config)
+
+
+def test_tied_head_is_not_missing(make_config, tmp_path, processor):
+    build_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    config = make_config(calibration=["some text"] * 4, processor=processor.tokenizer, allow_text_only=True)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "tie_weights" not in vars(model)
+
+
+def test_tensor_that_the_class_allows_to_be_missing_is_not_missed(vlm_dir, make_config, tmp_path, monkeypatch):
+    path = without_tensor(vlm_dir, tmp_path / "lost", "norm.weight")
+    monkeypatch.setattr(LlavaForConditionalGeneration, "_keys_to_ignore_on_load_missing", [r"norm\.weight$"])
+    assert load(path, quantization_config=make_config()).is_quantized

@@ -126,7 +126,7 @@ def test_load_says_when_the_processor_is_missing(packed_dir, tmp_path):
 def test_load_names_a_config_without_a_generating_model():
     from transformers import SiglipVisionConfig
 
-    from sab_hf.publish.open import model_class
+    from sab_hf.publish.open import opening_class
 
     with pytest.raises(ValueError, match="no generating model for a SiglipVisionConfig"):
-        model_class(SiglipVisionConfig())
+        opening_class(SiglipVisionConfig())

@@ -1,5 +1,6 @@
 """Towers, projector, embedding and head on sign planes: accuracy of the fit, round trips, tied weights, errors."""
 
+import copy
 import json
 import shutil
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from helpers import (
     build_llama,
     build_llava,
     build_processor,
+    build_tokenizer,
     file_bytes,
     file_entries,
     generate,
@@ -22,6 +24,7 @@ from helpers import (
 from torch import nn
 
 import sab_hf
+from sab_hf import SABQuantizationConfig
 from sab_hf.machine.placement import Placement
 from sab_hf.machine.workspace import Workspace
 from sab_hf.make import rest
@@ -307,3 +310,20 @@ def test_moments_of_the_head_are_those_of_the_full_precision_model(make_config, 
         X = rows[modality == m]
         assert got.counts[m] == len(X)
         torch.testing.assert_close(H, X.T @ X / len(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_vocabulary_keeps_its_size(tied):
+    model = build_llama(tie_word_embeddings=tied)
+    config = SABQuantizationConfig(calibration=["some text", "more"] * 4, num_samples=4, refine_steps=0, alternations=1)
+    config.allow_text_only, config.rest_bits, config.sensitivity_samples = True, 4, 2
+    sab_hf.quantize(model, build_tokenizer(), None, config)
+    embedding, size = model.get_input_embeddings(), model.config.vocab_size
+    for same in ({}, {"new_num_tokens": size}, {"new_num_tokens": size - 1, "pad_to_multiple_of": size}):
+        assert model.resize_token_embeddings(**same) is embedding
+    for other in (size + 8, size - 8):
+        with pytest.raises(ValueError, match=rf"{size} tokens cannot be resized to {other}.*dequantize\(\)"):
+            model.resize_token_embeddings(other)
+    assert copy.deepcopy(model).resize_token_embeddings() is not embedding
+    model.dequantize().resize_token_embeddings(size + 8)
+    assert model(torch.tensor([[size + 7]])).logits.shape == (1, 1, size + 8)

@@ -6,7 +6,9 @@ from collections import UserDict
 
 import pytest
 import torch
-from family_zoo import FAMILIES
+import transformers
+from family_zoo import FAMILIES, Family
+from family_zoo.common import PATCH, SIDE, batches, build, pixels, text, tokens
 from helpers import V5
 from torch import nn
 
@@ -19,6 +21,7 @@ from sab_hf.machine.workspace import Workspace
 from sab_hf.packed.linear import replace_module
 from sab_hf.passes.capture import BlockInputs
 from sab_hf.passes.gradients import measure_sensitivity
+from sab_hf.passes.order import in_running_order
 from sab_hf.passes.rest_inputs import moments_after_blocks
 from sab_hf.planes import SignPlanes
 
@@ -278,3 +281,83 @@ def test_samples_one_at_a_time_give_what_they_give_together(name):
             compared += one.runs(index)
         assert compared > 1
         assert one.rows > 1
+
+
+def idefics() -> Family:
+    vision = {"embed_dim": 24, "image_size": SIDE, "patch_size": PATCH, "intermediate_size": 48}
+    config = transformers.IdeficsConfig(
+        **text(num_hidden_layers=4, cross_layer_interval=2, alpha_initializer="ones", use_resampler=False),
+        additional_vocab_size=0,
+        vision_config=vision | {"num_attention_heads": 2, "num_hidden_layers": 2},
+    )
+
+    def make(seed: int) -> dict[str, torch.Tensor]:
+        inputs = tokens(seed=seed)
+        seen = torch.ones(*inputs["input_ids"].shape, 1, dtype=torch.long)
+        return inputs | {"pixel_values": pixels(1, 1, 3, SIDE, SIDE, seed=seed), "image_attention_mask": seen}
+
+    return Family(build("IdeficsForVisionText2Text", config), batches(make))
+
+
+ALTERNATE = tuple(f"model.{name}" for name in (
+    "gated_cross_attn_layers.0", "layers.0", "layers.1", "gated_cross_attn_layers.1", "layers.2", "layers.3"
+))  # fmt: skip
+
+
+def test_lists_of_blocks_that_run_alternately_are_one_stage():
+    family = idefics()
+    model, samples = family.model, calibration(family)
+    roles = find_roles(model)
+    assert len(roles.stages) == 2
+    assert in_running_order(model, roles, samples, Workspace.of(model)).stages == (ALTERNATE,)
+    inputs = BlockInputs(model, ALTERNATE, samples)
+    for index, name in enumerate(ALTERNATE):
+        block = model.get_submodule(name)
+        torch.testing.assert_close(inputs.states[0].hidden, hidden_states_fed(model, block, samples[0]))
+        inputs.advance(block, index)
+
+
+def test_lists_that_run_one_after_the_other_stay_stages():
+    family = FAMILIES["florence2"]()
+    roles = find_roles(family.model)
+    assert in_running_order(family.model, roles, calibration(family), Workspace.of(family.model)) == roles
+
+
+def test_lists_that_run_alternately_are_not_calibrated_one_after_the_other():
+    family = idefics()
+    first, second = find_roles(family.model).stages
+    with pytest.raises(RuntimeError, match="alternately"):
+        BlockInputs(family.model, first, calibration(family), later=second)
+    with pytest.raises(RuntimeError, match=r"more than an addition.*another block.*before block 2 of 4"):
+        BlockInputs(family.model, first, calibration(family))
+
+
+def test_idefics_is_quantized_in_running_order():
+    family = idefics()
+    config = SABQuantizationConfig(calibration=family.batches, num_samples=3, refine_steps=0, alternations=1)
+    config.sensitivity_samples, config.allow_text_only = 1, True
+    record = sab_hf.quantize(family.model, config=config)
+    blocks = dict.fromkeys(".".join(fit.name.split(".")[:3]) for fit in record.fits)
+    assert tuple(blocks) == ALTERNATE
+
+
+@pytest.mark.parametrize("change", [lambda x: 0.8 * x, lambda x: x / x.norm(dim=-1, keepdim=True), torch.tanh])
+def test_what_is_no_addition_between_blocks_is_refused(change):
+    family = FAMILIES["llama"]()
+    blocks = find_roles(family.model).blocks
+    family.model.get_submodule(blocks[0]).register_forward_hook(lambda module, args, output: change(output))
+    with pytest.raises(RuntimeError, match=r"more than an addition.*before block 1 of 2"):
+        BlockInputs(family.model, blocks, calibration(family))
+
+
+def test_argument_that_depends_on_hidden_states_is_refused(monkeypatch):
+    family = FAMILIES["llama"]()
+    blocks = find_roles(family.model).blocks
+    first, second = (family.model.get_submodule(name) for name in blocks)
+    seen = []
+    first.register_forward_hook(lambda module, args, output: seen.append(output))
+    second.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"stream": seen[-1]}), with_kwargs=True
+    )
+    with pytest.raises(RuntimeError, match="arguments that depend on what earlier blocks compute to block 1 of 2"):
+        BlockInputs(family.model, blocks, calibration(family))
