@@ -46,6 +46,8 @@ def swap_in_empty(model: nn.Module, modules: dict[str, list[int]], tied_head: bo
 
 def fix_vocabulary(model: nn.Module) -> None:
     """Have `resize_token_embeddings` of a model with packed embedding or head accept the present size only."""
+    if not hasattr(model, "get_input_embeddings"):
+        return  # a part of a model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, SABEmbedding) or isinstance(head, (SABLinear, SABTiedHead)):
         model.resize_token_embeddings = FixedVocabulary(embedding, embedding.num_embeddings)
