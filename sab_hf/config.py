@@ -136,7 +136,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         tied_head: whether the output head uses the packed planes of the input embedding.
         format_version: version of the packed tensors' format, see `packing.py`.
         checksums: checksums of tensors and config, written when the model is saved and checked when it is loaded (see
-            `packed/checksums.py`); None: nothing is checked.
+            `packed/checksums.py`); None: only sizes, dtypes, masks and scales are checked.
 
     Raises:
         ValueError: a field has a wrong type or lies outside its range; the message says what is accepted.
