@@ -360,14 +360,20 @@ def _is_size(size: Any) -> bool:
     )
 
 
+def _is_inside(name: str) -> bool:
+    """Whether `name` is that of a file in a folder, or in one below."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts and "\\" not in name
+
+
 def _are_checksums(value: Any) -> bool:
     """Whether `value` has the form of `packed/checksums.py`."""
     return (
         isinstance(value, dict)
-        and value.keys() == {"tensors", "aliases", "config"}
+        and value.keys() - {"files"} == {"tensors", "aliases", "config"}
         and isinstance(value["config"], str)
         and all(
-            isinstance(value[part], dict) and all(isinstance(entry, str) for entry in value[part].values())
-            for part in ("tensors", "aliases")
+            isinstance(part, dict) and all(isinstance(entry, str) for entry in part.values())
+            for part in (value["tensors"], value["aliases"], value.get("files", {}))
         )
+        and all(_is_inside(name) for name in value.get("files", {}))
     )

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    BLOCKS,
+    CPU,
     V5,
     build_llama,
     build_llava,
@@ -26,7 +28,7 @@ from helpers import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 import sab_hf
@@ -217,6 +219,158 @@ def test_loading_without_the_plugin_raises(packed_dir):
     assert done.returncode != 0
     assert "sab" in done.stderr
     assert "ismatch" in done.stderr
+
+
+# ---- the files that are loaded are the files that are checked
+
+
+def flip(file: Path, name: str = "language_model.model.norm.weight") -> None:
+    tensors = load_file(file)
+    tensors[name].view(torch.uint8).reshape(-1)[3] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "30KB"])
+@pytest.mark.parametrize(
+    "where", [{"subfolder": "inner"}, {"variant": "half"}, {"subfolder": "inner", "variant": "half"}]
+)
+def test_subfolders_and_variants_are_checked(packed_dir, tmp_path, inputs, where, max_shard_size):
+    model = load(packed_dir)
+    folder = tmp_path / where.get("subfolder", "")
+    model.save_pretrained(folder, variant=where.get("variant"), max_shard_size=max_shard_size)
+    files = files_of(folder)
+    assert (len(files) > 1) == (max_shard_size == "30KB")
+    if "variant" in where:  # what is not loaded is beside it, and is not checked
+        for file in files_of(packed_dir):
+            shutil.copy(file, folder)
+            flip(folder / file.name)
+    assert torch.equal(logits(load(tmp_path, **where), inputs), logits(model, inputs))
+    with safe_open(files[-1], framework="pt") as reader:
+        name = next(name for name in reader.keys() if reader.get_tensor(name).numel())  # noqa: SIM118
+    flip(files[-1], name)
+    with pytest.raises(ValueError, match=r"altered, lost or added after it was saved"):
+        load(tmp_path, **where)
+
+
+def test_an_index_of_a_variant_that_lacks_a_tensor_is_an_error(packed_dir, tmp_path):
+    load(packed_dir).save_pretrained(tmp_path, variant="half", max_shard_size="30KB")
+    index = tmp_path / "model.safetensors.index.half.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["language_model.model.norm.weight"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"index\.half\.json and the files beside it differ in 1 tensors, first `language_model"
+    ):
+        load(tmp_path, variant="half")
+
+
+def test_weights_that_come_from_no_file_cannot_be_checked(packed_dir):
+    model, config = load(packed_dir), AutoConfig.from_pretrained(packed_dir)
+    with pytest.raises(ValueError, match=r"files that it is loaded from are not known.* set `checksums` .* to None"):
+        type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
+
+
+# ---- without checksums
+
+
+OFFLOADED = {**CPU, f"{BLOCKS}.0": "cpu", f"{BLOCKS}.1": "disk"} if V5 else None
+"""transformers 4.57 cannot offload files whose tensors it renames, as those of LLaVA."""
+DOWN = "language_model.model.layers.1.mlp.down_proj"
+
+
+def test_a_checkpoint_without_checksums_loads_with_one_warning(damage, caplog, inputs, packed_dir):
+    model = load(damage())
+    assert [record.message for record in caplog.records if "has no checksums" in record.message] == [
+        caplog.records[-1].message
+    ]
+    assert torch.equal(logits(model, inputs), logits(load(packed_dir), inputs))
+
+
+@pytest.mark.parametrize("name", ["row_scale", "col_scale", "residual_row_scale", "residual_col_scale"])
+@pytest.mark.parametrize("value", [0x7C00, 0x7E01, -0x0400])  # infinity, not a number, minus infinity
+@pytest.mark.parametrize("device_map", [None, OFFLOADED], ids=["in memory", "offloaded"])
+def test_scales_that_are_not_finite_are_found(damage, tmp_path, name, value, device_map):
+    path = damage(tensors=lambda tensors: tensors[f"{DOWN}.{name}"].view(-1)[-1:].fill_(value))
+    with pytest.raises(ValueError, match=rf"{DOWN}\.{name}` in .* holds scales that are not finite"):
+        load(path, device_map=device_map, offload_folder=tmp_path / "offload" if device_map else None)
+    with pytest.raises(ValueError, match="holds scales that are not finite"):
+        inspect(path, verify=True)
+
+
+@pytest.mark.parametrize("device_map", [None, OFFLOADED], ids=["in memory", "offloaded"])
+@pytest.mark.parametrize("byte", [0, 255])
+def test_masks_that_do_not_fit_are_found(damage, tmp_path, byte, device_map):
+    path = damage(tensors=lambda tensors: tensors[f"{DOWN}.significant_columns"].fill_(byte))
+    with pytest.raises(ValueError, match=r"down_proj`: `significant_columns` must mark \d+ columns, .* got (0|88)"):
+        load(path, device_map=device_map, offload_folder=tmp_path / "offload" if device_map else None)
+
+
+@pytest.mark.parametrize("device_map", [None, OFFLOADED], ids=["in memory", "offloaded"])
+@pytest.mark.parametrize("count", [89, 4000, 2**40])
+def test_more_significant_columns_than_columns_are_refused(damage, tmp_path, count, device_map):
+    """Such operands made the kernels write past their memory."""
+    stored = min(count, 4000)
+
+    def widen(tensors):
+        rows = tensors[f"{DOWN}.row_scale"].shape[1]
+        tensors[f"{DOWN}.residual_signs"] = torch.zeros(rows, -(-stored // 8), dtype=torch.uint8)
+        tensors[f"{DOWN}.residual_col_scale"] = torch.zeros(stored, dtype=torch.int16)
+
+    path = damage(widen, lambda config: config["modules"].update({f"model.{DOWN.replace('.model', '')}": [1, count]}))
+    with pytest.raises(ValueError, match=rf"down_proj`, a Linear of 88 columns, {count} significant columns"):
+        load(path, device_map=device_map, offload_folder=tmp_path / "offload" if device_map else None)
+
+
+# ---- files beside the weights
+
+
+@pytest.fixture
+def saved_copy(saved, tmp_path) -> Path:
+    shutil.copytree(saved, tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_files_beside_the_weights_are_verified(saved_copy):
+    found = inspect(saved_copy, verify=True)
+    assert found.checksums == "verified"
+    assert {"weights", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} < set(
+        found.covered
+    )
+    assert "README.md" in found.not_covered
+    assert not set(found.covered) & set(found.not_covered)
+    assert "\nverified: weights, config.json, " in str(found)
+    assert "\nin no checksum: README.md" in str(found)
+    assert load(saved_copy) is not None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_an_altered_or_lost_file_beside_the_weights_is_named(saved_copy, name):
+    content = (saved_copy / name).read_bytes()
+    (saved_copy / name).write_bytes(content.replace(b"e", b"a", 1))
+    with pytest.raises(ValueError, match=rf"{name} was altered after it was saved"):
+        inspect(saved_copy, verify=True)
+    (saved_copy / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name} is missing, which was saved with the checkpoint"):
+        inspect(saved_copy, verify=True)
+    (saved_copy / name).write_bytes(content)
+    assert inspect(saved_copy, verify=True).checksums == "verified"
+
+
+def test_checkpoints_whose_checksums_know_no_other_files_are_verified_and_say_so(packed_dir):
+    found = inspect(packed_dir, verify=True)
+    assert found.checksums == "verified"
+    assert found.covered == ("weights", "config.json")
+    assert {"tokenizer.json", "generation_config.json"} < set(found.not_covered)
+    assert "in no checksum: " in str(found)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../config.json", "a\\b"])
+def test_names_of_files_beside_the_weights_stay_in_the_folder(saved_copy, name):
+    content = json.loads((saved_copy / "config.json").read_text())
+    content["quantization_config"]["checksums"]["files"][name] = "0"
+    (saved_copy / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="`checksums` must be"):
+        inspect(saved_copy, verify=True)
 
 
 # ---- a thousand corruptions
