@@ -18,8 +18,8 @@ from .packing import FORMAT_VERSION
 MAX_PLANES = 8
 """Most full planes a matrix may have. The sign sweep compares 2^(planes + 1) levels for each weight."""
 
-MAX_SEED = 2**63 - 1
-"""Largest seed: some steps add the number of a sample to it, and generators take 64 bits."""
+MAX_SEED, MAX_COUNT = 2**63 - 1, 2**31 - 1
+"""Largest seed (some steps add the number of a sample to it, and generators take 64 bits), and largest number of anything."""
 
 DENSE = 16
 """Bits of a role that is left as it is."""
@@ -200,10 +200,9 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             )
         if self.bits is not None:
             _check_number(self, "bits", 0, MAX_PLANES + 1, open_low=True)
-        for name in ("num_samples", "max_length", "batch_size"):
-            _check_integer(self, name, 1)
-        _check_integer(self, "written_samples", 0)
-        _check_integer(self, "seed", 0, MAX_SEED)
+        check_seed(self.seed)
+        for name, low in (("num_samples", 1), ("max_length", 1), ("batch_size", 1), ("written_samples", 0)):
+            _check_integer(self, name, low)
         _check_integer(self, "alternations", 1)
         _check_integer(self, "block_size", 1)
         for name in ("refine_steps", "distil_steps"):
@@ -323,12 +322,18 @@ def without_path(name: str) -> str:
     return "/".join(Path(name).absolute().parts[-2:]) if Path(name).exists() else name
 
 
-def _check_integer(config: SABQuantizationConfig, name: str, low: int, high: int = 2**31 - 1) -> None:
-    value = getattr(config, name)
-    if type(value) is not int or value < low:
-        raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r:.80}")
-    if value > high:
-        raise ValueError(f"`{name}` must be an integer of at most {high}, got {value!r:.80}")
+def check_seed(seed: Any) -> None:
+    """Raise a ValueError unless `seed` is one that all random generators take."""
+    _raise_unless_integer("seed", seed, 0, MAX_SEED)
+
+
+def _check_integer(config: SABQuantizationConfig, name: str, low: int) -> None:
+    _raise_unless_integer(name, getattr(config, name), low, MAX_COUNT)
+
+
+def _raise_unless_integer(name: str, value: Any, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"`{name}` must be an integer of at least {low} and at most {high}, got {value!r:.80}")
 
 
 def _check_number(config: SABQuantizationConfig, name: str, low: float, high: float, open_low: bool = False) -> None:
