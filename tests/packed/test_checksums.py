@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import random
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import fuzz_checkpoints
 import pytest
 import torch
 from helpers import (
     BLOCKS,
     CPU,
     V5,
-    build_llama,
     build_llava,
-    build_processor,
-    build_samples,
-    build_tokenizer,
     load,
     logits,
     save_dense,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-import sab_hf
-from sab_hf import SABQuantizationConfig
 from sab_hf.packed import checksums as integrity
 from sab_hf.publish.inspect import inspect
 
@@ -373,124 +364,24 @@ def test_names_of_files_beside_the_weights_stay_in_the_folder(saved_copy, name):
         inspect(saved_copy, verify=True)
 
 
-# ---- a thousand corruptions
+# ---- damage at random (`fuzz_checkpoints.py` does it at length)
 
 
-def _flip(data: bytearray, rng: random.Random) -> None:
-    for _ in range(rng.choice((1, 1, 1, 2, 8))):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+@pytest.mark.parametrize("name", fuzz_checkpoints.CASES)
+def test_damaged_checkpoints_are_errors_or_identical(name, tmp_path, inputs):
+    case, count = fuzz_checkpoints.CASES[name], 40
+    with fuzz_checkpoints.silence():
+        results = list(fuzz_checkpoints.fuzz(case, count, inputs, tmp_path))
+    assert [what for what, found in results if found == fuzz_checkpoints.DIFFERS] == []
+    assert results[0][1] != "error"  # the first one is left as it is
+    assert sum(found == "error" for _, found in results) > count / 2
 
 
-def _replace(data: bytearray, rng: random.Random) -> None:
-    start = rng.randrange(len(data))
-    length = min(rng.choice((1, 2, 16)), len(data) - start)
-    data[start : start + length] = rng.randbytes(length)
-
-
-def _delete(data: bytearray, rng: random.Random) -> None:
-    start = rng.randrange(len(data))
-    del data[start : start + rng.choice((1, 4, 64))]
-
-
-def _insert(data: bytearray, rng: random.Random) -> None:
-    start = rng.randrange(len(data))
-    data[start:start] = rng.randbytes(rng.choice((1, 4)))
-
-
-def _truncate(data: bytearray, rng: random.Random) -> None:
-    del data[rng.randrange(len(data)) :]
-
-
-def _zero(data: bytearray, rng: random.Random) -> None:
-    start = rng.randrange(len(data))
-    length = min(rng.choice((4, 40, 400)), len(data) - start)
-    data[start : start + length] = bytes(length)
-
-
-def _digit(data: bytearray, rng: random.Random) -> None:
-    """Change one digit of the text: a config or header that stays well-formed."""
-    size = struct.unpack("<Q", data[:8])[0] + 8 if data[8:9] == b"{" else len(data)
-    places = [i for i in range(size if size < len(data) else len(data)) if chr(data[i]).isdigit()]
-    if places:
-        data[rng.choice(places)] = ord(rng.choice("0123456789"))
-
-
-def _letter(data: bytearray, rng: random.Random) -> None:
-    """Change one letter of the text: a name that is not known any more."""
-    size = min(struct.unpack("<Q", data[:8])[0] + 8, len(data)) if data[8:9] == b"{" else len(data)
-    places = [i for i in range(size) if chr(data[i]).isascii() and chr(data[i]).isalpha()]
-    if places:
-        data[rng.choice(places)] = ord(rng.choice("abcdefghijklmnopqrstuvwxyz"))
-
-
-CORRUPTIONS = (_flip, _replace, _delete, _insert, _truncate, _zero, _digit, _digit, _letter, _letter)
-
-
-def _sealed(model, path: Path, rest_bits: int, **kwargs) -> Path:
-    with_images = hasattr(model.config, "vision_config")
-    samples = build_samples(2) if with_images else ["Some text.", "Other text."]
-    config = SABQuantizationConfig(
-        calibration=samples, num_samples=2, alternations=1, refine_steps=0, distil_steps=0, rest_bits=rest_bits
-    )
-    sab_hf.quantize(model, build_processor() if with_images else build_tokenizer(), None, config)
-    model.save_pretrained(path, **kwargs)
-    return path
-
-
-@pytest.fixture
-def quiet_transformers():
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    yield
-    transformers_logging.set_verbosity_warning()
-    transformers_logging.enable_progress_bar()
-
-
-@pytest.mark.parametrize(
-    ("kind", "rest_bits", "count"),
-    [
-        ("llama", 16, 500),
-        ("llava", 16, 200),
-        ("llama", 2, 100),  # packed embedding and head
-        ("tied llama", 2, 100),  # a head that uses the packed embedding
-        ("llava", 2, 100),  # a packed tower and projector too
-    ],
-)
-def test_a_thousand_corruptions_are_errors_or_identical(kind, rest_bits, count, tmp_path, inputs, quiet_transformers):
-    """Of configs, indices and shards: bits, bytes, digits and letters changed, left out, put in, or zeroed."""
-    if kind == "llava":
-        model, auto = build_llava(num_hidden_layers=1, attention_bias=True), AutoModelForImageTextToText
-    else:
-        model = build_llama(num_hidden_layers=1, attention_bias=True, tie_word_embeddings=kind == "tied llama")
-        auto, inputs = AutoModelForCausalLM, {"input_ids": torch.arange(9)[None]}
-    whole = _sealed(model, tmp_path / "whole", rest_bits, max_shard_size="60KB" if rest_bits == 16 else "5KB")
-    packed_rest = {name for name in model.config.quantization_config.modules if "layers" not in name}
-    assert bool(packed_rest) == (rest_bits < 16)
-    assert model.config.quantization_config.tied_head == (kind == "tied llama")
-    reference = auto.from_pretrained(whole, dtype=torch.float32)
-    expected, expected_logits = reference.state_dict(), logits(reference, inputs)
-    victims = [whole / "config.json", whole / "model.safetensors.index.json", *files_of(whole)]
-    assert len(victims) > 3
-    rng, errors = random.Random(0), 0
-    for i in range(count):
-        victim = victims[0] if i % 2 else rng.choice(victims[1:])
-        path = tmp_path / str(i)
-        path.mkdir()
-        for file in whole.iterdir():
-            (path / file.name).symlink_to(file)
-        data = bytearray(victim.read_bytes())
-        corrupt = rng.choice(CORRUPTIONS)
-        corrupt(data, rng)
-        (path / victim.name).unlink()
-        (path / victim.name).write_bytes(data)
-        model = None
-        with contextlib.suppress(Exception):
-            model = auto.from_pretrained(path, dtype=torch.float32)
-        if model is None:
-            errors += 1
-            continue
-        state, what = model.state_dict(), f"corruption {i}: {corrupt.__name__} of {path / victim.name}"
-        assert state.keys() == expected.keys(), what
-        assert [name for name, tensor in expected.items() if not torch.equal(state[name], tensor)] == [], what
-        assert torch.equal(logits(model, inputs), expected_logits), what
-    assert count / 2 < errors < count
+@pytest.mark.parametrize("name", ["llama, rest_bits", "tied llama, rest_bits", "llava, rest_bits"])
+def test_what_is_damaged_at_random_has_a_packed_rest(name, tmp_path):
+    case = fuzz_checkpoints.CASES[name]
+    fuzz_checkpoints.build(case, tmp_path / "whole")
+    config = json.loads((tmp_path / "whole/config.json").read_text())["quantization_config"]
+    assert {name for name in config["modules"] if "layers" not in name}
+    assert config["tied_head"] == (case.kind == "tied llama")
+    assert len(fuzz_checkpoints.victims(case, tmp_path / "whole")) > 3
