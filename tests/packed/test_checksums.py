@@ -374,7 +374,7 @@ def test_damaged_checkpoints_are_errors_or_identical(name, tmp_path, inputs):
         results = list(fuzz_checkpoints.fuzz(case, count, inputs, tmp_path))
     assert [what for what, found in results if found == fuzz_checkpoints.DIFFERS] == []
     assert results[0][1] != "error"  # the first one is left as it is
-    assert sum(found == "error" for _, found in results) > count / 2
+    assert sum(found.startswith("error") for _, found in results) > count / 2
 
 
 @pytest.mark.parametrize("name", ["llama, rest_bits", "tied llama, rest_bits", "llava, rest_bits"])
