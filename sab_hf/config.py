@@ -18,8 +18,8 @@ from .packing import FORMAT_VERSION
 MAX_PLANES = 8
 """Most full planes a matrix may have. The sign sweep compares 2^(planes + 1) levels for each weight."""
 
-MAX_SEED = 2**63 - 1
-"""Largest seed: some steps add the number of a sample to it, and generators take 64 bits."""
+MAX_SEED, MAX_COUNT = 2**63 - 1, 2**31 - 1
+"""Largest seed (some steps add the number of a sample to it, and generators take 64 bits), and largest number of anything."""
 
 DENSE = 16
 """Bits of a role that is left as it is."""
@@ -136,7 +136,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         tied_head: whether the output head uses the packed planes of the input embedding.
         format_version: version of the packed tensors' format, see `packing.py`.
         checksums: checksums of tensors and config, written when the model is saved and checked when it is loaded (see
-            `packed/checksums.py`); None: nothing is checked.
+            `packed/checksums.py`); None: only sizes, dtypes, masks and scales are checked.
 
     Raises:
         ValueError: a field has a wrong type or lies outside its range; the message says what is accepted.
@@ -200,10 +200,9 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             )
         if self.bits is not None:
             _check_number(self, "bits", 0, MAX_PLANES + 1, open_low=True)
-        for name in ("num_samples", "max_length", "batch_size"):
-            _check_integer(self, name, 1)
-        _check_integer(self, "written_samples", 0)
-        _check_integer(self, "seed", 0, MAX_SEED)
+        check_seed(self.seed)
+        for name, low in (("num_samples", 1), ("max_length", 1), ("batch_size", 1), ("written_samples", 0)):
+            _check_integer(self, name, low)
         _check_integer(self, "alternations", 1)
         _check_integer(self, "block_size", 1)
         for name in ("refine_steps", "distil_steps"):
@@ -323,12 +322,18 @@ def without_path(name: str) -> str:
     return "/".join(Path(name).absolute().parts[-2:]) if Path(name).exists() else name
 
 
-def _check_integer(config: SABQuantizationConfig, name: str, low: int, high: int = 2**31 - 1) -> None:
-    value = getattr(config, name)
-    if type(value) is not int or value < low:
-        raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r:.80}")
-    if value > high:
-        raise ValueError(f"`{name}` must be an integer of at most {high}, got {value!r:.80}")
+def check_seed(seed: Any) -> None:
+    """Raise a ValueError unless `seed` is one that all random generators take."""
+    _raise_unless_integer("seed", seed, 0, MAX_SEED)
+
+
+def _check_integer(config: SABQuantizationConfig, name: str, low: int) -> None:
+    _raise_unless_integer(name, getattr(config, name), low, MAX_COUNT)
+
+
+def _raise_unless_integer(name: str, value: Any, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"`{name}` must be an integer of at least {low} and at most {high}, got {value!r:.80}")
 
 
 def _check_number(config: SABQuantizationConfig, name: str, low: float, high: float, open_low: bool = False) -> None:
@@ -360,14 +365,20 @@ def _is_size(size: Any) -> bool:
     )
 
 
+def _is_inside(name: str) -> bool:
+    """Whether `name` is that of a file in a folder, or in one below."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts and "\\" not in name
+
+
 def _are_checksums(value: Any) -> bool:
     """Whether `value` has the form of `packed/checksums.py`."""
     return (
         isinstance(value, dict)
-        and value.keys() == {"tensors", "aliases", "config"}
+        and value.keys() - {"files"} == {"tensors", "aliases", "config"}
         and isinstance(value["config"], str)
         and all(
-            isinstance(value[part], dict) and all(isinstance(entry, str) for entry in value[part].values())
-            for part in ("tensors", "aliases")
+            isinstance(part, dict) and all(isinstance(entry, str) for entry in part.values())
+            for part in (value["tensors"], value["aliases"], value.get("files", {}))
         )
+        and all(_is_inside(name) for name in value.get("files", {}))
     )

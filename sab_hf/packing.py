@@ -81,6 +81,28 @@ def unpack_bits(packed: Tensor, length: int) -> Tensor:
     return (packed.unsqueeze(-1) & weights).ne(0).flatten(-2)[..., :length]
 
 
+def unpack_mask(packed: Tensor, in_features: int, num_significant: int) -> Tensor:
+    """Unpack a significance mask and count it.
+
+    Args:
+        packed: [⌈in_features/8⌉] uint8.
+        in_features: columns of the matrix.
+        num_significant: columns of its residual plane.
+    Returns:
+        [in_features] bool.
+    Raises:
+        ValueError: the mask marks another number of columns.
+    """
+    mask = unpack_bits(packed, in_features)
+    marked = int(mask.sum())
+    if marked != num_significant:
+        raise ValueError(
+            f"`significant_columns` must mark {num_significant} columns, those of the residual plane, got {marked}; the "
+            "tensors are damaged or of different matrices"
+        )
+    return mask
+
+
 def tensor_specs(
     out_features: int, in_features: int, num_planes: int, num_significant: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -90,27 +112,27 @@ def tensor_specs(
         out_features, in_features: n and m of the matrix.
         num_planes: full planes, K ≥ 1.
         num_significant: columns with a residual plane, 0 ≤ k ≤ m.
+    Raises:
+        ValueError: a matrix of this shape cannot have as many planes or significant columns.
     """
+    if num_planes < 1 or not 0 <= num_significant <= in_features:
+        raise ValueError(
+            f"a {out_features}×{in_features} matrix must have at least 1 full plane and 0 to {in_features} significant columns, "
+            f"got {num_planes} and {num_significant}"
+        )
     specs = {
         "signs": (torch.uint8, (num_planes, out_features, math.ceil(in_features / 8))),
         "row_scale": (torch.int16, (num_planes, out_features)),
         "col_scale": (torch.int16, (num_planes, in_features)),
     }
     if num_significant:
-        specs |= residual_specs(out_features, in_features, num_significant)
+        specs |= {
+            "significant_columns": (torch.uint8, (math.ceil(in_features / 8),)),
+            "residual_signs": (torch.uint8, (out_features, math.ceil(num_significant / 8))),
+            "residual_row_scale": (torch.int16, (out_features,)),
+            "residual_col_scale": (torch.int16, (num_significant,)),
+        }
     return specs
-
-
-def residual_specs(
-    out_features: int, in_features: int, num_significant: int
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of the tensors of a residual plane alone; arguments as in `tensor_specs`."""
-    return {
-        "significant_columns": (torch.uint8, (math.ceil(in_features / 8),)),
-        "residual_signs": (torch.uint8, (out_features, math.ceil(num_significant / 8))),
-        "residual_row_scale": (torch.int16, (out_features,)),
-        "residual_col_scale": (torch.int16, (num_significant,)),
-    }
 
 
 def stored_bytes(out_features: int, in_features: int, num_planes: int, num_significant: int) -> int:
@@ -147,16 +169,11 @@ def from_tensors(tensors: dict[str, Tensor], in_features: int) -> SignPlanes:
     """
     residual = {}
     if "significant_columns" in tensors:
-        significant_columns = unpack_bits(tensors["significant_columns"], in_features)
         residual_col_scale = tensors["residual_col_scale"].view(torch.float16)
-        marked, stored = int(significant_columns.sum()), residual_col_scale.numel()
-        if marked != stored:
-            raise ValueError(
-                f"`significant_columns` marks {marked} columns but the residual plane has {stored}; the file is damaged"
-            )
+        num_significant = residual_col_scale.numel()
         residual = {
-            "significant_columns": significant_columns,
-            "residual_signs": unpack_bits(tensors["residual_signs"], stored),
+            "significant_columns": unpack_mask(tensors["significant_columns"], in_features, num_significant),
+            "residual_signs": unpack_bits(tensors["residual_signs"], num_significant),
             "residual_row_scale": tensors["residual_row_scale"].view(torch.float16),
             "residual_col_scale": residual_col_scale,
         }

@@ -9,10 +9,11 @@ from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from .packed.checksums import check_checksums, checkpoint_files, expect_marker, seal
+from .packed.checksums import check_checksums, expect_marker, files_being_loaded, seal
 from .packed.names import block_of, is_packed_name, without_packed
 from .packed.swap import dequantize_modules, modules_of, swap_in_empty
 from .packed.verify import (
+    check_contents,
     check_entries,
     check_loaded,
     naming_stale_files,
@@ -42,7 +43,7 @@ class SABHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
             config = self.quantization_config
-            files = kwargs.get("checkpoint_files") or checkpoint_files(model)
+            files = kwargs.get("checkpoint_files") or files_being_loaded()
             with naming_stale_files(files):
                 entries = read_entries(files)
                 modules = modules_of(model, config.modules, entries) if files else config.modules
@@ -51,6 +52,8 @@ class SABHfQuantizer(HfQuantizer):
                 if files:
                     check_entries(model, entries, self._partial)
                 check_checksums(files, config.checksums, model)
+                if not config.checksums:
+                    check_contents(files)
             expect_marker(model, config.modules)
             self._name_as_here(model, modules)
             return model

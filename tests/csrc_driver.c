@@ -1,5 +1,6 @@
 /* Every kernel over sizes that divide by nothing, for a run under the address and undefined behaviour sanitizers. All
  * memory is of the exact size, so that a read or write beyond it is seen. Prints a sum, so that nothing is optimized away. */
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -52,13 +53,15 @@ static void run_several(const sab_matrix *matrix, const char *x, int64_t stride,
     }
 }
 
-static double run(const sab_matrix *matrix, int64_t tokens, int64_t stride, int dtype) {
+/* `special`: some inputs are infinite or no numbers. */
+static double run(const sab_matrix *matrix, int64_t tokens, int64_t stride, int dtype, int special) {
     const size_t size = dtype == SAB_FLOAT32 ? 4 : 2;
     double sum = 0;
     char *x = malloc(size * (size_t)(tokens ? (tokens - 1) * stride + matrix->columns : 0) + 1);
     for (int64_t i = 0; tokens && i < (tokens - 1) * stride + matrix->columns; i++) {
         float value = (float)(rand() % 2000 - 1000) / 300;
         uint16_t half = (uint16_t)(0x3000 + (rand() & 0x8fff));
+        if (special && i % 11 == 4) value = i % 2 ? INFINITY : NAN, half = (uint16_t)(rand() | 0x7f80);
         memcpy(x + size * (size_t)i, dtype == SAB_FLOAT32 ? (void *)&value : (void *)&half, size);
     }
     for (int exact = 0; exact < 2; exact++)
@@ -72,6 +75,40 @@ static double run(const sab_matrix *matrix, int64_t tokens, int64_t stride, int 
         }
     free(x);
     return sum;
+}
+
+static double dense_sum(const sab_matrix *matrix, int64_t first, int64_t rows) {
+    float *dense = malloc(sizeof(float) * (size_t)(rows * matrix->columns));
+    double sum = 0;
+    if (sab_cpu_dense(matrix, first, rows, dense, 3) != 0) abort();
+    for (int64_t i = 0; i < rows * matrix->columns; i++) sum += dense[i];
+    free(dense);
+    return sum;
+}
+
+/* Sizes that cannot be are refused before anything is read or written: there is nothing to read or write. */
+static void check_refusals(void) {
+    const sab_matrix right = {.rows = 5, .columns = 20, .planes = 1, .significant = 3};
+    sab_matrix wrong[8];
+    for (int i = 0; i < 8; i++) wrong[i] = right;
+    wrong[0].significant = 21, wrong[1].significant = 1 << 20, wrong[2].significant = -1, wrong[3].rows = -1;
+    wrong[4].planes = -1, wrong[5].columns = -1, wrong[6].columns = (int64_t)1 << 40, wrong[7].significant = INT64_MAX;
+    for (int i = 0; i < 8; i++) {
+        const sab_matrix two[] = {right, wrong[i]};
+        void *y[] = {NULL, NULL};
+        for (int exact = 0; exact < 2; exact++)
+            for (int first = 0; first < 2; first++)
+                if (sab_cpu_linears(two + first, 2 - first, NULL, 20, SAB_FLOAT32, 4, y, exact, 2) != SAB_BAD_SIZES) abort();
+        if (sab_cpu_dense(&wrong[i], 0, 1, NULL, 2) != SAB_BAD_SIZES) abort();
+    }
+    sab_matrix narrow = right;
+    narrow.columns = 19;
+    const sab_matrix unequal[] = {right, narrow};
+    void *y[] = {NULL, NULL};
+    if (sab_cpu_linears(unequal, 2, NULL, 20, SAB_FLOAT32, 4, y, 0, 2) != SAB_BAD_SIZES) abort();
+    const int64_t rows[][2] = {{0, 6}, {5, 1}, {-1, 2}, {2, -1}, {INT64_MAX, 5}, {5, INT64_MAX}};
+    for (int i = 0; i < 6; i++)
+        if (sab_cpu_dense(&right, rows[i][0], rows[i][1], NULL, 2) != SAB_BAD_SIZES) abort();
 }
 
 static double check(int64_t rows, int64_t columns, int64_t planes, int64_t significant) {
@@ -94,11 +131,12 @@ static double check(int64_t rows, int64_t columns, int64_t planes, int64_t signi
     double sum = 0;
     const int64_t tokens[] = {0, 1, 2, 5, 17, 67};
     for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
-        for (int dtype = 0; dtype < 3; dtype++) sum += run(&matrix, tokens[i], columns + dtype, dtype);
-    float *dense = malloc(sizeof(float) * (size_t)((rows - rows / 2) * columns));
-    if (sab_cpu_dense(&matrix, rows / 2, rows - rows / 2, dense, 3) != 0) abort();
-    for (int64_t i = 0; i < (rows - rows / 2) * columns; i++) sum += dense[i];
-    free(dense);
+        for (int dtype = 0; dtype < 3; dtype++) sum += run(&matrix, tokens[i], columns + dtype, dtype, i == 3);
+    for (int mask = 0; significant && mask < 256; mask += 255) { /* no column is marked, or all */
+        memset(owned[3], mask, (size_t)bytes);
+        sum += run(&matrix, 2, columns, SAB_FLOAT32, 1) + dense_sum(&matrix, 0, rows);
+    }
+    sum += dense_sum(&matrix, rows / 2, rows - rows / 2);
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     free(codes);
     free(residual_codes);
@@ -139,6 +177,7 @@ int main(void) {
         sab_cpu_use_team(run % 2 ? start_team : NULL);
         const int before = regions;
         double sum = 0;
+        check_refusals();
         for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
             sum += check(sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3]);
         if ((regions > before) != (int)(run % 2)) abort();

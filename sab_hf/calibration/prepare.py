@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import check_seed
 from .chat import ChatEncoder, borrowed
 from .checks import (
     all_dropped,
@@ -119,6 +120,7 @@ def prepare_calibration(
     for name, value in (("num_samples", num_samples), ("max_length", max_length), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
+    check_seed(seed)
     if holds_batches(calibration):
         batches, num_dropped = _take_batches(calibration, model_config, num_samples, seed, max_length, vocabulary)
     elif processor is None:

@@ -18,6 +18,7 @@ from transformers import AutoProcessor
 from transformers.utils.logging import tqdm
 
 from ..calibration.chat import ChatEncoder, borrowed
+from ..config import check_seed
 from ..publish.locate import read_config
 from ..publish.open import hub_options, opening_class
 from ..publish.report import finite
@@ -148,6 +149,7 @@ def evaluate(
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
+    check_seed(seed)
     model, processor = _open(model, processor, load_kwargs)
     models = [model] if original is None else [model, _open(original, processor, _elsewhere(load_kwargs))[0]]
     scorers = SCORERS if scorers is None else scorers

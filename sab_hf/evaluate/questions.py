@@ -14,6 +14,7 @@ from ..calibration.chat import ChatEncoder
 from ..calibration.modality import TEXT, token_modality
 from ..calibration.origins import read_samples
 from ..calibration.samples import Sample
+from ..config import check_seed
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def read_questions(data: Any, num_samples: int, seed: int, with_images: bool) ->
     Raises:
         ValueError: the source has none of the accepted forms, or nothing is left.
     """
+    check_seed(seed)
     try:
         samples = list(read_samples(data, seed=seed, limit=num_samples, with_images=with_images))
     except ValueError as error:

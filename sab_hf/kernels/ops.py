@@ -2,16 +2,90 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
-from ..packing import unpack_bits
+from ..packing import tensor_specs, unpack_bits, unpack_mask
 from ..planes import signs_to
+
+
+class Operands(NamedTuple):
+    """The packed tensors of one matrix as the op takes them, in the order of its arguments after `x`.
+
+    Attributes:
+        signs: [K, out_features, ⌈in_features/8⌉] uint8, row_scale: [K, out_features] float16,
+            col_scale: [K, in_features] float16: the full planes, as in `packing.py`. Scales may also be int16, the
+            bits of float16 numbers, as modules store them; on CUDA devices they are float16 only.
+        significant_columns: [⌈in_features/8⌉] uint8, residual_signs: [out_features, ⌈k/8⌉] uint8,
+            residual_row_scale: [out_features] float16, residual_col_scale: [k] float16: the residual plane; all four or
+            none of them.
+    """
+
+    signs: Tensor
+    row_scale: Tensor
+    col_scale: Tensor
+    significant_columns: Tensor | None = None
+    residual_signs: Tensor | None = None
+    residual_row_scale: Tensor | None = None
+    residual_col_scale: Tensor | None = None
+
+
+def check_operands(x: Tensor, operands: Operands) -> None:
+    """Hold input and packed tensors against each other: kernels read memory by the sizes that these tell.
+
+    What a significance mask marks is not counted here, which on a GPU would wait for it: see `packing.unpack_mask`.
+
+    Raises:
+        ValueError: names the tensor, what it must be and what it is.
+        RuntimeError: `x` has another number of features than the matrix.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"the input must be floating point, got {x.dtype}")
+    row_scale, col_scale = operands.row_scale, operands.col_scale
+    for name, scale in (("row_scale", row_scale), ("col_scale", col_scale)):
+        if scale.ndim != 2 or not scale.shape[0]:
+            raise ValueError(f"`{name}` must be {_SCALE} [planes, features], got {_describe(scale)}")
+    (num_planes, rows), columns = row_scale.shape, col_scale.shape[1]
+    check_width(x, col_scale)
+    specs = tensor_specs(rows, columns, num_planes, _num_significant(operands))
+    device, scales = x.device, _SCALES_ON_CUDA if x.is_cuda else _SCALES
+    for (name, (dtype, shape)), tensor in zip(specs.items(), operands, strict=False):  # both in the op's order
+        dtypes = scales if dtype is torch.int16 else (dtype,)
+        if tensor.device != device or tensor.dtype not in dtypes or tensor.shape != shape:
+            raise ValueError(
+                f"`{name}` must be {dtypes[0]} {list(shape)} on {device}, where the input is, got {_describe(tensor)}"
+            )
+
+
+def _num_significant(operands: Operands) -> int:
+    """Return the columns of the residual plane, of whose tensors all are there or none is."""
+    missing = [name for name in RESIDUAL if getattr(operands, name) is None]
+    if len(missing) == len(RESIDUAL):
+        return 0
+    if missing:
+        raise ValueError(f"a residual plane is `{'`, `'.join(RESIDUAL)}`, got no `{missing[0]}`")
+    if not operands.residual_col_scale.numel():
+        raise ValueError(
+            "`residual_col_scale` must have a scale for each significant column, got none; a matrix without a residual plane "
+            "has none of its four tensors"
+        )
+    return operands.residual_col_scale.numel()
+
+
+RESIDUAL = tuple(Operands._field_defaults)
+"""Names of the operands that are there with a residual plane only."""
+_SCALE = torch.float16
+_SCALES_ON_CUDA = (_SCALE,)
+_SCALES = (_SCALE, torch.int16)  # the format stores the bits of the op's scales
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
 def linear_reference(
@@ -31,25 +105,33 @@ def linear_reference(
 
     Args:
         x: [..., in_features] floating point.
-        signs: [K, out_features, ⌈in_features/8⌉] uint8, row_scale: [K, out_features] float16,
-            col_scale: [K, in_features] float16: the full planes, as in `packing.py`. Scales may also be int16, the
-            bits of float16 numbers, as modules store them; kernels on CUDA devices take float16 only.
-        significant_columns: [⌈in_features/8⌉] uint8, residual_signs: [out_features, ⌈k/8⌉] uint8,
-            residual_row_scale: [out_features] float16, residual_col_scale: [k] float16: the residual plane, or None.
+        signs, row_scale, col_scale, significant_columns, residual_signs, residual_row_scale, residual_col_scale: the matrix,
+            see `Operands`.
         exact: compute in the dtype of `x`; otherwise a device's kernel may round the scaled activations to integers (with
             a scale per small group of columns) where that is faster. This implementation is exact either way.
     Returns:
         [..., out_features], dtype of `x`; a fresh tensor, never a view, which callers may write into.
+    Raises:
+        ValueError, RuntimeError: see `check_operands`; and a ValueError on CPUs if the mask marks another number of columns
+            than the residual plane has. Where kernels compute, they count it when they see a matrix first.
     """
-    in_features = check_width(x, col_scale)
+    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
+    check_operands(x, Operands(signs, row_scale, col_scale, *residual))
+    in_features = col_scale.shape[1]
     inputs = x.reshape(-1, in_features).float()
     y = torch.zeros(*x.shape[:-1], signs.shape[1], dtype=torch.float32, device=x.device)
     sums = y.view(inputs.shape[0], signs.shape[1])
     for packed, r, c in zip(signs, row_scale, col_scale, strict=True):
         sums += _plane_matmul(inputs, packed, r, c)
     if significant_columns is not None:
-        mask = unpack_bits(significant_columns, in_features)
-        columns = torch.nonzero_static(mask, size=residual_col_scale.numel()).squeeze(1)  # no wait for the device
+        count = residual_col_scale.numel()
+        counted = x.device.type == "cpu"  # elsewhere that would wait for the device
+        mask = (
+            unpack_mask(significant_columns, in_features, count)
+            if counted
+            else unpack_bits(significant_columns, in_features)
+        )
+        columns = marked_columns(mask, count)
         sums += _plane_matmul(inputs[:, columns], residual_signs, residual_row_scale, residual_col_scale)
     return y.to(x.dtype)
 
@@ -63,10 +145,17 @@ torch.library.impl(_NAME, "default", linear_reference)
 sab_linear = torch.ops.sab.linear.default
 
 
-def check_width(x: Tensor, col_scale: Tensor) -> int:
-    in_features = col_scale.shape[1]
-    torch._check(x.shape[-1] == in_features, lambda: f"input has {x.shape[-1]} features, not {in_features}")
-    return in_features
+def check_width(x: Tensor, col_scale: Tensor) -> None:
+    features, in_features = x.shape[-1] if x.ndim else 0, col_scale.shape[1]
+    torch._check(features == in_features, lambda: f"input has {features} features, not {in_features}")
+
+
+def marked_columns(mask: Tensor, count: int) -> Tensor:
+    """Return the columns that a mask [in_features] bool marks, [count] int64, without a wait for the device.
+
+    Of a mask that marks more, the first ones; if it marks fewer, column 0 stands in: never one that is not there.
+    """
+    return torch.nonzero_static(mask, size=count, fill_value=0).squeeze(1)
 
 
 def _plane_matmul(x: Tensor, packed: Tensor, row_scale: Tensor, col_scale: Tensor) -> Tensor:
@@ -91,17 +180,21 @@ def _(
     residual_col_scale,
     exact=False,
 ) -> Tensor:
-    check_width(x, col_scale)
     # PyTorch also comes here with weights on meta and an input that is elsewhere, and would return what this allocates.
-    torch._check(
-        x.device == signs.device, lambda: f"the weight must be on {x.device}, as the input, got {signs.device}"
-    )
-    if TracingContext.try_get() is not None:  # a compiler looks at the model: let it join products of one input
-        with contextlib.suppress(ImportError):  # a torch whose compiler takes no passes
-            from .joining import register
-
-            register()
+    residual = (significant_columns, residual_signs, residual_row_scale, residual_col_scale)
+    check_operands(x, Operands(signs, row_scale, col_scale, *residual))
+    if TracingContext.try_get() is not None:  # a compiler looks at the model
+        for act in _WHEN_COMPILED:
+            act()
     return x.new_empty(*x.shape[:-1], signs.shape[1])
+
+
+_WHEN_COMPILED: list[Callable[[], None]] = []
+
+
+def when_compiled(act: Callable[[], None]) -> None:
+    """Have `act` called whenever a compiler meets the op."""
+    _WHEN_COMPILED.append(act)
 
 
 def linears_reference(
@@ -145,41 +238,40 @@ torch.library.register_fake(_NAME_OF_SEVERAL, linears_reference)
 sab_linears = torch.ops.sab.linears.default
 
 
-def implement(device: str, products: Callable[[Tensor, list[tuple[Tensor | None, ...]], bool], list[Tensor]]) -> None:
+def implement(device: str, products: Callable[[Tensor, list[Operands], bool], list[Tensor]]) -> None:
     """Have both ops computed by `products` on devices of a type.
 
     Args:
         device: "cpu" or "cuda".
-        products: from `x`, the matrices, each the arguments of `linear_reference` after `x`, and `exact`, to the product of each.
+        products: from `x`, the matrices and `exact` to the product of each.
     """
 
     def linear(x: Tensor, *arguments) -> Tensor:
-        matrix, exact = _without_exact(arguments)
-        return products(x, [matrix], exact)[0]
+        return products(x, [Operands._make(arguments[:_NUM_OPERANDS])], _is_exact(arguments))[0]
 
     def linears(x: Tensor, *arguments) -> list[Tensor]:
-        lists, exact = _without_exact(arguments)
-        return products(x, list(zip(*lists, strict=True)), exact)
+        lists = arguments[:_NUM_OPERANDS]
+        return products(x, [Operands._make(one) for one in zip(*lists, strict=True)], _is_exact(arguments))
 
     torch.library.impl(_NAME, device, linear)
     torch.library.impl(_NAME_OF_SEVERAL, device, linears)
 
 
-def _without_exact(arguments: tuple) -> tuple[tuple, bool]:
-    """Take the arguments after `x` apart; the dispatcher leaves `exact` out where it is the default."""
-    return arguments[:_NUM_PLANE_TENSORS], arguments[_NUM_PLANE_TENSORS:] == (True,)
+def _is_exact(arguments: tuple) -> bool:
+    """Whether `exact` is true among the arguments after `x`; the dispatcher leaves it out where it is the default."""
+    return arguments[_NUM_OPERANDS:] == (True,)
 
 
 def _keep_planes(ctx, inputs, output) -> None:
     x, *planes = inputs
-    ctx.dtype, ctx.num_options = x.dtype, len(planes) - _NUM_PLANE_TENSORS
-    ctx.save_for_backward(*planes[:_NUM_PLANE_TENSORS])
+    ctx.dtype, ctx.num_options = x.dtype, len(planes) - _NUM_OPERANDS
+    ctx.save_for_backward(*planes[:_NUM_OPERANDS])
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradient of `x`; planes and scales are stored numbers and get none."""
     grad_x = input_gradient(grad, *ctx.saved_tensors).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-    return grad_x, *[None] * (_NUM_PLANE_TENSORS + ctx.num_options)
+    return grad_x, *[None] * (_NUM_OPERANDS + ctx.num_options)
 
 
 def input_gradient(
@@ -205,7 +297,7 @@ def input_gradient(
         grad_x += _plane_transposed(rows, packed, r, c)
     if significant_columns is not None:
         mask = unpack_bits(significant_columns, col_scale.shape[1])
-        columns = torch.nonzero_static(mask, size=residual_col_scale.numel()).squeeze(1)
+        columns = marked_columns(mask, residual_col_scale.numel())
         residual = _plane_transposed(rows, residual_signs, residual_row_scale, residual_col_scale)
         grad_x.index_add_(1, columns, residual)
     return grad_x.reshape(*grad.shape[:-1], -1)
@@ -216,7 +308,7 @@ def _plane_transposed(grad: Tensor, packed: Tensor, row_scale: Tensor, col_scale
     return (grad * _numbers(row_scale)) @ B * _numbers(col_scale)
 
 
-_NUM_PLANE_TENSORS = 7
+_NUM_OPERANDS = len(Operands._fields)
 torch.library.register_autograd(_NAME, _backward, setup_context=_keep_planes)
 
 

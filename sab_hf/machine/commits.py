@@ -1,7 +1,8 @@
 """Resume: what a run has finished, committed stage by stage into a folder.
 
-A stage (a block, or any other step) is one safetensors file: its tensors, and a record as JSON in the metadata, with a digest
-of both. It is written beside its place, flushed to the disk and renamed, so that it is either there and whole, or not there.
+A stage (a block, or any other step) is one safetensors file: its tensors, and in the metadata a record as JSON, the stage's name,
+which run it is of, and a digest of all of that: a file that was renamed, or comes from another run, is not taken for what its
+name says. It is written beside its place, flushed to the disk and renamed, so that it is either there and whole, or not there.
 Hidden states are not stored: a run that resumes passes them through the finished blocks again, dense and packed, which is
 cheap beside fitting and gives the same bytes.
 """
@@ -54,7 +55,7 @@ class RunCheckpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder / _LOCK)
         try:
-            self._check_fingerprint(fingerprint)
+            self._run = _run_of(self._check_fingerprint(fingerprint))
         except BaseException:
             self.close()
             raise
@@ -78,8 +79,12 @@ class RunCheckpoint:
         except (SafetensorError, OSError) as error:
             raise ValueError(_damaged(path, str(error))) from error
         record = metadata.get("record", "null")
-        if metadata.get("digest") != _digest(tensors, record):
+        named = [metadata[key] for key in ("stage", "run") if key in metadata]  # none in files of early versions
+        if metadata.get("digest") != _digest(tensors, record, *named):
             raise ValueError(_damaged(path, "its digest does not fit its content"))
+        if named and named != [stage, self._run]:
+            other = f"it is `{named[0]}`" if named[0] != stage else f"it is `{stage}` of another run"
+            raise ValueError(_damaged(path, f"{other}; files were renamed or copied"))
         return Stage(tensors, json.loads(record))
 
     def save(self, stage: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -90,7 +95,9 @@ class RunCheckpoint:
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps(record)
-        content = save(tensors, metadata={"record": text, "digest": _digest(tensors, text)})
+        named = {"stage": stage, "run": self._run}
+        digest = _digest(tensors, text, *named.values())
+        content = save(tensors, metadata={"record": text, "digest": digest} | named)
         self._write(self._path(stage), content)
         logger.debug("committed %s: %.1f MiB", stage, len(content) / 2**20)
 
@@ -109,7 +116,8 @@ class RunCheckpoint:
     def _path(self, stage: str) -> Path:
         return self.folder / f"{stage}.safetensors"
 
-    def _check_fingerprint(self, fingerprint: Fingerprint) -> None:
+    def _check_fingerprint(self, fingerprint: Fingerprint) -> Fingerprint:
+        """Return the fingerprint of the run that the folder belongs to."""
         path = self.folder / _FINGERPRINT
         if not path.exists():
             if self.stages():
@@ -117,7 +125,7 @@ class RunCheckpoint:
                     f"{self.folder} holds finished stages but no {_FINGERPRINT}; name another `checkpoint_dir`"
                 )
             self._write(path, json.dumps(fingerprint.to_dict(), indent=2).encode())
-            return
+            return fingerprint
         try:
             stored = Fingerprint(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
@@ -132,6 +140,7 @@ class RunCheckpoint:
             logger.warning("resuming elsewhere, so the result may differ by rounding: %s", "; ".join(noted))
         if self.stages():
             logger.info("resuming from %s: %d stages are finished", self.folder, len(self.stages()))
+        return stored
 
     def _write(self, path: Path, content: bytes) -> None:
         temporary = path.with_name(f"{path.name}.tmp")
@@ -155,8 +164,16 @@ class RunCheckpoint:
             ) from error
 
 
-def _digest(tensors: dict[str, Tensor], record: str) -> str:
+def _run_of(fingerprint: Fingerprint) -> str:
+    """Return a digest of what makes a run another run; of software, by which a run may go on, nothing."""
+    parts = {key: value for key, value in fingerprint.to_dict().items() if key != "software"}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(tensors: dict[str, Tensor], record: str, *named: str) -> str:
     digest = hashlib.sha256(record.encode())
+    for text in named:
+        digest.update(f"\n{len(text)} {text}".encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())

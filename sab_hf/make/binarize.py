@@ -271,7 +271,8 @@ def _binarize_block(
             result = refine_block(model, block, index, planes, inputs, refine, gradient)
         else:
             for linear in planes:
-                packed = SABLinear.from_planes(planes[linear], model.get_submodule(linear).bias)
+                dense = model.get_submodule(linear)
+                packed = SABLinear.from_planes(planes[linear], dense.bias, dense.weight.dtype)
                 replace_module(model, linear, packed)
     return block.state_dict(), {"fits": [asdict(fit) for fit in fits], "refinement": result and result._asdict()}
 

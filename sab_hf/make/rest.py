@@ -202,7 +202,8 @@ def _binarize_linear(
     H = damp(mix(moments, linear.in_features, device), config.damping)
     fit = fit_tall_planes(linear.weight, H, num_planes, alternations=config.alternations, block_size=config.block_size)
     logger.info("%s: %d planes, relative output error %.2e", name, num_planes, fit.error)
-    replace_module(model, name, SABLinear.from_planes(fit.planes, linear.bias).to(linear.weight.device))
+    packed = SABLinear.from_planes(fit.planes, linear.bias, linear.weight.dtype)
+    replace_module(model, name, packed.to(linear.weight.device))
 
 
 def _binarize_embedding(

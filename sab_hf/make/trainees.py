@@ -101,13 +101,15 @@ class Trainees:
             bias = linear.bias
             if bias is not None:
                 bias = result[f"{name}|bias"].to(bias.dtype)
-            replace_module(self._model, name, SABLinear.from_planes(result[name], bias))
+            dtype = self._linears[name].weight.dtype
+            replace_module(self._model, name, SABLinear.from_planes(result[name], bias, dtype))
 
     def pack_start(self) -> None:
         """Put packed Linears into the model as the training found them, and leave all else as it was before."""
         self._settle(trained=False)
         for name, linear in self._linears.items():
-            replace_module(self._model, name, SABLinear.from_planes(self._start[name], linear.bias))
+            packed = SABLinear.from_planes(self._start[name], linear.bias, linear.weight.dtype)
+            replace_module(self._model, name, packed)
 
     def give_back(self) -> None:
         """Make the blocks what they were before."""

@@ -5,7 +5,10 @@
 - `tensors`: for each block of the model (file names up to their first number) and for each module outside of blocks, a digest
   of the names, dtypes, shapes and bytes of its tensors, as they are in the files;
 - `aliases`: names of tied tensors → the name under which they are counted (a file holds one of them);
-- `config`: a digest of `config.json` as parsed JSON, without itself and without what tools rewrite.
+- `config`: a digest of `config.json` as parsed JSON, without itself and without what tools rewrite;
+- `files`, if `sab_hf.save` wrote the folder: for each file beside weights and config that a model needs (of its processor,
+  tokenizer, chat template, generation config, own code) a digest of its bytes. Loading does not read those files; `sab-hf
+  inspect --verify` checks them.
 
 A digest is BLAKE2b, 8 bytes in hexadecimal. It finds damage; it is no signature.
 
@@ -21,6 +24,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +34,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils import cached_file
 
 from .names import names_when_saved, settle_names, tail
 
@@ -42,8 +45,9 @@ _LARGE = 2**20
 """Bytes from which a tensor is worth a thread."""
 _HINT = (
     "download or quantize it again. If the change is meant, set `checksums` in the quantization_config of config.json to null; "
-    "nothing is checked then"
+    "tensors and config are not compared with what was saved then"
 )
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
 def seal(model: nn.Module) -> dict[str, Tensor] | None:
@@ -102,44 +106,116 @@ def expect_marker(model: nn.Module, modules: Iterable[str]) -> None:
     model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), rf"(^|\.){ending}$"])
 
 
-def checkpoint_files(model: nn.Module) -> list[str]:
-    """Return the safetensors files that `model` is loaded from, where transformers (4.57) does not tell; [] if not found."""
-    where, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        try:
-            found = cached_file(
-                where, name, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
-            )
-        except (OSError, ValueError):
-            return []
-        if found and name.endswith(".json"):
-            shards = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
-            return [str(Path(found).parent / shard) for shard in shards]
-        if found:
-            return [found]
+def seal_files(folder: Path) -> None:
+    """Add the files beside the weights to the checksums in the config of a checkpoint that was just saved.
+
+    Args:
+        folder: holds what `save_pretrained` of model and processor wrote, and nothing else.
+    """
+    path = folder / CONFIG
+    content = json.loads(path.read_text(encoding="utf-8"))
+    checksums = content["quantization_config"]["checksums"]
+    if checksums is not None:
+        checksums["files"] = {name: _hash((folder / name).read_bytes()) for name in files_beside(folder)}
+        checksums["config"] = config_digest(content)
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def files_beside(folder: Path) -> list[str]:
+    """Return the files of a folder that are neither weights, nor `config.json`, nor hidden, as paths from it, sorted."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+    weights = re.compile(r"\.safetensors$|\.safetensors\.index\b.*\.json$")
+    return sorted(name for name in names if name != CONFIG and not weights.search(name))
+
+
+def check_files(folder: Path, checksums: dict[str, Any]) -> None:
+    """Compare the files beside the weights with the checksums in the config.
+
+    Raises:
+        ValueError: a file was altered or is missing.
+    """
+    for name, expected in checksums.get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, which was saved with the checkpoint: {_HINT}")
+        if _hash(path.read_bytes()) != expected:
+            raise ValueError(f"{path} was altered after it was saved: {_HINT}")
+
+
+def files_being_loaded() -> list[str]:
+    """Return the weights files that a `from_pretrained` further up the stack is about to load; [] if there are none.
+
+    transformers 5 hands them to quantizers. transformers 4.57 does not: there they are a local variable, the only place that
+    knows what `subfolder`, `variant` and `revision` led to.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "from_pretrained" and "checkpoint_files" in frame.f_locals:
+            return list(frame.f_locals["checkpoint_files"] or ())
+        frame = frame.f_back
     return []
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint's folder, which loaders take by default; [] if there are none.
+
+    Raises:
+        ValueError: the index of a sharded checkpoint is damaged.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        return []
+    return [folder / name for name in sorted(set(read_index(folder / INDEX).values()))]
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the file of each tensor, as the index of a sharded checkpoint tells.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        right = isinstance(found, dict) and all(
+            isinstance(name, str) and Path(name).name == name for name in found.values()
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); download or quantize the checkpoint again") from error
+    if not right:
+        raise ValueError(
+            f"{path} must map tensors to files beside it under `weight_map`; download or quantize it again"
+        )
+    return found
 
 
 def check_checksums(
     files: Iterable[str | os.PathLike], checksums: dict[str, Any] | None, model: nn.Module | None = None
 ) -> None:
-    """Compare a checkpoint with the checksums in its config; without checksums (an older or edited checkpoint) do nothing.
+    """Compare a checkpoint with the checksums in its config; without checksums (an older or edited checkpoint) warn.
 
     Args:
-        files: its safetensors files; `config.json` lies beside them.
+        files: its safetensors files, those that are loaded; `config.json` lies beside them.
         checksums: `quantization_config.checksums`.
         model: the skeleton; with it, files are accepted that were saved under the names of the model's own tensors
             (`save_pretrained(save_original_format=False)` of transformers 5).
     Raises:
-        ValueError: a tensor or the config was altered, is missing or is too much.
+        ValueError: a tensor or the config was altered, is missing or is too much, or it is not known what is loaded.
     """
     files = [Path(file) for file in files]
     if not checksums:
+        logger.warning(
+            "the packed checkpoint has no checksums: altered signs, dense weights and configs are not noticed, only what has a "
+            "wrong size, and scales and masks that cannot be. `save_pretrained` writes checksums"
+        )
         return
     if not files:
-        logger.warning("the checkpoint's files were not found, so its checksums are not checked")
-        return
-    config = files[0].parent / "config.json"
+        raise ValueError(
+            "the packed checkpoint has checksums, and the files that it is loaded from are not known, so they cannot be checked: "
+            "load it from its folder or repository (not from a state dict), or set `checksums` in its quantization_config to None"
+        )
+    config = files[0].parent / CONFIG
     if config.is_file() and config_digest(json.loads(config.read_text(encoding="utf-8"))) != checksums["config"]:
         raise ValueError(f"{config} was altered after it was saved: {_HINT}")
     tensors: dict[str, Tensor] = {}
@@ -149,7 +225,7 @@ def check_checksums(
             names = list(reader.keys())
             where |= dict.fromkeys(names, file.name)
             tensors |= {name: reader.get_tensor(name) for name in names}  # mapped, not read
-    _check_index(files[0].parent / "model.safetensors.index.json", where)
+    _check_index(files[0].parent, where)
     wrong = _differing(tensors, checksums)
     names = {name for name, tensor in tensors.items() if tensor.numel()}  # the marker is in no model
     if wrong and model is not None and names <= model.state_dict().keys():
@@ -170,12 +246,17 @@ def _differing(tensors: dict[str, Tensor], checksums: dict[str, Any]) -> list[st
     return sorted(name for name in groups.keys() | expected.keys() if groups.get(name) != expected.get(name))
 
 
-def _check_index(index: Path, where: dict[str, str]) -> None:
+def _check_index(folder: Path, where: dict[str, str]) -> None:
     """Raise if the index of a sharded checkpoint does not list its tensors: loaders leave out what it does not list."""
-    if len(set(where.values())) > 1 and index.is_file():
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    shards = set(where.values())
+    if len(shards) < 2:
+        return
+    indices = {
+        path: read_index(path) for path in sorted(folder.glob("*.safetensors.index*.json"))
+    }  # one for each variant
+    for index, listed in indices.items():
         wrong = sorted(name for name in listed.keys() | where.keys() if listed.get(name) != where.get(name))
-        if wrong:
+        if wrong and set(listed.values()) & shards:
             raise ValueError(
                 f"{index} and the files beside it differ in {len(wrong)} tensors, first `{wrong[0]}`; {_HINT}"
             )

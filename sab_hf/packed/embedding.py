@@ -18,15 +18,13 @@ class SABEmbedding(SABModule):
     Args:
         tensors: packed tensors as in `SABModule`, without a residual plane; a row is a token.
         embedding_dim: columns of the matrix.
-        dtype: dtype of the rows that come out; `.to(dtype)` changes it.
+        dtype: dtype of the rows that come out, see `SABModule`.
     """
 
     def __init__(self, tensors: dict[str, Tensor], embedding_dim: int, dtype: torch.dtype):
-        super().__init__(tensors, embedding_dim)
+        super().__init__(tensors, embedding_dim, dtype)
         if self.num_significant:
             raise ValueError(f"an embedding has full planes only, got {self.num_significant} significant columns")
-        # holds nothing, so never on meta, where offloaded weights are; follows the model's dtype, which integers do not
-        self.register_buffer("output_like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
 
     @classmethod
     def from_planes(cls, planes: SignPlanes, dtype: torch.dtype) -> SABEmbedding:
@@ -61,7 +59,7 @@ class SABEmbedding(SABModule):
         shifts = torch.arange(8, dtype=torch.uint8, device=input.device)
         bits = (self.signs[:, input].unsqueeze(-1) >> shifts & 1).flatten(-2)[..., : self.in_features]
         signed = (2.0 * bits - 1.0) * c.view(len(c), *[1] * input.ndim, -1)
-        return (signed * r.unsqueeze(-1)).sum(0).to(self.output_like.dtype)
+        return (signed * r.unsqueeze(-1)).sum(0).to(self.dtype)
 
 
 class FixedVocabulary:

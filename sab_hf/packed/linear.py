@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import packing
-from ..kernels.cpu import linear as _cpu  # registers the op's implementation too
-from ..kernels.cuda import linear as _cuda  # noqa: F401  registers the op's implementation
-from ..kernels.ops import is_plain_cpu, sab_linear
+from ..kernels.cpu.linear import Direct
+from ..kernels.ops import RESIDUAL, Operands, is_plain_cpu, sab_linear
 from ..planes import SignPlanes
 
 
 class PackedWeight(NamedTuple):
-    """Shape, dtype of storage and device of a packed weight. It is no tensor, and models that ask (T5) leave it alone."""
+    """Shape, dtype and device that a packed weight stands for. It is no tensor, and models that ask (T5) leave it alone.
+
+    The dtype is a floating-point one, as that of the dense weight would be: models cast their inputs to it.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -37,10 +40,14 @@ class SABModule(nn.Module):
     Args:
         tensors: the packed tensors by name, as `packing.to_tensors` gives them.
         in_features: columns of the matrix.
+        dtype: floating point, that of the dense weight; `.to(dtype)` and its like change it.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], in_features: int):
+    def __init__(self, tensors: dict[str, Tensor], in_features: int, dtype: torch.dtype):
         super().__init__()
+        if not dtype.is_floating_point:
+            raise ValueError(f"`dtype` must be a floating-point dtype, got {dtype}")
+        self.dtype = dtype
         out_features, num_planes, num_significant = _sizes(tensors)
         self.in_features, self.out_features = in_features, out_features
         self.num_planes, self.num_significant = num_planes, num_significant
@@ -53,12 +60,17 @@ class SABModule(nn.Module):
                     f"`{name}` must be {dtype} {list(shape)} for a {out_features}×{in_features} matrix, got {got}"
                 )
             self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
-        self._direct = _cpu.Direct()
+        self._direct = Direct()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SABModule:
+        """Follow a change of dtype, such as `.to(dtype)`, of which integers take no notice."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        return super()._apply(fn, recurse)
 
     @property
     def weight(self) -> PackedWeight:
         """What models and adapters may ask of a matrix's weight; the values are in the packed tensors only."""
-        return PackedWeight((self.out_features, self.in_features), self.signs.dtype, self.signs.device)
+        return PackedWeight((self.out_features, self.in_features), self.dtype, self.signs.device)
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """Return the packed tensors by their names in the file, bias excluded."""
@@ -79,16 +91,19 @@ class SABModule(nn.Module):
             y = self._direct(x, self._parameters, exact)
             if y is not None:
                 return y
-        residual: tuple[Tensor | None, ...] = (None, None, None, None)
-        if self.num_significant:
-            residual = (
-                self.significant_columns,
-                self.residual_signs,
-                self.residual_row_scale.view(torch.float16),
-                self.residual_col_scale.view(torch.float16),
-            )
-        scales = self.row_scale.view(torch.float16), self.col_scale.view(torch.float16)
-        return sab_linear(x, self.signs, *scales, *residual, exact)
+        return sab_linear(x, *self._operands(), exact)
+
+    def _operands(self) -> Operands:
+        full = self.signs, self.row_scale.view(torch.float16), self.col_scale.view(torch.float16)
+        if not self.num_significant:
+            return Operands(*full)
+        return Operands(
+            *full,
+            self.significant_columns,
+            self.residual_signs,
+            self.residual_row_scale.view(torch.float16),
+            self.residual_col_scale.view(torch.float16),
+        )
 
     def extra_repr(self) -> str:
         residual = f", {self.num_significant} significant columns" if self.num_significant else ""
@@ -99,7 +114,7 @@ class SABLinear(SABModule):
     """`y = x Wᵀ + bias` with W as packed sign planes.
 
     Args:
-        tensors, in_features: see `SABModule`.
+        tensors, in_features, dtype: see `SABModule`. None: the dtype of the bias, or PyTorch's default one.
         bias: [out_features] floating point, or None.
 
     Attributes:
@@ -108,22 +123,29 @@ class SABLinear(SABModule):
             of the input are recorded, products are exact in any case: so are their gradients.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None = None):
-        super().__init__(tensors, in_features)
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        in_features: int,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(tensors, in_features, dtype or (torch.get_default_dtype() if bias is None else bias.dtype))
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"`bias` must be [{self.out_features}], got {list(bias.shape)}")
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.exact = exact_by_default()
 
     @classmethod
-    def from_planes(cls, planes: SignPlanes, bias: Tensor | None = None) -> SABLinear:
+    def from_planes(cls, planes: SignPlanes, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> SABLinear:
         """Pack `planes` into a module; scales are rounded to float16."""
-        return cls(packing.to_tensors(planes), planes.shape[1], bias)
+        return cls(packing.to_tensors(planes), planes.shape[1], bias, dtype)
 
     @classmethod
     def empty_like(cls, linear: nn.Linear, num_planes: int, num_significant: int) -> SABLinear:
         """Return a module of the shape of `linear`, on its device, with uninitialised planes for a loader to fill."""
-        return cls(empty_tensors(linear.weight, num_planes, num_significant), linear.in_features, linear.bias)
+        tensors = empty_tensors(linear.weight, num_planes, num_significant)
+        return cls(tensors, linear.in_features, linear.bias, linear.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # named as `nn.Linear` names it: some models pass it by name
         y = self.multiply(input, self.exact)
@@ -150,7 +172,7 @@ def _sizes(tensors: dict[str, Tensor]) -> tuple[int, int, int]:
     if row_scale is None or row_scale.ndim != 2:
         got = "nothing" if row_scale is None else f"{row_scale.dtype} {list(row_scale.shape)}"
         raise ValueError(f"`row_scale` must be torch.int16 [planes, out_features], got {got}")
-    if "significant_columns" in tensors and (residual is None or not residual.numel()):
+    if any(name in tensors for name in RESIDUAL) and (residual is None or not residual.numel()):
         raise ValueError("`residual_col_scale` must be torch.int16 [significant columns], got nothing")
     return row_scale.shape[1], row_scale.shape[0], 0 if residual is None else residual.numel()
 

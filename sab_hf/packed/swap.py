@@ -22,7 +22,8 @@ def swap_in_empty(model: nn.Module, modules: dict[str, list[int]], tied_head: bo
         modules: name → [K, k], as recorded in `config.json`.
         tied_head: whether the output head uses the planes of the input embedding.
     Raises:
-        ValueError: no modules are recorded, or one is not a Linear or the embedding of this model.
+        ValueError: no modules are recorded, one is not a Linear or the embedding of this model, or has more significant
+            columns than there are.
     """
     if not modules:
         raise ValueError(
@@ -34,6 +35,13 @@ def swap_in_empty(model: nn.Module, modules: dict[str, list[int]], tied_head: bo
     unknown = [name for name in modules if name not in dense]
     if unknown:
         raise ValueError(_unknown_module(model, unknown[0], len(unknown)))
+    for name, (_, num_significant) in modules.items():
+        columns = dense[name].weight.shape[1]
+        if num_significant > (0 if isinstance(dense[name], nn.Embedding) else columns):
+            raise ValueError(
+                f"the checkpoint's quantization_config gives `{name}`, a {type(dense[name]).__name__} of {columns} columns, "
+                f"{num_significant} significant columns, which cannot be; it was altered: download or quantize it again"
+            )
     for name, (num_planes, num_significant) in modules.items():
         if isinstance(dense[name], nn.Embedding):
             replace_module(model, name, SABEmbedding.empty_like(dense[name], num_planes))

@@ -7,7 +7,7 @@ dtype. Each of these would be a silently different model, so each is an error he
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from ..packing import tensor_specs, unpack_bits
+from ..packing import tensor_specs, unpack_mask
 from .linear import SABModule
-from .names import is_packed_name, loaded_names, tail
+from .names import PACKED_NAMES, is_packed_name, loaded_names, tail
 
+_SMALL_NAMES = PACKED_NAMES - {"signs", "residual_signs"}
 _HEADER_DTYPES = {torch.uint8: "U8", torch.int16: "I16"}
 
 
@@ -95,6 +96,37 @@ def check_entries(model: nn.Module, entries: Iterable[tuple[str, str, tuple[int,
         raise_if_unlisted([entry.tail for entry in surplus])
 
 
+def check_contents(checkpoint_files: Iterable[str | os.PathLike]) -> None:
+    """Check what shows without checksums, after `check_entries`: scales are finite, masks mark as many columns as there are.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for file in checkpoint_files:
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 (a reader is no dict)
+                module, _, part = name.rpartition(".")
+                if part in _SMALL_NAMES and (tensor := reader.get_tensor(name)).dtype in _HEADER_DTYPES:
+                    if tensor.dtype == torch.int16 and not tensor.view(torch.float16).isfinite().all():
+                        raise ValueError(
+                            f"`{name}` in {file} holds scales that are not finite; the checkpoint is damaged: download or "
+                            "quantize it again"
+                        )
+                    modules[module][part] = tensor
+    for name, tensors in modules.items():
+        if "significant_columns" in tensors:
+            check_mask(name, tensors["significant_columns"], tensors["col_scale"], tensors["residual_col_scale"])
+
+
+def check_mask(module: str, mask: Tensor, col_scale: Tensor, residual_col_scale: Tensor) -> None:
+    """Check that the significance mask of the module called `module` marks as many columns as its residual plane has."""
+    try:
+        unpack_mask(mask, col_scale.shape[-1], residual_col_scale.numel())
+    except ValueError as error:
+        raise ValueError(f"`{module}`: {error}; download or quantize the checkpoint again") from error
+
+
 class _Entry(NamedTuple):
     """What a file's header tells of a packed tensor; `tail` is the part of its name that loaders seldom change."""
 
@@ -131,12 +163,7 @@ def _check_module(name: str, module: SABModule) -> None:
         raise_if_altered(f"{name}.{tensor_name}", dtype, shape, tensor.dtype, tensor.shape)
     mask = tensors.get("significant_columns")
     if mask is not None and not mask.is_meta:
-        marked = int(unpack_bits(mask, module.in_features).sum())
-        if marked != module.num_significant:
-            raise ValueError(
-                f"`{name}.significant_columns` marks {marked} columns, the residual plane has {module.num_significant}; the "
-                "checkpoint is damaged: download or quantize it again"
-            )
+        check_mask(name, mask, tensors["col_scale"], tensors["residual_col_scale"])
 
 
 @contextmanager

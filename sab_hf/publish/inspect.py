@@ -14,10 +14,10 @@ from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_
 from torch import nn
 
 from ..config import SABQuantizationConfig
-from ..packed.checksums import check_checksums, checkpoint_files
+from ..packed.checksums import CONFIG, check_checksums, check_files, files_beside, weights_files
 from ..packed.names import is_packed_name
 from ..packed.swap import swap_in_empty
-from ..packed.verify import check_entries, header_entries, naming_stale_files
+from ..packed.verify import check_contents, check_entries, header_entries, naming_stale_files
 from .locate import check_name, not_found, read_config, require_packed
 from .open import opening_class
 from .report import Report, report
@@ -34,6 +34,8 @@ class Inspection:
         format_version: version of the file format.
         num_files, num_tensors: weights files, and tensors in them.
         checksums: NONE, PRESENT or VERIFIED.
+        covered: what was verified: the weights, the config, and files beside them; empty unless verified.
+        not_covered: files beside them that are in no checksum, such as the card; empty unless verified.
         report: sizes by role and module, from the headers and the config.
     """
 
@@ -43,18 +45,21 @@ class Inspection:
     num_tensors: int
     checksums: str
     report: Report
+    covered: tuple[str, ...] = ()
+    not_covered: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        plain = {
-            name: getattr(self, name) for name in ("name", "format_version", "num_files", "num_tensors", "checksums")
-        }
-        return plain | self.report.to_dict()
+        names = ("name", "format_version", "num_files", "num_tensors", "checksums", "covered", "not_covered")
+        return {name: getattr(self, name) for name in names} | self.report.to_dict()
 
     def __str__(self) -> str:
         about = (
             f"{self.name}: format version {self.format_version}, {self.report.bits:.3f} bits per binarized weight\n"
             f"{self.num_tensors} tensors in {self.num_files} files, shapes and sums as in the config; checksums: {self.checksums}"
         )
+        for text, names in (("verified", self.covered), ("in no checksum", self.not_covered)):
+            printed = [name if name.isprintable() else ascii(name) for name in names]
+            about += f"\n{text}: {', '.join(printed)}" if names else ""
         return f"{about}\n{self.report}"
 
 
@@ -71,23 +76,32 @@ def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: st
     """
     name = str(path_or_id)
     check_name(name)
-    folder = Path(path_or_id) if Path(path_or_id).is_dir() else _download(name, revision) if verify else None
+    folder = Path(path_or_id) if Path(path_or_id).is_dir() else None
     raw = _raw_config(name, folder, revision)
     require_packed(raw, name)
     config = SABQuantizationConfig.from_dict(raw["quantization_config"])
+    beside = tuple((config.checksums or {}).get("files", ()))
+    if verify and folder is None:
+        folder = _download(name, revision, beside)
     model = skeleton(folder or path_or_id, config, revision)
-    files = checkpoint_files(model) if folder else []
+    files = weights_files(folder) if folder else []
     if folder and not files:
         raise ValueError(f"`{name}` has no safetensors files; download or quantize it again")
     entries = {file: header_entries(file) for file in files} if folder else _remote_entries(name, revision)
     flat = [entry for of_file in entries.values() for entry in of_file]
+    about = name, config.format_version, len(entries), len(flat)
     with naming_stale_files(files):
         check_entries(model, flat)
         _check_sums(model, flat)
-        if verify:
-            check_checksums(files, config.checksums, model)
-    state = NONE if config.checksums is None else VERIFIED if verify else PRESENT
-    return Inspection(name, config.format_version, len(entries), len(flat), state, report(model))
+        if not verify:
+            return Inspection(*about, PRESENT if config.checksums else NONE, report(model))
+        check_checksums(files, config.checksums, model)
+        if not config.checksums:
+            check_contents(files)
+            return Inspection(*about, NONE, report(model))
+    check_files(folder, config.checksums)
+    others = tuple(name for name in files_beside(folder) if name not in beside)
+    return Inspection(*about, VERIFIED, report(model), ("weights", CONFIG, *beside), others)
 
 
 def skeleton(
@@ -118,10 +132,11 @@ def empty_model(config: Any, path_or_id: str | os.PathLike) -> nn.Module:
             ) from error
 
 
-def _download(name: str, revision: str | None) -> Path:
-    """Return the folder into which a repository's weights and configs were downloaded."""
+def _download(name: str, revision: str | None, beside: tuple[str, ...]) -> Path:
+    """Return the folder into which a repository's weights and configs, and the files called `beside`, were downloaded."""
+    wanted = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.safetensors", *beside]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise not_found(name, error) from error
 

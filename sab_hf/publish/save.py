@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from ..anatomy.adapters import refuse_adapters
+from ..packed.checksums import seal_files
 from .card import find_license, model_card
 from .folders import HIDDEN, atomic_folder, write_file
 from .form import check_summary, read_json
@@ -253,4 +254,5 @@ def _write(
 ) -> None:
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
+    seal_files(folder)
     write_pages(folder, summary, repo_id, license)

@@ -326,3 +326,11 @@ def test_prepare_calibration_names_the_sample_that_a_processor_fails_on(processo
     lone = "half of a pair: \ud800"
     with pytest.raises(ValueError, match=r"^sample 0: LlavaProcessor cannot process the sample \(\w+: "):
         prepare_calibration([{"image": picture(), "text": lone}], processor, config, num_samples=1)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70, 1.5])
+def test_seeds_that_no_generator_takes_are_refused_with_the_range(processor, seed):
+    with pytest.raises(
+        ValueError, match=rf"`seed` must be an integer of at least 0 and at most {2**63 - 1}, got {seed}"
+    ):
+        prepare_calibration("builtin", processor, None, seed=seed)

@@ -19,6 +19,8 @@ import sab_hf
 from sab_hf import packing
 from sab_hf.anatomy.roles import find_roles
 from sab_hf.anatomy.selection import language_linears
+from sab_hf.packed.embedding import SABEmbedding
+from sab_hf.packed.linear import SABLinear, SABModule
 from sab_hf.passes.capture import BlockInputs
 
 
@@ -102,6 +104,21 @@ def test_dtype_of_loading_leaves_packed_tensors_alone(packed_dir):
     one, other = (packed_linears(load(packed_dir, dtype)) for dtype in (torch.float32, torch.bfloat16))
     for name, linear in one.items():
         assert_same_tensors(linear.packed_tensors(), other[name].packed_tensors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("refine_steps", [0, 1])
+def test_packed_weights_answer_the_dtype_of_the_model(vlm_dir, make_config, tmp_path, dtype, refine_steps):
+    """Quantized while loading, refined or not, and loaded again in another dtype; embeddings and towers too."""
+    quantized = load(vlm_dir, dtype, quantization_config=make_config(rest_bits=2, refine_steps=refine_steps))
+    quantized.save_pretrained(tmp_path)
+    for model, expected in ((quantized, dtype), (load(tmp_path, torch.float16), torch.float16)):
+        packed = [module for module in model.modules() if isinstance(module, SABModule)]
+        assert {type(module) for module in packed} == {SABLinear, SABEmbedding}
+        assert {module.weight.dtype for module in packed} == {expected}
+        assert {module.weight.dtype for module in model.to(torch.float32).modules() if module in packed} == {
+            torch.float32
+        }
 
 
 def test_saving_again_writes_the_same_tensors(packed_dir, tmp_path):

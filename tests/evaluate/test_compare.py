@@ -142,3 +142,8 @@ def test_errors_say_what_to_do(models):
     other = build_llava(vocab_size=300)
     with pytest.raises(ValueError, match="must have one vocabulary, got 264 and 300"):
         evaluate(model, build_processor(), build_samples(1), original=other, max_new_tokens=1)
+
+
+def test_a_seed_out_of_range_is_refused_before_the_model_is_opened(tmp_path):
+    with pytest.raises(ValueError, match=rf"`seed` must be .* at most {2**63 - 1}, got {2**70}"):
+        evaluate(tmp_path / "nowhere", seed=2**70)

@@ -111,5 +111,5 @@ def test_to_tensors_of_transposed_planes_can_be_saved():
 def test_from_tensors_rejects_a_damaged_mask(marked):
     tensors = to_tensors(random_planes(4, 11, num_significant=3))
     tensors["significant_columns"] = pack_bits(torch.arange(11) < marked)
-    with pytest.raises(ValueError, match=f"marks {marked} columns but the residual plane has 3.*damaged"):
+    with pytest.raises(ValueError, match=f"must mark 3 columns, .* got {marked}; the tensors are damaged"):
         from_tensors(tensors, 11)

@@ -281,10 +281,10 @@ def test_compiles_without_graph_breaks(isa):
 @pytest.mark.parametrize(
     ("index", "change", "message"),
     [
-        (0, lambda t: t.to(torch.int8), "signs must be uint8"),
+        (0, lambda t: t.to(torch.int8), "`signs` must be torch.uint8"),
         (0, lambda t: t[..., :-1].contiguous(), "`signs` must be torch.uint8"),
         (1, lambda t: t.float(), "`row_scale` must be torch.float16"),
-        (1, lambda t: t[:, :-1].contiguous(), "`row_scale` must be torch.float16"),
+        (1, lambda t: t[:, :-1].contiguous(), "`signs` must be torch.uint8"),
         (2, lambda t: t[:1].contiguous(), "`col_scale` must be torch.float16"),
         (3, lambda t: t[:-1].contiguous(), "`significant_columns` must be torch.uint8"),
         (5, lambda t: t.float(), "`residual_row_scale` must be torch.float16"),

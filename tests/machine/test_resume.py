@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import multiprocessing
 import os
 import random
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import build_llava
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from scale_worker import MEASURED, NUM_BLOCKS, begin_forked, build_config, run, write
 
 import sab_hf
@@ -231,3 +233,57 @@ def test_stages_without_a_fingerprint_are_refused(tmp_path):
     (tmp_path / "fingerprint.json").unlink()
     with pytest.raises(ValueError, match="but no fingerprint"):
         RunCheckpoint(tmp_path, PRINT)
+
+
+# ---- a file is the stage that its name says, of the run of its folder
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_stages_under_each_other_s_names_are_refused(tmp_path, swapped):
+    run(checkpoint_dir=str(tmp_path))
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0 if swapped else 1])
+    with pytest.raises(
+        ValueError, match=rf"{first.name} is damaged \(it is `{second.stem}`; files were renamed.*delete it"
+    ):
+        run(checkpoint_dir=str(tmp_path))
+
+
+def test_a_stage_of_another_run_is_refused(tmp_path):
+    for name, value in (("here", 1.0), ("there", 2.0)):
+        checkpoint = RunCheckpoint(tmp_path / name, Fingerprint({"damping": value}, {}, "", {}))
+        checkpoint.save("x.0", {"a": torch.tensor(value)}, {})
+        checkpoint.close()
+    (tmp_path / "here/x.0.safetensors").write_bytes((tmp_path / "there/x.0.safetensors").read_bytes())
+    checkpoint = RunCheckpoint(tmp_path / "here", Fingerprint({"damping": 1}, {}, "", {"torch": "another"}))
+    with pytest.raises(ValueError, match=r"x\.0\.safetensors is damaged \(it is `x\.0` of another run; "):
+        checkpoint.load("x.0")
+    checkpoint.save("x.1", {}, {})
+    assert checkpoint.load("x.1") is not None
+    checkpoint.close()
+    assert RunCheckpoint(tmp_path / "here", Fingerprint({"damping": 1.0}, {}, "", {})).load("x.1") is not None
+
+
+@pytest.mark.parametrize("key", ["stage", "run", "digest", "record"])
+def test_what_says_which_stage_it_is_cannot_be_left_out(tmp_path, key):
+    checkpoint = RunCheckpoint(tmp_path, PRINT)
+    checkpoint.save("x", {"a": torch.ones(2)}, {})
+    path = tmp_path / "x.safetensors"
+    with safe_open(path, framework="pt") as reader:
+        metadata = reader.metadata()
+    del metadata[key]
+    save_file({"a": torch.ones(2)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="its digest does not fit its content"):
+        checkpoint.load("x")
+
+
+def test_stages_of_early_versions_are_read(tmp_path):
+    """They hold no name, and a digest of tensors and record alone."""
+    checkpoint = RunCheckpoint(tmp_path, PRINT)
+    tensor = torch.arange(3.0)
+    digest = hashlib.sha256(b'{"rows": 4}a torch.float32 [3]' + tensor.numpy().tobytes()).hexdigest()
+    save_file({"a": tensor}, tmp_path / "x.safetensors", metadata={"record": '{"rows": 4}', "digest": digest})
+    assert torch.equal(checkpoint.load("x").tensors["a"], tensor)
+    assert checkpoint.load("x").record == {"rows": 4}

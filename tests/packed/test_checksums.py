@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import random
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import fuzz_checkpoints
 import pytest
 import torch
 from helpers import (
+    BLOCKS,
+    CPU,
     V5,
-    build_llama,
     build_llava,
-    build_processor,
-    build_samples,
-    build_tokenizer,
     load,
     logits,
     save_dense,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-import sab_hf
-from sab_hf import SABQuantizationConfig
 from sab_hf.packed import checksums as integrity
 from sab_hf.publish.inspect import inspect
 
@@ -219,124 +212,176 @@ def test_loading_without_the_plugin_raises(packed_dir):
     assert "ismatch" in done.stderr
 
 
-# ---- a thousand corruptions
+# ---- the files that are loaded are the files that are checked
 
 
-def _flip(data: bytearray, rng: random.Random) -> None:
-    for _ in range(rng.choice((1, 1, 1, 2, 8))):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+def flip(file: Path, name: str = "language_model.model.norm.weight") -> None:
+    tensors = load_file(file)
+    tensors[name].view(torch.uint8).reshape(-1)[3] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _replace(data: bytearray, rng: random.Random) -> None:
-    start = rng.randrange(len(data))
-    length = min(rng.choice((1, 2, 16)), len(data) - start)
-    data[start : start + length] = rng.randbytes(length)
+@pytest.mark.parametrize("max_shard_size", ["1GB", "30KB"])
+@pytest.mark.parametrize(
+    "where", [{"subfolder": "inner"}, {"variant": "half"}, {"subfolder": "inner", "variant": "half"}]
+)
+def test_subfolders_and_variants_are_checked(packed_dir, tmp_path, inputs, where, max_shard_size):
+    model = load(packed_dir)
+    folder = tmp_path / where.get("subfolder", "")
+    model.save_pretrained(folder, variant=where.get("variant"), max_shard_size=max_shard_size)
+    files = files_of(folder)
+    assert (len(files) > 1) == (max_shard_size == "30KB")
+    if "variant" in where:  # what is not loaded is beside it, and is not checked
+        for file in files_of(packed_dir):
+            shutil.copy(file, folder)
+            flip(folder / file.name)
+    assert torch.equal(logits(load(tmp_path, **where), inputs), logits(model, inputs))
+    with safe_open(files[-1], framework="pt") as reader:
+        name = next(name for name in reader.keys() if reader.get_tensor(name).numel())  # noqa: SIM118
+    flip(files[-1], name)
+    with pytest.raises(ValueError, match=r"altered, lost or added after it was saved"):
+        load(tmp_path, **where)
 
 
-def _delete(data: bytearray, rng: random.Random) -> None:
-    start = rng.randrange(len(data))
-    del data[start : start + rng.choice((1, 4, 64))]
+def test_an_index_of_a_variant_that_lacks_a_tensor_is_an_error(packed_dir, tmp_path):
+    load(packed_dir).save_pretrained(tmp_path, variant="half", max_shard_size="30KB")
+    index = tmp_path / "model.safetensors.index.half.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["language_model.model.norm.weight"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"index\.half\.json and the files beside it differ in 1 tensors, first `language_model"
+    ):
+        load(tmp_path, variant="half")
 
 
-def _insert(data: bytearray, rng: random.Random) -> None:
-    start = rng.randrange(len(data))
-    data[start:start] = rng.randbytes(rng.choice((1, 4)))
+def test_weights_that_come_from_no_file_cannot_be_checked(packed_dir):
+    model, config = load(packed_dir), AutoConfig.from_pretrained(packed_dir)
+    with pytest.raises(ValueError, match=r"files that it is loaded from are not known.* set `checksums` .* to None"):
+        type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
 
 
-def _truncate(data: bytearray, rng: random.Random) -> None:
-    del data[rng.randrange(len(data)) :]
+# ---- without checksums
 
 
-def _zero(data: bytearray, rng: random.Random) -> None:
-    start = rng.randrange(len(data))
-    length = min(rng.choice((4, 40, 400)), len(data) - start)
-    data[start : start + length] = bytes(length)
+OFFLOADED = {**CPU, f"{BLOCKS}.0": "cpu", f"{BLOCKS}.1": "disk"} if V5 else None
+"""transformers 4.57 cannot offload files whose tensors it renames, as those of LLaVA."""
+DOWN = "language_model.model.layers.1.mlp.down_proj"
 
 
-def _digit(data: bytearray, rng: random.Random) -> None:
-    """Change one digit of the text: a config or header that stays well-formed."""
-    size = struct.unpack("<Q", data[:8])[0] + 8 if data[8:9] == b"{" else len(data)
-    places = [i for i in range(size if size < len(data) else len(data)) if chr(data[i]).isdigit()]
-    if places:
-        data[rng.choice(places)] = ord(rng.choice("0123456789"))
+def test_a_checkpoint_without_checksums_loads_with_one_warning(damage, caplog, inputs, packed_dir):
+    model = load(damage())
+    assert [record.message for record in caplog.records if "has no checksums" in record.message] == [
+        caplog.records[-1].message
+    ]
+    assert torch.equal(logits(model, inputs), logits(load(packed_dir), inputs))
 
 
-def _letter(data: bytearray, rng: random.Random) -> None:
-    """Change one letter of the text: a name that is not known any more."""
-    size = min(struct.unpack("<Q", data[:8])[0] + 8, len(data)) if data[8:9] == b"{" else len(data)
-    places = [i for i in range(size) if chr(data[i]).isascii() and chr(data[i]).isalpha()]
-    if places:
-        data[rng.choice(places)] = ord(rng.choice("abcdefghijklmnopqrstuvwxyz"))
+@pytest.mark.parametrize("name", ["row_scale", "col_scale", "residual_row_scale", "residual_col_scale"])
+@pytest.mark.parametrize("value", [0x7C00, 0x7E01, -0x0400])  # infinity, not a number, minus infinity
+@pytest.mark.parametrize("device_map", [None, OFFLOADED], ids=["in memory", "offloaded"])
+def test_scales_that_are_not_finite_are_found(damage, tmp_path, name, value, device_map):
+    path = damage(tensors=lambda tensors: tensors[f"{DOWN}.{name}"].view(-1)[-1:].fill_(value))
+    with pytest.raises(ValueError, match=rf"{DOWN}\.{name}` in .* holds scales that are not finite"):
+        load(path, device_map=device_map, offload_folder=tmp_path / "offload" if device_map else None)
+    with pytest.raises(ValueError, match="holds scales that are not finite"):
+        inspect(path, verify=True)
 
 
-CORRUPTIONS = (_flip, _replace, _delete, _insert, _truncate, _zero, _digit, _digit, _letter, _letter)
+@pytest.mark.parametrize("device_map", [None, OFFLOADED], ids=["in memory", "offloaded"])
+@pytest.mark.parametrize("byte", [0, 255])
+def test_masks_that_do_not_fit_are_found(damage, tmp_path, byte, device_map):
+    path = damage(tensors=lambda tensors: tensors[f"{DOWN}.significant_columns"].fill_(byte))
+    with pytest.raises(ValueError, match=r"down_proj`: `significant_columns` must mark \d+ columns, .* got (0|88)"):
+        load(path, device_map=device_map, offload_folder=tmp_path / "offload" if device_map else None)
 
 
-def _sealed(model, path: Path, rest_bits: int, **kwargs) -> Path:
-    with_images = hasattr(model.config, "vision_config")
-    samples = build_samples(2) if with_images else ["Some text.", "Other text."]
-    config = SABQuantizationConfig(
-        calibration=samples, num_samples=2, alternations=1, refine_steps=0, distil_steps=0, rest_bits=rest_bits
-    )
-    sab_hf.quantize(model, build_processor() if with_images else build_tokenizer(), None, config)
-    model.save_pretrained(path, **kwargs)
-    return path
+@pytest.mark.parametrize("device_map", [None, OFFLOADED], ids=["in memory", "offloaded"])
+@pytest.mark.parametrize("count", [89, 4000, 2**40])
+def test_more_significant_columns_than_columns_are_refused(damage, tmp_path, count, device_map):
+    """Such operands made the kernels write past their memory."""
+    stored = min(count, 4000)
+
+    def widen(tensors):
+        rows = tensors[f"{DOWN}.row_scale"].shape[1]
+        tensors[f"{DOWN}.residual_signs"] = torch.zeros(rows, -(-stored // 8), dtype=torch.uint8)
+        tensors[f"{DOWN}.residual_col_scale"] = torch.zeros(stored, dtype=torch.int16)
+
+    path = damage(widen, lambda config: config["modules"].update({f"model.{DOWN.replace('.model', '')}": [1, count]}))
+    with pytest.raises(ValueError, match=rf"down_proj`, a Linear of 88 columns, {count} significant columns"):
+        load(path, device_map=device_map, offload_folder=tmp_path / "offload" if device_map else None)
+
+
+# ---- files beside the weights
 
 
 @pytest.fixture
-def quiet_transformers():
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    yield
-    transformers_logging.set_verbosity_warning()
-    transformers_logging.enable_progress_bar()
+def saved_copy(saved, tmp_path) -> Path:
+    shutil.copytree(saved, tmp_path / "saved")
+    return tmp_path / "saved"
 
 
-@pytest.mark.parametrize(
-    ("kind", "rest_bits", "count"),
-    [
-        ("llama", 16, 500),
-        ("llava", 16, 200),
-        ("llama", 2, 100),  # packed embedding and head
-        ("tied llama", 2, 100),  # a head that uses the packed embedding
-        ("llava", 2, 100),  # a packed tower and projector too
-    ],
-)
-def test_a_thousand_corruptions_are_errors_or_identical(kind, rest_bits, count, tmp_path, inputs, quiet_transformers):
-    """Of configs, indices and shards: bits, bytes, digits and letters changed, left out, put in, or zeroed."""
-    if kind == "llava":
-        model, auto = build_llava(num_hidden_layers=1, attention_bias=True), AutoModelForImageTextToText
-    else:
-        model = build_llama(num_hidden_layers=1, attention_bias=True, tie_word_embeddings=kind == "tied llama")
-        auto, inputs = AutoModelForCausalLM, {"input_ids": torch.arange(9)[None]}
-    whole = _sealed(model, tmp_path / "whole", rest_bits, max_shard_size="60KB" if rest_bits == 16 else "5KB")
-    packed_rest = {name for name in model.config.quantization_config.modules if "layers" not in name}
-    assert bool(packed_rest) == (rest_bits < 16)
-    assert model.config.quantization_config.tied_head == (kind == "tied llama")
-    reference = auto.from_pretrained(whole, dtype=torch.float32)
-    expected, expected_logits = reference.state_dict(), logits(reference, inputs)
-    victims = [whole / "config.json", whole / "model.safetensors.index.json", *files_of(whole)]
-    assert len(victims) > 3
-    rng, errors = random.Random(0), 0
-    for i in range(count):
-        victim = victims[0] if i % 2 else rng.choice(victims[1:])
-        path = tmp_path / str(i)
-        path.mkdir()
-        for file in whole.iterdir():
-            (path / file.name).symlink_to(file)
-        data = bytearray(victim.read_bytes())
-        corrupt = rng.choice(CORRUPTIONS)
-        corrupt(data, rng)
-        (path / victim.name).unlink()
-        (path / victim.name).write_bytes(data)
-        model = None
-        with contextlib.suppress(Exception):
-            model = auto.from_pretrained(path, dtype=torch.float32)
-        if model is None:
-            errors += 1
-            continue
-        state, what = model.state_dict(), f"corruption {i}: {corrupt.__name__} of {path / victim.name}"
-        assert state.keys() == expected.keys(), what
-        assert [name for name, tensor in expected.items() if not torch.equal(state[name], tensor)] == [], what
-        assert torch.equal(logits(model, inputs), expected_logits), what
-    assert count / 2 < errors < count
+def test_files_beside_the_weights_are_verified(saved_copy):
+    found = inspect(saved_copy, verify=True)
+    assert found.checksums == "verified"
+    assert {"weights", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} < set(
+        found.covered
+    )
+    assert "README.md" in found.not_covered
+    assert not set(found.covered) & set(found.not_covered)
+    assert "\nverified: weights, config.json, " in str(found)
+    assert "\nin no checksum: README.md" in str(found)
+    assert load(saved_copy) is not None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_an_altered_or_lost_file_beside_the_weights_is_named(saved_copy, name):
+    content = (saved_copy / name).read_bytes()
+    (saved_copy / name).write_bytes(content.replace(b"e", b"a", 1))
+    with pytest.raises(ValueError, match=rf"{name} was altered after it was saved"):
+        inspect(saved_copy, verify=True)
+    (saved_copy / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name} is missing, which was saved with the checkpoint"):
+        inspect(saved_copy, verify=True)
+    (saved_copy / name).write_bytes(content)
+    assert inspect(saved_copy, verify=True).checksums == "verified"
+
+
+def test_checkpoints_whose_checksums_know_no_other_files_are_verified_and_say_so(packed_dir):
+    found = inspect(packed_dir, verify=True)
+    assert found.checksums == "verified"
+    assert found.covered == ("weights", "config.json")
+    assert {"tokenizer.json", "generation_config.json"} < set(found.not_covered)
+    assert "in no checksum: " in str(found)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../config.json", "a\\b"])
+def test_names_of_files_beside_the_weights_stay_in_the_folder(saved_copy, name):
+    content = json.loads((saved_copy / "config.json").read_text())
+    content["quantization_config"]["checksums"]["files"][name] = "0"
+    (saved_copy / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="`checksums` must be"):
+        inspect(saved_copy, verify=True)
+
+
+# ---- damage at random (`fuzz_checkpoints.py` does it at length)
+
+
+@pytest.mark.parametrize("name", fuzz_checkpoints.CASES)
+def test_damaged_checkpoints_are_errors_or_identical(name, tmp_path, inputs):
+    case, count = fuzz_checkpoints.CASES[name], 40
+    with fuzz_checkpoints.silence():
+        results = list(fuzz_checkpoints.fuzz(case, count, inputs, tmp_path))
+    assert [what for what, found in results if found == fuzz_checkpoints.DIFFERS] == []
+    assert results[0][1] != "error"  # the first one is left as it is
+    assert sum(found.startswith("error") for _, found in results) > count / 2
+
+
+@pytest.mark.parametrize("name", ["llama, rest_bits", "tied llama, rest_bits", "llava, rest_bits"])
+def test_what_is_damaged_at_random_has_a_packed_rest(name, tmp_path):
+    case = fuzz_checkpoints.CASES[name]
+    fuzz_checkpoints.build(case, tmp_path / "whole")
+    config = json.loads((tmp_path / "whole/config.json").read_text())["quantization_config"]
+    assert {name for name in config["modules"] if "layers" not in name}
+    assert config["tied_head"] == (case.kind == "tied llama")
+    assert len(fuzz_checkpoints.victims(case, tmp_path / "whole")) > 3

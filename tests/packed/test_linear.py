@@ -9,6 +9,7 @@ from helpers import random_planes
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from sab_hf.kernels.cpu import library
 from sab_hf.packed.linear import SABLinear, replace_module
@@ -103,6 +104,26 @@ def test_bfloat16_module_computes_in_bfloat16():
     exact = x.float() @ module.planes().dense().T + module.bias.float()
     assert module(x).dtype == torch.bfloat16
     torch.testing.assert_close(module(x).float(), exact, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_weights_answer_the_dtype_of_the_dense_ones(dtype):
+    """Models cast pixels and hidden states to `weight.dtype`: to uint8, every pixel would become 0."""
+    planes = random_planes(OUT, IN)
+    module = SABLinear.from_planes(planes, dtype=dtype)
+    assert module.weight.dtype == dtype
+    assert SABLinear.from_planes(planes, torch.zeros(OUT, dtype=dtype)).weight.dtype == dtype
+    assert SABLinear.empty_like(nn.Linear(IN, OUT, bias=False, dtype=dtype), 1, 0).weight.dtype == dtype
+    for cast in (copy.deepcopy(module).bfloat16(), nn.Sequential(copy.deepcopy(module)).to("meta", torch.bfloat16)[0]):
+        assert cast.weight.dtype == torch.bfloat16
+        assert not list(cast.buffers())
+    assert module.to("meta").weight.dtype == dtype
+    assert pickle.loads(pickle.dumps(module)).weight.dtype == dtype
+
+
+def test_a_packed_linear_refuses_integers_as_its_dtype():
+    with pytest.raises(ValueError, match=r"`dtype` must be a floating-point dtype, got torch\.uint8"):
+        SABLinear.from_planes(random_planes(OUT, IN), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -271,3 +292,23 @@ def test_replace_module_keeps_the_training_mode(training):
     model = Model().train(training)
     replace_module(model, "block.proj", packed(bias=False).train(not training))
     assert model.block["proj"].training == training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_reach_a_packed_patch_embedding(dtype):
+    """SigLIP2, whose patch embedding is a Linear, casts pixels to the dtype of its weight."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Siglip2VisionModel(Siglip2VisionConfig(**sizes, patch_size=2, num_patches=16)).eval().to(dtype)
+    name = next(name for name, _ in model.named_modules() if name.endswith("patch_embedding"))
+    linear = model.get_submodule(name)
+    replace_module(model, name, SABLinear.from_planes(random_planes(24, 12, 2), linear.bias, linear.weight.dtype))
+    inputs = {
+        "pixel_values": torch.rand(1, 16, 12),
+        "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+    }
+    with torch.no_grad():
+        packed = model(**inputs).last_hidden_state
+        dequantize_modules(model, dtype)
+        torch.testing.assert_close(packed, model(**inputs).last_hidden_state, rtol=2e-2, atol=2e-2)

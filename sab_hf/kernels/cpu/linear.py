@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...packing import tensor_specs
+from ...packing import unpack_mask
 from ..layouts import cached
-from ..ops import implement, linear_reference
+from ..ops import Operands, check_operands, linear_reference
 from . import library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum sab_dtype
-_NAMES = tuple(name for name, _ in library.Matrix._fields_)[4:11]  # the op's arguments after `x`
 # Beyond this number of tokens exact products are left to PyTorch's matmul on dense rows; measured by benchmarks/speed_cpu.py.
 _EXACT_TOKENS = {"avx512": sys.maxsize, "avx2": 16, "neon": 4, "portable": 4}
 _FEW_TOKENS = min(_EXACT_TOKENS.values())
@@ -45,36 +44,46 @@ class Prepared:
     """The matrices of one call, kept for as long as the packed tensors are what they were."""
 
     def __init__(self):
-        self._last: tuple[list[int], _Matrices, list[StorageWeakRef]] | None = None  # replaced as one: threads may race
+        self._last: tuple[list, _Matrices, list[StorageWeakRef]] | None = None  # replaced as one: threads may race
 
-    def find(self, identity: list[int]) -> _Matrices | None:
+    def find(self, identity: list) -> _Matrices | None:
         """Return what was kept for packed tensors of this identity, None if there is nothing."""
         last = self._last
         return last[1] if last is not None and last[0] == identity else None
 
-    def make(self, kernels: ctypes.CDLL, matrices: list[tuple[Tensor, ...]], identity: list[int]) -> _Matrices:
-        """Return `matrices` for the kernels, and keep them for tensors of this identity."""
-        layouts = [_layouts(kernels, packed) for packed in matrices]
-        each = [_matrix(packed, codes) for packed, codes in zip(matrices, layouts, strict=True)]
+    def make(self, kernels: ctypes.CDLL, x: Tensor, matrices: list[Operands], identity: list) -> _Matrices:
+        """Return `matrices`, contiguous ones, for the kernels, and keep them for tensors of this identity.
+
+        Raises:
+            ValueError, RuntimeError: they do not fit together or to the input `x`.
+        """
+        for operands in matrices:
+            _check(x, operands)
+        layouts = [_layouts(kernels, operands) for operands in matrices]
+        each = [_matrix(operands, codes) for operands, codes in zip(matrices, layouts, strict=True)]
         count, columns, rows = len(each), {matrix.columns for matrix in each}, [matrix.rows for matrix in each]
         made = _Matrices((library.Matrix * count)(*each), columns, rows, ctypes.c_void_p * count, layouts)
         # Held weakly: no other storage has the same `_cdata` as long as that is so.
-        storages = [StorageWeakRef(tensor.untyped_storage()) for packed in matrices for tensor in packed]
+        storages = [StorageWeakRef(t.untyped_storage()) for operands in matrices for t in operands if t is not None]
         self._last = (identity, made, storages)
         return made
 
 
-def _identity(tensors: list[Tensor]) -> list[int]:
-    """Return numbers that change when a packed tensor is another, or when signs, which layouts are made from, were written."""
+def _identity(tensors: list[Tensor | None]) -> list:
+    """Return what changes when a packed tensor is another, or when signs, which layouts are made from, were written."""
     identity = []
     for tensor in tensors:
-        identity += (tensor.data_ptr(), tensor.numel())
-        if tensor.dtype == torch.uint8:
-            identity += (tensor.untyped_storage()._cdata, 0 if tensor.is_inference() else tensor._version)
+        if tensor is None:
+            identity.append(None)
+        elif (dtype := tensor.dtype) is torch.uint8:
+            version = 0 if tensor.is_inference() else tensor._version
+            identity += (tensor.data_ptr(), tensor.numel(), tensor.untyped_storage()._cdata, version)
+        else:
+            identity += (tensor.data_ptr(), tensor.numel(), dtype)
     return identity
 
 
-def products(x: Tensor, matrices: list[tuple[Tensor | None, ...]], exact: bool) -> list[Tensor]:
+def products(x: Tensor, matrices: list[Operands], exact: bool) -> list[Tensor]:
     """Compute `sab::linear` and `sab::linears` by the compiled kernels, in one call; each product is bitwise what it is alone.
 
     Exact results differ by the rounding of float32 sums. Others: each group of 4 inputs has a table of its 16 signed
@@ -83,23 +92,23 @@ def products(x: Tensor, matrices: list[tuple[Tensor | None, ...]], exact: bool) 
     inputs. Infinite or NaN inputs never give numbers.
 
     Raises:
-        ValueError: a tensor's dtype, shape or device is not that of the file format.
+        ValueError: a tensor's dtype, shape or device is not that of the file format, or a mask does not fit.
+        RuntimeError: `x` has another number of features than a matrix.
     """
     kernels = library.load()
     if kernels is None or x.dtype not in _DTYPES:
-        return [linear_reference(x, *one) for one in matrices]
-    packed = []
-    for one in matrices:
-        given = one if one[3] is not None and one[6].numel() else one[:3]
-        packed.append(tuple([tensor.contiguous() for tensor in given]))
-    if not packed:
+        return [linear_reference(x, *operands) for operands in matrices]
+    if not matrices:
         return []
-    prepared = cached("cpu call", packed[0][0], Prepared)
-    identity = _identity([tensor for one in packed for tensor in one])
-    return _multiply(kernels, prepared.find(identity) or prepared.make(kernels, packed, identity), x, exact)
-
-
-implement("cpu", products)
+    packed = [tensor if tensor is None else tensor.contiguous() for operands in matrices for tensor in operands]
+    prepared = cached("cpu call", packed[0], Prepared)
+    identity = [*_identity(packed), *[tensor if tensor is None else tensor.shape for tensor in packed]]
+    found = prepared.find(identity)
+    if found is None:
+        size = len(Operands._fields)
+        contiguous = [Operands(*packed[i : i + size]) for i in range(0, len(packed), size)]
+        found = prepared.make(kernels, x, contiguous, identity)
+    return _multiply(kernels, found, x, exact)
 
 
 class Direct:
@@ -123,15 +132,15 @@ class Direct:
         kernels = library.load()
         if kernels is None or x.dtype not in _DTYPES:
             return None
-        tensors = [packed[name] for name in _NAMES if name in packed]
+        tensors = [packed.get(name) for name in Operands._fields]
         identity, prepared = _identity(tensors), self._prepared()
         found = None if prepared is None else prepared.find(identity)
         if found is None:
-            if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
+            if not all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in tensors):
                 return None
             prepared = cached("cpu module", tensors[0], Prepared)
             self._prepared = weakref.ref(prepared)
-            found = prepared.make(kernels, [tuple(tensors)], identity)
+            found = prepared.make(kernels, x, [Operands(*tensors)], identity)
         return _multiply(kernels, found, x, exact)[0]
 
 
@@ -142,7 +151,7 @@ def _multiply(kernels: ctypes.CDLL, matrices: _Matrices, x: Tensor, exact: bool)
         RuntimeError: `x` has another number of features than a matrix.
         MemoryError: there is no memory for the look-up tables.
     """
-    *batch, columns = x.shape
+    *batch, columns = x.shape or (0,)
     if matrices.columns != {columns}:
         raise RuntimeError(f"input has {columns} features, not {' or '.join(map(str, matrices.columns - {columns}))}")
     x = x.contiguous()
@@ -164,54 +173,57 @@ def _multiply(kernels: ctypes.CDLL, matrices: _Matrices, x: Tensor, exact: bool)
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError(f"no memory for the look-up tables of {tokens} tokens of {columns} features")
+        _raise(failed, f"the look-up tables of {tokens} tokens of {columns} features")
     return outputs
 
 
-def _layouts(kernels: ctypes.CDLL, packed: tuple[Tensor, ...]) -> list[Tensor]:
+def _raise(failed: int, what: str) -> None:
+    """Raise for what a kernel returned.
+
+    Raises:
+        MemoryError: there is no memory for `what`.
+        ValueError: the kernel refused the sizes of a matrix, which `_check` lets nobody hand over.
+    """
+    if failed == library.NO_MEMORY:
+        raise MemoryError(f"no memory for {what}")
+    raise ValueError(
+        "a packed matrix has impossible sizes: more significant columns than columns, or a negative number"
+    )
+
+
+def _check(x: Tensor, operands: Operands) -> None:
+    """Hold the packed tensors against the input and each other, and count the mask: the kernels trust what they are given."""
+    check_operands(x, operands)
+    if operands.significant_columns is not None:
+        unpack_mask(operands.significant_columns, operands.col_scale.shape[1], operands.residual_col_scale.numel())
+
+
+def _layouts(kernels: ctypes.CDLL, operands: Operands) -> list[Tensor]:
     """Return the layouts of a matrix's full planes and of its residual plane, if it has one."""
-    signs = {"cpu": packed[0]} if len(packed) == 3 else {"cpu": packed[0], "cpu residual": packed[4][None]}
+    signs = {"cpu": operands.signs}
+    if operands.residual_signs is not None:
+        signs["cpu residual"] = operands.residual_signs[None]
     return [cached(name, planes, lambda planes=planes: _lay_out(kernels, planes)) for name, planes in signs.items()]
 
 
-def _matrix(packed: tuple[Tensor, ...], layouts: list[Tensor]) -> library.Matrix:
+def _matrix(operands: Operands, layouts: list[Tensor]) -> library.Matrix:
     """Return the C struct of the packed tensors and their layouts."""
-    _check(packed)
-    sizes = (packed[0].shape[1], packed[2].shape[1], packed[0].shape[0], packed[6].numel() if len(packed) > 3 else 0)
-    tensors = dict(zip((*_NAMES[: len(packed)], "codes", "residual_codes"), (*packed, *layouts), strict=False))
-    return library.Matrix(*sizes, **{name: tensor.data_ptr() for name, tensor in tensors.items()})
+    num_planes, rows = operands.row_scale.shape
+    residual_col_scale = operands.residual_col_scale
+    significant = 0 if residual_col_scale is None else residual_col_scale.numel()
+    tensors = operands._asdict() | dict(zip(("codes", "residual_codes"), layouts, strict=False))
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
+    return library.Matrix(rows, operands.col_scale.shape[1], num_planes, significant, **addresses)
 
 
 def _lay_out(kernels: ctypes.CDLL, signs: Tensor) -> Tensor:
     """Return the kernel layouts of planes of signs, [K, n, bytes] uint8, one after the other."""
-    if signs.dtype != torch.uint8 or signs.ndim != 3 or signs.device.type != "cpu":
-        raise ValueError(f"signs must be uint8 [planes, rows, bytes] on the CPU, got {_describe(signs)}")
     num_planes, rows, column_bytes = signs.shape
     plane_bytes = kernels.sab_cpu_layout_bytes(rows, 8 * column_bytes)
     codes = torch.empty(num_planes, plane_bytes, dtype=torch.uint8)
     for plane, into in zip(signs, codes, strict=True):
         kernels.sab_cpu_layout(plane.data_ptr(), rows, 8 * column_bytes, into.data_ptr(), torch.get_num_threads())
     return codes
-
-
-def _check(packed: tuple[Tensor, ...]) -> None:
-    """Hold the packed tensors against each other: the kernels trust the sizes.
-
-    Raises:
-        ValueError: one does not have the dtype, shape or device that the others imply.
-    """
-    num_planes, rows = packed[0].shape[:2]
-    columns, significant = packed[2].shape[-1], packed[-1].numel() if len(packed) > 3 else 0
-    expected = tensor_specs(rows, columns, num_planes, significant)
-    for name, tensor in zip(_NAMES, packed, strict=False):
-        dtype, shape = expected[name]
-        stored, dtype = dtype, torch.float16 if dtype == torch.int16 else dtype  # scales may be either
-        if tensor.dtype not in (stored, dtype) or tensor.shape != shape or tensor.device.type != "cpu":
-            raise ValueError(f"`{name}` must be {dtype} {list(shape)} on the CPU, got {_describe(tensor)}")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device.type}"
 
 
 def _is_for_matmul(kernels: ctypes.CDLL, tokens: int, exact: bool) -> bool:
@@ -229,7 +241,8 @@ def _dense_matmul(kernels: ctypes.CDLL, matrix: library.Matrix, x: Tensor, y: Te
     dense = torch.empty(min(step, matrix.rows), columns)
     for row in range(0, matrix.rows, step):
         rows = min(step, matrix.rows - row)
-        if kernels.sab_cpu_dense(matrix, row, rows, dense.data_ptr(), torch.get_num_threads()):
-            raise MemoryError(f"no memory for the scales of {columns} columns")
+        failed = kernels.sab_cpu_dense(matrix, row, rows, dense.data_ptr(), torch.get_num_threads())
+        if failed:
+            _raise(failed, f"the scales of {columns} columns")
         into[:, row : row + rows] = inputs @ dense[:rows].T
     return y

@@ -9,28 +9,26 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...packing import residual_specs, tensor_specs
-from ..ops import check_width, implement, linear_reference
+from ..ops import Operands, check_operands, linear_reference
 
 logger = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (7, 5)
 
 
-def products(x: Tensor, matrices: list[tuple[Tensor | None, ...]], exact: bool) -> list[Tensor]:
+def products(x: Tensor, matrices: list[Operands], exact: bool) -> list[Tensor]:
     """Compute `sab::linear` and `sab::linears` on the device of `x`; without a kernel for it, as PyTorch does, after one warning.
 
     Several matrices take fewer launches than one by one; the same bits come out.
     """
     for operands in matrices:
         check_operands(x, operands)
-        check_width(x, operands[2])
     reason = why_no_kernel(x.device.index, x.dtype)
     if reason is not None:
         warn_once(reason)
         return [linear_reference(x, *operands) for operands in matrices]
     inputs = x.reshape(-1, x.shape[-1])
-    empty = [0 in inputs.shape or 0 in signs.shape for signs, *_ in matrices]
+    empty = [0 in inputs.shape or 0 in operands.signs.shape for operands in matrices]
     if any(empty):  # no kernel is launched for nothing
         return [
             linear_reference(x, *operands) if nothing else products(x, [operands], exact)[0]
@@ -43,31 +41,6 @@ def products(x: Tensor, matrices: list[tuple[Tensor | None, ...]], exact: bool) 
         results = kernels.linears(inputs, [planes(*operands) for operands in matrices], exact)
     # not `reshape`: writing into a view that a custom op returns is an error where gradients are recorded
     return [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in results]
-
-
-implement("cuda", products)
-
-
-def check_operands(x: Tensor, operands: tuple[Tensor | None, ...]) -> None:
-    """Raise unless every packed tensor is on the device of `x`, with the dtype and shape that `packing.py` specifies.
-
-    Kernels read memory by these shapes; PyTorch's operations would find a mistake by themselves, they would not.
-
-    Raises:
-        ValueError: names the tensor, what it must be and what it is.
-    """
-    _, row_scale, col_scale, significant_columns, *_, residual_col_scale = operands
-    (planes, rows), columns = row_scale.shape, col_scale.shape[-1]
-    specs = tensor_specs(rows, columns, planes, 0)
-    if significant_columns is not None:
-        specs |= residual_specs(rows, columns, residual_col_scale.numel())
-    for (name, (dtype, shape)), tensor in zip(specs.items(), operands, strict=False):  # both in the op's order
-        dtype = torch.float16 if dtype == torch.int16 else dtype  # the format stores the bits of the op's scales
-        if tensor.device != x.device or tensor.dtype != dtype or tensor.shape != shape:
-            raise ValueError(
-                f"`{name}` must be {dtype} {list(shape)} on {x.device}, where the input is, "
-                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            )
 
 
 @cache

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...packing import unpack_bits
+from ...packing import unpack_bits, unpack_mask
 from .. import layouts
+from ..ops import marked_columns
 
 
 class Planes(NamedTuple):
@@ -63,17 +64,24 @@ def planes(
     signs: Tensor, row_scale: Tensor, col_scale: Tensor, significant_columns: Tensor | None, residual_signs: Tensor | None,
     residual_row_scale: Tensor | None, residual_col_scale: Tensor | None,
 ) -> Planes:  # fmt: skip
-    """Collect the op's tensors; derive what the kernels need at the first call."""
+    """Collect the op's tensors; derive what the kernels need at the first call.
+
+    Raises:
+        ValueError: the mask marks another number of columns than the residual plane has. While a stream is being captured
+            nothing can be counted; then no column lies outside of matrix and residual plane.
+    """
     words, residual_words, columns, rank = _words(signs), None, None, None
     if significant_columns is not None:
         residual_words = _words(residual_signs)
         count, length = residual_col_scale.numel(), col_scale.shape[1]
 
         def index() -> tuple[Tensor, Tensor]:
+            captured = significant_columns.is_cuda and torch.cuda.is_current_stream_capturing()
             mask = unpack_bits(significant_columns, length)
-            columns = torch.nonzero_static(mask, size=count).squeeze(1).int()
-            rank = torch.where(mask, mask.cumsum(0).int() - 1, -1).int()
-            return columns, rank
+            if not captured:
+                unpack_mask(significant_columns, length, count)
+            rank = torch.where(mask, (mask.cumsum(0).int() - 1).clamp(max=count - 1), -1).int()
+            return marked_columns(mask, count).int(), rank
 
         columns, rank = _derived(f"columns {length} {count}", significant_columns, index)
     return Planes(

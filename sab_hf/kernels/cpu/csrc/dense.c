@@ -31,6 +31,11 @@ void sab_cpu_layout(const uint8_t *bits, int64_t rows, int64_t columns, uint8_t 
     sab_parallel(lay_out_tile, &c, (rows + SAB_TILE - 1) / SAB_TILE, threads);
 }
 
+int sab_has_sizes(const sab_matrix *matrix) {
+    return matrix->rows >= 0 && matrix->columns >= 0 && matrix->columns <= INT32_MAX && matrix->planes >= 0 &&
+           matrix->significant >= 0 && matrix->significant <= matrix->columns;
+}
+
 void sab_list_significant(const sab_matrix *matrix, int32_t *list) {
     int64_t count = 0;
     for (int64_t j = 0; j < matrix->columns && count < matrix->significant; j++)
@@ -71,12 +76,14 @@ static void dense_rows(void *argument, int64_t index) {
         dense_row(c, c->first_row + row, c->out + row * c->matrix->columns);
 }
 
-/* out [rows][columns] float32: rows first_row to first_row + rows of the matrix. Returns 0, or 1 if there is no memory. */
+/* out [rows][columns] float32: rows first_row to first_row + rows of the matrix. Returns 0, or one of
+ * `sab_failure`. */
 int sab_cpu_dense(const sab_matrix *matrix, int64_t first_row, int64_t rows, float *out, int threads) {
+    if (!sab_has_sizes(matrix) || first_row < 0 || rows < 0 || rows > matrix->rows - first_row) return SAB_BAD_SIZES;
     const int64_t scales = matrix->planes * matrix->columns + matrix->significant;
     dense_call c = {sab_active_kernels(), matrix, first_row, rows, out, NULL, NULL};
     c.col_scale = sab_scratch((size_t)scales * sizeof(float) + (size_t)matrix->significant * sizeof(int32_t) + 64);
-    if (c.col_scale == NULL) return 1;
+    if (c.col_scale == NULL) return SAB_NO_MEMORY;
     c.significant = (int32_t *)(c.col_scale + scales);
     c.kernels->to_float(matrix->col_scale, SAB_FLOAT16, matrix->planes * matrix->columns, c.col_scale);
     if (matrix->significant > 0) {

@@ -207,7 +207,7 @@ static void run_chunk(group *g, int64_t first_token, int64_t tokens, int threads
     sab_parallel(tiles_task, g, tasks, row_threads);
 }
 
-/* The products of `g`, whose calls have all but memory and tokens. Returns 0, or 1 if there is no memory. */
+/* The products of `g`, whose calls have all but memory and tokens. Returns 0, or SAB_NO_MEMORY. */
 static int run_group(group *g, int64_t tokens, int threads) {
     int64_t token_bytes = 0, list_bytes = 0;
     for (call *c = g->calls; c < g->calls + g->count; c++) {
@@ -220,7 +220,7 @@ static int run_group(group *g, int64_t tokens, int threads) {
     chunk = chunk < TASK_TOKENS ? TASK_TOKENS : chunk > CHUNK_TOKENS ? CHUNK_TOKENS : chunk;
     if (chunk > tokens) chunk = tokens;
     char *memory = sab_scratch((size_t)(list_bytes + chunk * token_bytes + 64));
-    if (memory == NULL) return 1;
+    if (memory == NULL) return SAB_NO_MEMORY;
     for (call *c = g->calls; c < g->calls + g->count; c++) {
         c->significant = (int32_t *)memory;
         if (c->matrix->significant > 0) sab_list_significant(c->matrix, c->significant);
@@ -236,16 +236,19 @@ static int run_group(group *g, int64_t tokens, int threads) {
  * columns; sums in float32, rounded once. What is computed for a matrix does not depend on the others.
  *
  * x_stride is the distance of tokens in elements; the numbers of a token are adjacent. exact: 1 for float32 tables, 0 for
- * int8 ones where the instruction set has them. Returns 0, or 1 if there is no memory for the tables. */
+ * int8 ones where the instruction set has them. Returns 0, or one of `sab_failure`; nothing is computed then if the sizes of
+ * a matrix are impossible. */
 int sab_cpu_linears(const sab_matrix *matrices, int64_t count, const void *x, int64_t x_stride, int dtype, int64_t tokens,
                     void *const *y, int exact, int threads) {
     group g = {.count = 0};
+    for (int64_t i = 0; i < count; i++)
+        if (!sab_has_sizes(&matrices[i]) || matrices[i].columns != matrices[0].columns) return SAB_BAD_SIZES;
     for (int64_t i = 0; i < count && tokens > 0; i++) {
         if (matrices[i].rows > 0)
             g.calls[g.count++] = (call){.kernels = sab_active_kernels(), .matrix = &matrices[i], .x = x, .y = y[i],
                                         .x_stride = x_stride, .dtype = dtype, .exact = exact};
         if (g.count < MOST_MATRICES && i + 1 < count) continue;
-        if (g.count > 0 && run_group(&g, tokens, threads) != 0) return 1;
+        if (g.count > 0 && run_group(&g, tokens, threads) != 0) return SAB_NO_MEMORY;
         g.count = 0;
     }
     return 0;

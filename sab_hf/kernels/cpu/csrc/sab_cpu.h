@@ -16,7 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SAB_CPU_ABI 3         /* must equal sab_hf.kernels.library.ABI; raise both when anything below changes */
+#define SAB_CPU_ABI 4         /* must equal sab_hf.kernels.library.ABI; raise both when anything below changes */
 #define SAB_TILE 64           /* rows of one tile of the kernel layout */
 #define SAB_BLOCK 16          /* column bytes (128 columns) that share one scale of the int8 tables */
 #define SAB_LUT_LIMIT 63      /* table entries are integers in [-63, 63], stored plus SAB_LUT_OFFSET */
@@ -29,6 +29,9 @@
 
 #define SAB_HIDDEN __attribute__((visibility("hidden")))
 #define SAB_EXPORT __attribute__((visibility("default")))
+
+/* What the kernels return: 0, or why they computed nothing. */
+enum sab_failure { SAB_NO_MEMORY = 1, SAB_BAD_SIZES = 2 };
 
 enum sab_dtype { SAB_FLOAT32 = 0, SAB_BFLOAT16 = 1, SAB_FLOAT16 = 2 };
 
@@ -70,7 +73,9 @@ typedef struct {
 SAB_HIDDEN extern const sab_kernels sab_kernels_portable, sab_kernels_avx2, sab_kernels_avx512, sab_kernels_neon;
 SAB_HIDDEN const sab_kernels *sab_active_kernels(void);
 
-/* The column of each significant column, ascending: list [significant]. */
+/* Whether the sizes are possible: scratch memory is laid out by them. */
+SAB_HIDDEN int sab_has_sizes(const sab_matrix *matrix);
+/* The column of each significant column, ascending: list [significant]. Each is one of the matrix, whatever the mask marks. */
 SAB_HIDDEN void sab_list_significant(const sab_matrix *matrix, int32_t *list);
 SAB_HIDDEN int64_t sab_take_outliers(float *z, int64_t column_bytes, int32_t *list, float *values);
 SAB_HIDDEN int sab_has_team(void);
