@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,12 @@ class Family:
     Attributes:
         model: in evaluation mode, float32.
         batches: processed batches; the last one is what is generated from.
+        generates: whether `generate` takes such batches and gives tokens.
     """
 
     model: nn.Module
     batches: list[dict[str, Tensor]]
+    generates: bool = True
 
 
 def get(name: str) -> Any:
@@ -119,13 +122,9 @@ def ids(**extra: int) -> dict[str, int]:
     return {"image_token_id": IMAGE, **extra}
 
 
-TYPES = int(transformers.__version__.split(".")[0]) >= 5
-"""Whether models take `mm_token_type_ids` (those of transformers 4 refuse keys that they do not know)."""
-
-
-def typed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def typed(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Add `mm_token_type_ids`, as a processor of transformers 5 does for models with multimodal positions."""
-    if not TYPES:
+    if "mm_token_type_ids" not in inspect.signature(inspect.unwrap(type(model).forward)).parameters:
         return inputs
     ids_ = inputs["input_ids"]
     kinds = 1 * (ids_ == IMAGE) + 2 * (ids_ == VIDEO) + 3 * (ids_ == AUDIO)
