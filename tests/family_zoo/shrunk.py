@@ -8,7 +8,8 @@ from typing import Any
 from .common import AUDIO, BLOCKS, BOS, END, EOS, HIDDEN, IMAGE, INIT, INNER, PAD, SIDE, START, VIDEO, VOCAB, get
 
 SIZES = [
-    ((r"(.*_)?hidden_(size|dim)", r"(.*_)?embed_dim", "d_model", "output_dim", "projection_dim", "vision_output_dim", "embedding_size",
+    ((r"(.*_)?hidden_(size|dim)", r"(.*_)?embed_dim", "d_model", "output_dim", "projection_dim", "vision_output_dim",
+      "embedding_size",
       "word_embed_proj_dim", r"adapter_(in|out)_dim", "adapter_input_size", "output_channels"), HIDDEN),
     ((r"(.*_)?intermediate_size(_mlp)?", r"(.*_)?ffn_dim", "d_ff", "mlp_dim", "share_expert_dim"), INNER),
     ((r"(num_)?(hidden_|decoder_|encoder_)?layers", "depth", "n_layers", "num_blocks", "resampler_depth"), BLOCKS),
