@@ -86,7 +86,12 @@ def check(name: str, folder: Path, rest_bits: int = DENSE) -> Outcome:
     family.model.save_pretrained(folder / "dense")
     assert_blocks_get_what_the_model_gives(family)
     config = SABQuantizationConfig(
-        calibration=family.batches, num_samples=8, refine_steps=1, alternations=2, rest_bits=rest_bits
+        calibration=family.batches,
+        num_samples=8,
+        refine_steps=1,
+        alternations=2,
+        rest_bits=rest_bits,
+        **family.settings,
     )
     model = load(model_class, folder / "dense", quantization_config=config)
     roles = find_roles(model)

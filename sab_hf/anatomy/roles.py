@@ -124,10 +124,12 @@ def _decoder(model: nn.Module) -> nn.Module | None:
 def _text_models(model: nn.Module, embedding: str, lists: list[str]) -> list[str]:
     """Return the part around the input embedding that has lists of blocks, and a decoder beside it."""
     text_model = parent = embedding.rpartition(".")[0]
-    while parent and not any(_is_under(name, (parent,)) for name in lists):
-        parent = parent.rpartition(".")[0]
-    if any(_is_under(name, (parent,)) for name in lists):
-        text_model = parent
+    if not any(_is_under(name, (parent,)) for name in lists):
+        others = [name for name in lists if not _takes_media(model.get_submodule(_tower(name, [embedding])))]
+        while parent and not any(_is_under(name, (parent,)) for name in others):
+            parent = parent.rpartition(".")[0]
+        if any(_is_under(name, (parent,)) for name in others):
+            text_model = parent
     decoder = next((name for name, module in model.named_modules() if module is _decoder(model)), None)
     beside = decoder is not None and not _is_under(decoder, (text_model,)) and not _is_under(text_model, (decoder,))
     return [text_model, decoder] if beside and any(_is_under(name, (decoder,)) for name in lists) else [text_model]

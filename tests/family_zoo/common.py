@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,11 +27,13 @@ class Family:
         model: in evaluation mode, float32.
         batches: processed batches; the last one is what is generated from.
         generates: whether `generate` takes such batches and gives tokens.
+        settings: of the quantization config, where the defaults refuse such batches.
     """
 
     model: nn.Module
     batches: list[dict[str, Tensor]]
     generates: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def get(name: str) -> Any:

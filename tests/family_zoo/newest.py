@@ -565,6 +565,7 @@ def _beside(model_class: str, config_class: str, **changes) -> Family:
     return Family(
         model,
         batches(lambda seed: {**tokens(seed=seed, words=20), "pixel_values": pixels(1, 3, SIDE, SIDE, seed=seed)}),
+        settings={"allow_text_only": True},
     )
 
 
@@ -640,7 +641,7 @@ def idefics() -> Family:
         mask = torch.ones(1, inputs["input_ids"].shape[1], 1, dtype=torch.long)
         return {**inputs, "pixel_values": pixels(1, 1, 3, SIDE, SIDE, seed=seed), "image_attention_mask": mask}
 
-    return Family(model, batches(make))
+    return Family(model, batches(make), settings={"allow_text_only": True})
 
 
 def chameleon() -> Family:
@@ -658,7 +659,10 @@ def chameleon() -> Family:
             "num_res_blocks": 1,
         },
     )
-    return one_image(build("ChameleonForConditionalGeneration", config), 64, 1, 3, SIDE, SIDE)
+    family = one_image(build("ChameleonForConditionalGeneration", config), 64, 1, 3, SIDE, SIDE)
+    return Family(
+        family.model, [{**inputs, "modality": (inputs["input_ids"] == IMAGE).long()} for inputs in family.batches]
+    )
 
 
 def emu3() -> Family:
