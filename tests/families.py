@@ -89,6 +89,7 @@ def check(name: str, folder: Path, rest_bits: int = DENSE) -> Outcome:
         calibration=family.batches,
         num_samples=8,
         refine_steps=1,
+        distil_steps=1,
         alternations=2,
         rest_bits=rest_bits,
         **family.settings,

@@ -24,7 +24,7 @@ NOTES = {
 HEAD = """# Families
 
 Which model families can be quantized, found out by doing it. For each, a tiny random model of its real class is saved as a
-dense checkpoint, quantized while it loads (one step of refinement, a few processed batches with the family's placeholder
+dense checkpoint, quantized while it loads (one step each of refinement and distillation, a few processed batches with the family's placeholder
 tokens), made to generate, saved, and loaded again: logits and generated tokens must be bitwise those of the saved model, and no
 language Linear and no expert may stay dense, except routers and Linears too small to shrink. Random weights say nothing about
 accuracy, and tiny ones nothing about speed; processors are not part of this check.
