@@ -126,7 +126,10 @@ def check(name: str, folder: Path, rest_bits: int = DENSE) -> Outcome:
 
 def load(model_class: type, path: Path, **kwargs) -> nn.Module:
     model = model_class.from_pretrained(path, dtype=torch.float32, **kwargs).eval()
-    model.generation_config.eos_token_id = None  # so that generation has a known length
+    for parameter in model.parameters():  # files are mapped: products depend on how a weight is aligned in memory
+        parameter.data = parameter.data.clone()
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = None  # so that generation has a known length
     return model
 
 

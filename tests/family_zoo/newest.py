@@ -207,7 +207,7 @@ def video_llama_3() -> Family:
 
 def inkling2() -> Family:
     return _flat(
-        build("Inkling2ForConditionalGeneration", shrunk("Inkling2Config")),
+        build("Inkling2ForConditionalGeneration", shrunk("Inkling2Config", text_config={"d_rel": 4, "rel_extent": 16})),
         4,
         8,
         8,
@@ -222,6 +222,8 @@ def inkling2_loop() -> Family:
         text_config={
             "num_hidden_layers": 3,
             "layer_types": ["hybrid_sliding"] * 3,
+            "d_rel": 4,
+            "rel_extent": 16,
             "loop_layer_index_start": 1,
             "loop_layer_index_end": 2,
             "n_layers_per_attn_res_block": 1,
@@ -233,7 +235,15 @@ def inkling2_loop() -> Family:
 
 
 def inkling() -> Family:
-    return one_image(build("InklingForConditionalGeneration", shrunk("InklingConfig")), 4, 4, 2, 4, 4, 3)
+    return one_image(
+        build("InklingForConditionalGeneration", shrunk("InklingConfig", text_config={"d_rel": 4, "rel_extent": 16})),
+        4,
+        4,
+        2,
+        4,
+        4,
+        3,
+    )
 
 
 # ---- whole images at placeholders
@@ -743,7 +753,7 @@ def evolla() -> Family:
             "protein_attention_mask": torch.ones_like(protein),
         }
 
-    return Family(model, batches(make))
+    return Family(model, batches(make), settings={"modules_to_not_convert": ["key_protein", "value_protein"]})
 
 
 # ---- sound
