@@ -223,7 +223,8 @@ def without(inputs: dict[str, Tensor], *keys: str) -> dict[str, Tensor]:
     return {key: value for key, value in inputs.items() if key not in keys}
 
 
-def run(names: list[str], rest_bits: Sequence[int] = (DENSE,)) -> list[Outcome]:
+def run(names: list[str], rest_bits: Sequence[int] = (DENSE,), kept: Path | None = None) -> list[Outcome]:
+    """Check families, and write the outcomes so far to the file `kept` after each."""
     outcomes = []
     for name, bits in itertools.product(names, rest_bits):
         with tempfile.TemporaryDirectory() as folder:
@@ -235,6 +236,8 @@ def run(names: list[str], rest_bits: Sequence[int] = (DENSE,)) -> list[Outcome]:
                 )
                 outcome = Outcome(name, transformers.__version__, said.split("\n")[0][:300], bits)
         outcomes.append(outcome)
+        if kept:
+            kept.write_text(json.dumps([asdict(done) for done in outcomes], indent=1))
         print(f"{name:<22} {bits:>2} {outcome.problem or f'ok, {100 * outcome.coverage:.1f} % covered'}", flush=True)
     return outcomes
 
@@ -255,9 +258,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("sab_hf").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    outcomes = run(args.families or list(FAMILIES), args.rest_bits)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    run(args.families or list(FAMILIES), args.rest_bits, args.json)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,11 @@ TAIL = """
   text model can name it: `SABQuantizationConfig(language_blocks=["decoder.stack"])`.
 - Models without one forward pass over tokens (Qwen2.5-Omni as a whole) are quantized by their part that reads tokens: load the
   thinker's class.
+- Models that read no tokens before their decoder (Donut, TrOCR, Pix2Struct: image encoders) are refused, and so are those whose
+  hidden states hold positions that no token stands for (GIT, UDOP: image features beside the text) or several streams on the
+  third axis (GLM-5-Next): the modality of their positions is not known.
+- Where the embedding is tied and does more than look rows up and multiply them by a number, or where the model's code reads
+  `tie_word_embeddings` (T5 of transformers 4), embedding and head stay dense with `rest_bits`; naming their bits is an error.
 - Blocks that run twice, out of order, or never for the calibration samples are refused.
 - Samples with video need a video processor, which needs torchvision; processed batches do not.
 """
