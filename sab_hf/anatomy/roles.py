@@ -106,7 +106,9 @@ def _input_embedding(model: nn.Module) -> nn.Module:
             embedding = part.get_input_embeddings()
         except (AttributeError, NotImplementedError):
             continue
-        if isinstance(embedding, nn.Module):
+        if isinstance(embedding, nn.Module) and hasattr(
+            embedding, "weight"
+        ):  # Kyutai's sums several tables: it has none
             break
     else:
         raise ValueError(

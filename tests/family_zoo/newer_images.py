@@ -288,7 +288,9 @@ def diffusion_gemma() -> Family:
             text_config={"per_layer_config": {}, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
         ),
     )
-    return Family(model, batches(lambda seed: tokens(seed=seed, words=20)), generates=False)
+    return Family(
+        model, batches(lambda seed: tokens(seed=seed, words=20)), generates=False, settings={"allow_text_only": True}
+    )
 
 
 def dots3_note() -> Family:

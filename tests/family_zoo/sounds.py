@@ -113,6 +113,7 @@ def voxtral_realtime() -> Family:
         model,
         batches(lambda seed: {**tokens(seed=seed, words=20), "input_features": pixels(1, 16, 160, seed=seed)}),
         generates=False,
+        settings={"allow_text_only": True},
     )
 
 
