@@ -151,7 +151,7 @@ def assert_nothing_dense(model: nn.Module, blocks: tuple[str, ...], skipped: lis
 @torch.no_grad()
 def assert_blocks_get_what_the_model_gives(family: Family) -> None:
     """Check that hidden states passed from block to block are those that the model's own forward gives each block."""
-    model, config = family.model, SABQuantizationConfig(calibration=family.batches[-1:])
+    model, config = family.model, SABQuantizationConfig(calibration=family.batches[-1:], **family.settings)
     plan, fed = make_plan(model, config), {}
     batches, workspace = plan.calibration.batches, Workspace.of(model)
     roles = in_running_order(model, plan.roles, batches, workspace)
