@@ -134,6 +134,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     Attributes:
         modules: quantized modules, name → [full planes, significant columns]; empty before quantization.
         tied_head: whether the output head uses the packed planes of the input embedding.
+        tied_embeddings: names of further embeddings that use them (an encoder's and a decoder's own).
         format_version: version of the packed tensors' format, see `packing.py`.
         checksums: checksums of tensors and config, written when the model is saved and checked when it is loaded (see
             `packed/checksums.py`); None: only sizes, dtypes, masks and scales are checked.
@@ -188,6 +189,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     process_timeout: float = 1800.0
     modules: dict[str, list[int]] = field(default_factory=dict)
     tied_head: bool = False
+    tied_embeddings: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
     checksums: dict[str, Any] | None = None
     quant_method: str = field(default="sab", init=False)
@@ -244,9 +246,11 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         _check_number(self, "process_timeout", 0, 1e7, open_low=True)
 
     def _check_modules(self) -> None:
-        for field_name in ("modules_to_not_convert", "language_blocks"):
+        for field_name in ("modules_to_not_convert", "language_blocks", "tied_embeddings"):
             names = getattr(self, field_name)
-            if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            if (names is not None or field_name == "tied_embeddings") and not (
+                isinstance(names, list) and all(isinstance(name, str) for name in names)
+            ):
                 raise ValueError(f"`{field_name}` must be a list of module names, got {names!r}")
         if not isinstance(self.modules, dict) or not all(
             isinstance(name, str) and _is_size(size) for name, size in self.modules.items()

@@ -37,6 +37,8 @@ of the base model. A module is one of these:
 - The input embedding: row i of W is that of token i, n tokens and m features; k = 0 and no bias. A look-up gives the row in
   the dtype of the model. Where the base model ties its output head to it, `tied_head` is true: there is no tensor of the
   head, whose logits are W x with the embedding's W, and `tie_word_embeddings` is false, for no dense matrix is tied.
+  `tied_embeddings` names further embeddings of the base model that look up rows of the same W, and have no tensor either.
+  Embeddings that multiply rows by a number (Gemma, BART) still do: W is before the factor.
 - An expert of a mixture whose base model keeps all experts in one 3-D tensor, say `….experts.gate_up_proj`: that tensor is
   absent, and expert e is the Linear `….experts.split.gate_up_proj.e` with a W [out_features, in_features], also where the
   3-D tensor is [experts, in_features, out_features]. Biases of such experts stay the base model's tensors.

@@ -48,7 +48,7 @@ class SABHfQuantizer(HfQuantizer):
                 entries = read_entries(files)
                 modules = modules_of(model, config.modules, entries) if files else config.modules
                 self._partial = len(modules) < len(config.modules)
-                swap_in_empty(model, modules, config.tied_head)
+                swap_in_empty(model, modules, config.tied_head, config.tied_embeddings)
                 if files:
                     check_entries(model, entries, self._partial)
                 check_checksums(files, config.checksums, model)

@@ -1,8 +1,10 @@
 """Which part of the model a module belongs to, found by structure and not by name.
 
-The text model is the parent of the input embedding. The lists of blocks nearest to it are the language blocks: one list, or
-two in an encoder-decoder. A list of blocks elsewhere belongs to a tower if the part that it is in takes pixels or sound;
-otherwise (Q-formers, resamplers) that part is projector, as is all else between towers and text model.
+The text model is the parent of the input embedding, or the nearest part around that which has lists of blocks (BERT keeps its
+embeddings apart), and the decoder of an encoder-decoder. The lists of blocks nearest to it are the language blocks: one list,
+or two in an encoder-decoder. A part with a list of blocks elsewhere is a tower if it takes pixels or sound; otherwise
+(Q-formers, resamplers) it is projector, as is all else between towers and text model. A part without such a list is a tower if
+it takes pixels or a waveform themselves (convolutional ones), also inside of the text model.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class Roles:
         embedding: name of the input embedding.
         head: name of the output embedding, or None.
         vision: prefixes of the towers (vision, audio).
+        text: prefixes of the text model.
         tables: further embeddings in the text model (of positions, or one for each layer), which have the embedding's role.
     """
 
@@ -32,6 +35,7 @@ class Roles:
     embedding: str
     head: str | None
     vision: tuple[str, ...]
+    text: tuple[str, ...]
     tables: tuple[str, ...] = ()
 
     @property
@@ -47,13 +51,9 @@ class Roles:
             return HEAD
         if _is_under(name, self.vision):
             return VISION
-        if _is_under(name, (self._text_model,)):
+        if _is_under(name, self.text):
             return LANGUAGE
         return PROJECTOR
-
-    @property
-    def _text_model(self) -> str:
-        return self.embedding.rpartition(".")[0]
 
 
 def find_roles(model: nn.Module, language_blocks: Sequence[str] | None = None) -> Roles:
@@ -68,44 +68,99 @@ def find_roles(model: nn.Module, language_blocks: Sequence[str] | None = None) -
     """
     names = {module: name for name, module in model.named_modules()}
     embedding = names[_input_embedding(model)]
-    text_model = embedding.rpartition(".")[0]
     lists = _block_lists(model)
+    text_models = _text_models(model, embedding, list(lists))
     if language_blocks is None:
         language_blocks = getattr(getattr(model.config, "quantization_config", None), "language_blocks", None)
     if language_blocks is None:
-        language = _nearest([name for name in lists if _is_under(name, (text_model,))])
+        language = [
+            name for part in text_models for name in _nearest([other for other in lists if _is_under(other, (part,))])
+        ]
     else:
         language = list(language_blocks)
-    _check_language(model, language, lists, text_model)
+    _check_language(model, language, lists, text_models[0])
     towers = {_tower(name, language) for name in lists if name not in language}
     media = {name for name in towers if _takes_media(model.get_submodule(name))} or towers
+    media |= {name for name in _outside(model, (embedding, *language, *towers)) if _takes_raw_media(model, name)}
+    text = _text(text_models, embedding, language)
     return Roles(
         stages=tuple(tuple(f"{name}.{i}" for i in range(len(model.get_submodule(name)))) for name in language),
         embedding=embedding,
         head=names.get(model.get_output_embeddings()),
         vision=tuple(sorted(media)),
+        text=text,
         tables=tuple(
             name
             for name, module in model.named_modules()
             if isinstance(module, nn.Embedding)
             and name != embedding
-            and _is_under(name, (text_model,))
+            and _is_under(name, text)
             and not _is_under(name, (*media, *language))
         ),
     )
 
 
 def _input_embedding(model: nn.Module) -> nn.Module:
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embedding = None
-    if not isinstance(embedding, nn.Module):
+    for part in (model, _decoder(model)):
+        try:
+            embedding = part.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(embedding, nn.Module) and hasattr(
+            embedding, "weight"
+        ):  # Kyutai's sums several tables: it has none
+            break
+    else:
         raise ValueError(
             f"{type(model).__name__} has no input embedding (`get_input_embeddings()`), so it is no language model that can be "
             "calibrated; pass the part that reads tokens, such as the `thinker` of an omni model"
         )
     return embedding
+
+
+def _decoder(model: nn.Module) -> nn.Module | None:
+    """Return the decoder of an encoder-decoder, None of any other model."""
+    return model.get_decoder() if getattr(model.config, "is_encoder_decoder", False) else None
+
+
+def _text_models(model: nn.Module, embedding: str, lists: list[str]) -> list[str]:
+    """Return the part around the input embedding that has lists of blocks, and a decoder beside it."""
+    text_model = parent = embedding.rpartition(".")[0]
+    if not any(_is_under(name, (parent,)) for name in lists):
+        others = [name for name in lists if not _takes_media(model.get_submodule(_tower(name, [embedding])))]
+        while parent and not any(_is_under(name, (parent,)) for name in others):
+            parent = parent.rpartition(".")[0]
+        if any(_is_under(name, (parent,)) for name in others):
+            text_model = parent
+    decoder = next((name for name, module in model.named_modules() if module is _decoder(model)), None)
+    beside = decoder is not None and not _is_under(decoder, (text_model,)) and not _is_under(text_model, (decoder,))
+    return [text_model, decoder] if beside and any(_is_under(name, (decoder,)) for name in lists) else [text_model]
+
+
+def _text(text_models: list[str], embedding: str, language: list[str]) -> tuple[str, ...]:
+    """Return the prefixes of the text model: of one that does not hold the embedding itself, the parts with its blocks and it.
+
+    Such a part may hold more (GIT's holds the image encoder and its projection).
+    """
+    around, *beside = text_models
+    if around == embedding.rpartition(".")[0]:
+        return tuple(text_models)
+    depth = around.count(".") + 2 if around else 1
+    return tuple(dict.fromkeys(".".join(name.split(".")[:depth]) for name in (embedding, *language))) + tuple(beside)
+
+
+def _outside(model: nn.Module, names: tuple[str, ...], prefix: str = "") -> list[str]:
+    """Return the largest parts of the model that neither hold one of `names` nor are in one."""
+    found = []
+    for child, _ in model.get_submodule(prefix).named_children():
+        part = f"{prefix}.{child}".lstrip(".")
+        if _is_under(part, names):
+            continue
+        if any(_is_under(name, (part,)) for name in names):
+            found += _outside(model, names, part)
+        else:
+            found.append(part)
+    return found
 
 
 def _check_language(model: nn.Module, language: list[str], lists: dict[str, nn.ModuleList], text_model: str) -> None:
@@ -145,6 +200,15 @@ def _takes_media(part: nn.Module) -> bool:
         isinstance(module, nn.modules.conv._ConvNd)
         or getattr(module, "main_input_name", "input_ids") not in ("input_ids", "inputs_embeds")
         for module in part.modules()
+    )
+
+
+def _takes_raw_media(model: nn.Module, name: str) -> bool:
+    """Whether a part takes pixels or a waveform themselves: a convolution over a few channels, or what it says of its input."""
+    return any(
+        (isinstance(module, nn.modules.conv._ConvNd) and module.in_channels <= 4 and module.groups == 1)
+        or getattr(module, "main_input_name", "input_ids") not in ("input_ids", "inputs_embeds")
+        for module in model.get_submodule(name).modules()
     )
 
 

@@ -149,7 +149,7 @@ def holds_batches(calibration: Any) -> bool:
         isinstance(calibration, (list, tuple))
         and len(calibration) > 0
         and isinstance(calibration[0], Mapping)
-        and "input_ids" in calibration[0]
+        and ("input_ids" in calibration[0] or all(isinstance(value, Tensor) for value in calibration[0].values()))
     )
 
 
@@ -171,7 +171,8 @@ def _take_batches(
             )
             raise ValueError(
                 f"batch {i}: key 'input_ids' must be a tensor of integers [batch, length], got {shown}; process with "
-                f'return_tensors="pt".\n{ACCEPTED_FORMATS}'
+                f'return_tensors="pt". Models that read no tokens before their decoder (Donut, Pix2Struct) are not supported.\n'
+                f"{ACCEPTED_FORMATS}"
             )
         modality = token_modality(inputs, model_config)
         check_token_ids(input_ids, modality, f"batch {i}", vocabulary)

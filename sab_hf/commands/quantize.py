@@ -11,7 +11,7 @@ from .shared import DTYPES, add_allow_urls, add_device_map, add_push, add_shard_
 
 SUMMARY = "binarize a checkpoint and save it packed, with card and report"
 _WITH_OPTIONS = ("bits", "calibration", "num_samples", "refine_steps", "seed")
-_NOT_SET = {"modules", "tied_head", "checksums", "format_version", "processor"}
+_NOT_SET = {"modules", "tied_head", "tied_embeddings", "checksums", "format_version", "processor"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

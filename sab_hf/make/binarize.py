@@ -28,7 +28,6 @@ from ..machine.weights import iter_weights
 from ..machine.workspace import Workspace
 from ..method.recipe import FitRecord, fit_linear
 from ..method.sensitivity import Sensitivity
-from ..packed.embedding import SABTiedHead
 from ..packed.experts import split_experts
 from ..packed.linear import SABLinear, replace_module
 from ..packed.swap import swap_in_empty
@@ -41,7 +40,7 @@ from .plan import Plan, make_plan, plan_with_weights
 from .preflight import Estimate, estimate_run, log_estimate
 from .records import QuantizationRecord
 from .refine import refine_block
-from .rest import binarize_rest, packed_rest, restore_rest
+from .rest import binarize_rest, packed_rest, restore_rest, tied_to_planes
 from .settings import RefineSettings
 from .sizes import find_sensitivity, spend_budget
 from .written import write_samples
@@ -180,8 +179,8 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
     record = QuantizationRecord(plan.calibration.summary(), stages=StageClock(device=workspace.device))
     with _evaluating(model), plain_torch(), closing(_open_steps(model, plan, config, workspace)) as steps:
         modules = binarize(model, plan, config, workspace, steps, record)
-    tied = isinstance(model.get_output_embeddings(), SABTiedHead)
-    _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | {"modules": modules, "tied_head": tied}))
+    written = {"modules": modules} | tied_to_planes(model)
+    _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | written))
     record.seconds = time.perf_counter() - start
     model.hf_quantizer.record = record
     logger.info("binarized %d Linears in %.0f s", len(record.fits), record.seconds)

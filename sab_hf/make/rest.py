@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,15 @@ from ..machine.placement import check_finite
 from ..machine.workspace import Workspace
 from ..method.fit import fit_tall_planes
 from ..method.hessian import SecondMoments, damp, mix
-from ..packed.embedding import SABEmbedding
+from ..packed.embedding import SABEmbedding, SABTiedEmbedding, SABTiedHead, look_up_scale
 from ..packed.linear import SABLinear, replace_module
-from ..packed.swap import fix_vocabulary, set_tied, swap_in_empty, tie_head
+from ..packed.swap import fix_vocabulary, set_tied, swap_in_empty, tie_to_embedding, tied_embeddings
 from ..passes.capture import count_first
 from ..passes.rest_inputs import moments_after_blocks, moments_before_blocks
 
 logger = logging.getLogger(__name__)
+
+_NO_CODE = (lambda: None).__code__
 
 _MOMENT_BYTES = 2 << 30
 """Most memory that second moments may take at a time; more matrices are done in several passes."""
@@ -72,7 +76,7 @@ def _asked_for(model: nn.Module, roles: Roles, config: SABQuantizationConfig) ->
         bits = named[0] if named else config.bits_of(EMBEDDING)
         for name in (roles.embedding, roles.head):
             planned.pop(name, None)
-        if bits != DENSE:
+        if bits != DENSE and _check_look_up(model, roles, bool(named)):
             planned[roles.embedding] = bits
     return planned
 
@@ -84,6 +88,35 @@ def _check_tied(config: SABQuantizationConfig) -> None:
             f"`embedding_bits` is {embedding} and `head_bits` is {head}, but this model's input embedding and output head are "
             "one tied matrix; give both the same number, or only one of them"
         )
+
+
+def _check_look_up(model: nn.Module, roles: Roles, named: bool) -> bool:
+    """Return whether a tied embedding can be packed; raise a ValueError if not and its bits were `named`."""
+    embedding = model.get_submodule(roles.embedding)
+    reason = None
+    if not isinstance(embedding, nn.Embedding) or look_up_scale(embedding) is None:
+        reason = f"is a {type(embedding).__name__}, which does more than look rows up and multiply them by a number"
+    elif (reader := _reader_of_tying(model)) is not None:
+        reason = (
+            f"is tied by `tie_word_embeddings`, after which {reader} computes: packed, nothing is tied in the config"
+        )
+    if reason is None:
+        return True
+    message = (
+        f"`{roles.embedding}` {reason}, so neither it nor the output head, which is the same matrix, can be packed"
+    )
+    if named:
+        raise ValueError(f"{message}; leave out `embedding_bits` and `head_bits`")
+    logger.warning("%s: it stays dense", message)
+    return False
+
+
+def _reader_of_tying(model: nn.Module) -> str | None:
+    """Return the class of a module whose forward reads `tie_word_embeddings` (T5 of transformers 4), if there is one."""
+    for kind in {type(module) for module in model.modules()}:
+        if "tie_word_embeddings" in getattr(inspect.unwrap(kind.forward), "__code__", _NO_CODE).co_names:
+            return kind.__name__
+    return None
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -100,10 +133,13 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def _matrices(model: nn.Module, roles: Roles, role: str) -> dict[str, nn.Module]:
-    """Return the matrices of a role by name. Subclasses of Linear and Embedding have a forward of their own: left alone."""
+    """Return the matrices of a role by name. Linears with a forward of their own, and embeddings that do more than look up
+    and multiply by a number, are left alone.
+    """
     if role == EMBEDDING:  # further tables of that role (of positions, or one for each layer) stay dense
         embedding = model.get_submodule(roles.embedding)
-        return {roles.embedding: embedding} if type(embedding) is nn.Embedding else {}
+        possible = isinstance(embedding, nn.Embedding) and look_up_scale(embedding) is not None
+        return {roles.embedding: embedding} if possible else {}
     return {name: m for name, m in model.named_modules() if type(m) is nn.Linear and roles.of(name) == role}
 
 
@@ -140,6 +176,7 @@ def binarize_rest(
         workspace: where to compute. Packed modules go where the dense ones were.
     """
     tied = is_tied(model) and roles.embedding in planned
+    others = tied_embeddings(model)
     linears = {name: model.get_submodule(name) for name in planned if name != roles.embedding}
     head = {name: linear for name, linear in linears.items() if roles.of(name) == HEAD}
     if tied:
@@ -157,13 +194,21 @@ def binarize_rest(
     if roles.embedding in planned:
         at_head = moments.get(roles.head) if tied else None
         _binarize_embedding(model, roles, planned[roles.embedding], at_head, config, workspace.device)
-    _settle_head(model, roles, planned, tied)
+    _settle_head(model, roles, planned, tied, others)
 
 
-def _settle_head(model: nn.Module, roles: Roles, planned: dict[str, int], tied: bool) -> None:
-    """Tie the head to the packed embedding, or have the config say that a packed embedding or head is tied to nothing."""
-    if tied:
-        tie_head(model)
+def tied_to_planes(model: nn.Module) -> dict[str, Any]:
+    """Return what the config of a packed model says of modules that use the planes of its input embedding."""
+    return {
+        "tied_head": isinstance(model.get_output_embeddings(), SABTiedHead),
+        "tied_embeddings": [name for name, module in model.named_modules() if isinstance(module, SABTiedEmbedding)],
+    }
+
+
+def _settle_head(model: nn.Module, roles: Roles, planned: dict[str, int], tied: bool, others: list[str]) -> None:
+    """Tie the head and further embeddings to the packed one, or have the config say that nothing is tied any more."""
+    if roles.embedding in planned and (tied or others):
+        tie_to_embedding(model, tied, others)
     elif {roles.embedding, roles.head} & planned.keys():
         set_tied(model, False)
     fix_vocabulary(model)
@@ -181,13 +226,14 @@ def packed_rest(model: nn.Module, planned: dict[str, int]) -> dict[str, Tensor]:
 def restore_rest(model: nn.Module, roles: Roles, planned: dict[str, int], tensors: dict[str, Tensor]) -> None:
     """Make the planned matrices what they were when `packed_rest` returned `tensors`."""
     tied = is_tied(model) and roles.embedding in planned
+    others = tied_embeddings(model)
     devices = {name: model.get_submodule(name).weight.device for name in planned}
     swap_in_empty(model, {name: [num_planes, 0] for name, num_planes in planned.items()})
     for name, device in devices.items():
         module = model.get_submodule(name)
         for key in module.packed_tensors():
             setattr(module, key, nn.Parameter(tensors[f"{name}.{key}"].to(device), requires_grad=False))
-    _settle_head(model, roles, planned, tied)
+    _settle_head(model, roles, planned, tied, others)
 
 
 def _binarize_linear(
@@ -214,14 +260,17 @@ def _binarize_embedding(
     config: SABQuantizationConfig,
     device: torch.device,
 ) -> None:
-    weight = model.get_submodule(roles.embedding).weight
+    embedding = model.get_submodule(roles.embedding)
+    weight = embedding.weight
     H = torch.eye(weight.shape[1], device=device)
     if at_head is not None:
         H_head = damp(mix(at_head, weight.shape[1], device), config.damping)
         H = 0.5 * H + 0.5 * H_head / H_head.diagonal().mean()
     fit = fit_tall_planes(weight, H, num_planes, alternations=config.alternations, block_size=config.block_size)
     logger.info("%s: %d planes, relative error %.2e", roles.embedding, num_planes, fit.error)
-    replace_module(model, roles.embedding, SABEmbedding.from_planes(fit.planes, weight.dtype).to(weight.device))
+    replace_module(
+        model, roles.embedding, SABEmbedding.from_planes(fit.planes, weight.dtype, embedding).to(weight.device)
+    )
 
 
 def _parts(linears: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:

@@ -50,16 +50,28 @@ class ExpertWeights(nn.Module):
 
 
 class FusedView:
-    """What the model's code sees in place of the fused parameter W; `W[e]`, `W.shape` and `bmm(x, W)` work."""
+    """What the model's code sees in place of the fused parameter W; `W[e]`, `W.shape`, `W.transpose(1, 2)` and `bmm(x, W)` work.
+
+    Args:
+        weights: the experts.
+        flipped: whether this is the parameter with its last two axes exchanged.
+    """
 
     _is_hf_initialized = True  # there is nothing for transformers to initialize: experts come from the file
 
-    def __init__(self, weights: ExpertWeights):
-        self.weights = weights
+    def __init__(self, weights: ExpertWeights, flipped: bool = False):
+        self.weights, self.flipped = weights, flipped
 
     @property
     def shape(self) -> torch.Size:
-        return self.weights.shape
+        experts, rows, columns = self.weights.shape
+        return torch.Size((experts, columns, rows) if self.flipped else (experts, rows, columns))
+
+    def transpose(self, dim0: int, dim1: int) -> FusedView:
+        """Return the parameter with its last two axes exchanged."""
+        if {dim0 % 3, dim1 % 3} != {1, 2}:
+            raise NotImplementedError(_unknown(Tensor.transpose))
+        return FusedView(self.weights, not self.flipped)
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -68,8 +80,9 @@ class FusedView:
         index = int(expert)
         if not -len(self) <= index < len(self):
             raise IndexError(f"expert {index} of {len(self)}")
-        out_features = self.shape[2 if self.weights.transposed else 1]
-        return ExpertMatrix(self.weights._modules[str(index % len(self))], out_features, self.weights.transposed)
+        out_features = self.weights.shape[2 if self.weights.transposed else 1]
+        transposed = self.weights.transposed != self.flipped
+        return ExpertMatrix(self.weights._modules[str(index % len(self))], out_features, transposed)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -147,6 +147,14 @@ class SABLinear(SABModule):
         tensors = empty_tensors(linear.weight, num_planes, num_significant)
         return cls(tensors, linear.in_features, linear.bias, linear.weight.dtype)
 
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """Return a Linear of the weights that the planes make."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, dtype=dtype, device="meta")
+        linear.weight = nn.Parameter(self.planes().dense(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype))
+        return linear
+
     def forward(self, input: Tensor) -> Tensor:  # named as `nn.Linear` names it: some models pass it by name
         y = self.multiply(input, self.exact)
         return y if self.bias is None else y + self.bias

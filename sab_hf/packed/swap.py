@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .embedding import FixedVocabulary, SABEmbedding, SABTiedHead
+from .embedding import FixedVocabulary, SABEmbedding, SABTiedEmbedding, SABTiedHead
 from .experts import expert_name, fuse_experts, fused_parameters, split_experts
 from .linear import SABLinear, SABModule, replace_module
 from .names import block_of, loaded_names
 
 
-def swap_in_empty(model: nn.Module, modules: dict[str, list[int]], tied_head: bool = False) -> None:
+def swap_in_empty(
+    model: nn.Module, modules: dict[str, list[int]], tied_head: bool = False, tied_embeddings: Sequence[str] = ()
+) -> None:
     """Replace the modules of `model` that a checkpoint holds packed by empty packed ones of the recorded size.
 
     Args:
         model: the skeleton, usually on the meta device.
         modules: name → [K, k], as recorded in `config.json`.
         tied_head: whether the output head uses the planes of the input embedding.
+        tied_embeddings: names of further embeddings that use them.
     Raises:
         ValueError: no modules are recorded, one is not a Linear or the embedding of this model, or has more significant
             columns than there are.
@@ -47,8 +50,9 @@ def swap_in_empty(model: nn.Module, modules: dict[str, list[int]], tied_head: bo
             replace_module(model, name, SABEmbedding.empty_like(dense[name], num_planes))
         else:
             replace_module(model, name, SABLinear.empty_like(dense[name], num_planes, num_significant))
-    if tied_head and model.get_output_embeddings() is not None:  # `AutoModel` gives models without a head
-        tie_head(model)
+    tied_head = tied_head and model.get_output_embeddings() is not None  # `AutoModel` gives models without a head
+    if tied_head or tied_embeddings:
+        tie_to_embedding(model, tied_head, tied_embeddings)
     fix_vocabulary(model)
 
 
@@ -123,23 +127,57 @@ def _unknown_module(model: nn.Module, name: str, count: int) -> str:
     )
 
 
-def tie_head(model: nn.Module) -> None:
-    """Let the output head of a transformers model use the planes of its packed input embedding.
+def tied_embeddings(model: nn.Module) -> list[str]:
+    """Return the names of the embeddings that have the input embedding's weight, itself excluded, in a model with values."""
+    embedding = model.get_input_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding) and module.weight is embedding.weight
+    ]
+    own = next(name for name, module in model.named_modules() if module is embedding)
+    return [name for name in names if name != own]
+
+
+def tie_to_embedding(model: nn.Module, head: bool, others: Sequence[str]) -> None:
+    """Let the output head of a transformers model, or further embeddings, use the planes of its packed input embedding.
 
     transformers ties `weight` parameters, which packed modules do not have: the config says "not tied" from here on, and
-    `SABQuantizationConfig.tied_head` remembers.
+    `SABQuantizationConfig.tied_head` and `tied_embeddings` remember.
 
+    Args:
+        model: the model.
+        head: whether the output head does.
+        others: names of embeddings that do, as `tied_embeddings` gives them.
     Raises:
-        ValueError: the input embedding is not packed.
+        ValueError: the input embedding is not packed, or one of the others is no embedding of its shape.
     """
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, SABEmbedding):
         raise ValueError(
-            "the checkpoint's quantization_config says that the output head is tied to a packed input embedding, but "
+            "the checkpoint's quantization_config says that modules are tied to a packed input embedding, but "
             f"lists no packed embedding for {type(model).__name__}; it was altered: download or quantize it again"
         )
-    model.set_output_embeddings(SABTiedHead(embedding))
+    for saved in others:
+        name = _own_name(model, saved)
+        other = None if name is None else model.get_submodule(name)
+        if not isinstance(other, nn.Embedding) or other.weight.shape != embedding.weight.shape:
+            raise ValueError(
+                f"the checkpoint's quantization_config says that `{saved}` uses the planes of the input embedding, which is "
+                f"{list(embedding.weight.shape)}, but {type(model).__name__} has no embedding of that name and shape; it was "
+                "altered, or load it with the class that saved it"
+            )
+        replace_module(model, name, SABTiedEmbedding(embedding, other))
+    if head:
+        model.set_output_embeddings(SABTiedHead(embedding))
     set_tied(model, False)
+
+
+def _own_name(model: nn.Module, name: str) -> str | None:
+    """Return the name in `model` of a module that a class with or without the base model's prefix calls `name`."""
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    parts = {part for part, _ in model.named_modules(remove_duplicate=False)}
+    return next((own for own in (name, name.removeprefix(prefix), prefix + name) if own in parts), None)
 
 
 def set_tied(model: nn.Module, tied: bool) -> None:
@@ -158,21 +196,15 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
     if any(module.signs.is_meta for _, module in packed):
         raise ValueError("some packed weights are offloaded; to dequantize, load the model with device_map='cpu'")
     tied = [name for name, module in model.named_modules() if isinstance(module, SABTiedHead)]
+    others = [(name, module) for name, module in model.named_modules() if isinstance(module, SABTiedEmbedding)]
     for name, module in packed:
-        weight = nn.Parameter(module.planes().dense(dtype))
-        with torch.device("meta"):
-            if isinstance(module, SABEmbedding):
-                dense = nn.Embedding(module.num_embeddings, module.embedding_dim, dtype=dtype)
-            else:
-                dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
-        dense.weight = weight
-        if getattr(module, "bias", None) is not None:
-            dense.bias = nn.Parameter(module.bias.to(dtype))
-        replace_module(model, name, dense)
+        replace_module(model, name, module.dense(dtype))
     vars(model).pop("resize_token_embeddings", None)  # the class's own again
     fuse_experts(model)
+    embedding = model.get_input_embeddings()
+    for name, module in others:
+        replace_module(model, name, module.dense(embedding.weight))
     for name in tied:
-        embedding = model.get_input_embeddings()
         with torch.device("meta"):
             head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, dtype=dtype)
         head.weight = embedding.weight

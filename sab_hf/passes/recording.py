@@ -69,8 +69,7 @@ def record(
         if found is None:
             raise RuntimeError(
                 f"{type(model).__name__} turned {list(state.modality.shape)} input positions into hidden states of shape "
-                f"{list(state.hidden.shape)}; every position needs its modality. For an encoder-decoder, pass processed batches "
-                "with 'labels' or 'decoder_input_ids'"
+                f"{list(state.hidden.shape)}; every position needs its modality. {_why_unknown(model, shape, state.modality)}"
             )
         state.modality = found
     return option
@@ -279,6 +278,17 @@ def running_where_they_are(blocks: dict[str, nn.Module], placement: Placement) -
     names = list(blocks)
     with _replaced(list(blocks.values()), visited):
         yield
+
+
+def _why_unknown(model: nn.Module, shape: torch.Size, modality: Tensor) -> str:
+    """Return why the modality of hidden states' positions `shape` is not known, or what to do, as a sentence."""
+    if getattr(model.config, "is_encoder_decoder", False) and shape[1:] < modality.shape[1:]:
+        return "For an encoder-decoder, pass processed batches with 'labels' or 'decoder_input_ids'"
+    if shape[:2] == modality.shape:
+        return "Several streams of hidden states for each position, on the third axis, are not supported yet"
+    if shape[-1] > modality.shape[-1]:
+        return "Positions that no token stands for (image features before or after the text) are not supported yet"
+    return "For an encoder-decoder, pass processed batches with 'labels' or 'decoder_input_ids'"
 
 
 def _decoder_modality(inputs: dict[str, Any], shape: torch.Size) -> Tensor | None:

@@ -110,7 +110,7 @@ def skeleton(
     """Return the packed model of a checkpoint without any weights (on the meta device)."""
     model = empty_model(read_config(path_or_id, revision=revision), path_or_id)
     with torch.device("meta"):
-        swap_in_empty(model, quantization.modules, quantization.tied_head)
+        swap_in_empty(model, quantization.modules, quantization.tied_head, quantization.tied_embeddings)
     return model
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +26,14 @@ class Family:
     Attributes:
         model: in evaluation mode, float32.
         batches: processed batches; the last one is what is generated from.
+        generates: whether `generate` takes such batches and gives tokens.
+        settings: of the quantization config, where the defaults refuse such batches.
     """
 
     model: nn.Module
     batches: list[dict[str, Tensor]]
+    generates: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def get(name: str) -> Any:
@@ -119,13 +124,9 @@ def ids(**extra: int) -> dict[str, int]:
     return {"image_token_id": IMAGE, **extra}
 
 
-TYPES = int(transformers.__version__.split(".")[0]) >= 5
-"""Whether models take `mm_token_type_ids` (those of transformers 4 refuse keys that they do not know)."""
-
-
-def typed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def typed(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Add `mm_token_type_ids`, as a processor of transformers 5 does for models with multimodal positions."""
-    if not TYPES:
+    if "mm_token_type_ids" not in inspect.signature(inspect.unwrap(type(model).forward)).parameters:
         return inputs
     ids_ = inputs["input_ids"]
     kinds = 1 * (ids_ == IMAGE) + 2 * (ids_ == VIDEO) + 3 * (ids_ == AUDIO)

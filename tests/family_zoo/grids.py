@@ -21,7 +21,7 @@ def _grid(model) -> Family:
     def make(seed):
         kind, name, grid = ((VIDEO, "pixel_values_videos", "video_grid_thw") if seed == 0
                             else (IMAGE, "pixel_values", "image_grid_thw"))  # fmt: skip
-        inputs = typed(tokens((kind, 4), seed=seed, framed=True))
+        inputs = typed(tokens((kind, 4), seed=seed, framed=True), model)
         return {**inputs, name: pixels(16, 3 * 2 * 4 * 4, seed=seed), grid: torch.tensor([[1, 4, 4]])}
 
     return Family(model, batches(make, 4))

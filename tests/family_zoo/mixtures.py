@@ -117,7 +117,7 @@ def ernie4_5_vl_moe() -> Family:
     model = build("Ernie4_5_VLMoeForConditionalGeneration", config)
 
     def make(seed):
-        inputs = typed(tokens((IMAGE, 4), seed=seed, framed=True))
+        inputs = typed(tokens((IMAGE, 4), seed=seed, framed=True), model)
         inputs["moe_mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
         return {**inputs, "pixel_values": pixels(16, 3 * 4 * 4, seed=seed), "image_grid_thw": torch.tensor([[1, 4, 4]])}
 
@@ -151,7 +151,7 @@ def _gemma4(changes) -> Family:
     grid = torch.tensor([[[x, y] for y in range(4) for x in range(4)]])
 
     def make(seed):
-        inputs = typed(tokens((IMAGE, 4), seed=seed))
+        inputs = typed(tokens((IMAGE, 4), seed=seed), model)
         return {**inputs, "pixel_values": pixels(1, 16, 3 * 4 * 4, seed=seed).abs(), "image_position_ids": grid}
 
     return Family(model, batches(make))

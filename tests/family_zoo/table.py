@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+REST_BITS = (16, 4)
 DOC = Path(__file__).parents[2] / "docs" / "families.md"
 
 NOTES = {
@@ -19,18 +20,45 @@ NOTES = {
     "llama4_text": "the text model alone",
     "gemma4": "blocks that share keys and values, embeddings for each layer",
     "qwen2_5_omni_thinker": "text, image and audio in one set",
+    "blip": "image features through cross-attention only: needs `allow_text_only`",
+    "git": "image features before the text",
+    "idefics": "needs `allow_text_only`",
+    "chameleon": "images are tokens of the vocabulary; batches need a `modality` entry",
+    "evolla": "keys and values of protein features in `modules_to_not_convert`",
+    "kosmos2_5": "batches need a `modality` entry: the config names no image token",
+    "voxtral_realtime": "generation from a stream of sound was not tried",
+    "diffusion_gemma": "generation by diffusion was not tried",
+    "kyutai_speech_to_text": "generation from sound was not tried",
+    "pp_formulanet": "an image encoder and a text decoder",
+    "pix2struct": "an image encoder and a text decoder",
+    "vision_encoder_decoder": "an image encoder and a text decoder: Donut, TrOCR",
+    "inkling": "needs `scipy`",
+    "t5gemma2": "encoder and decoder, with the image in the encoder; batches need `labels` or `decoder_input_ids`",
+    "udop": "encoder and decoder; patches of the page stand beside the tokens",
 }
+
+NOT_BUILT = {
+    "fast_vlm, perception_lm": "not tried: their towers need `timm`, which was not installed",
+    "qwen2_5_omni, qwen3_omni_moe": "no forward pass over tokens: load the thinker's class, which is in the list",
+    "pi0": "no language model: it gives actions of a robot",
+}
+"""Families of the two auto classes that are not in the zoo, and why."""
 
 HEAD = """# Families
 
 Which model families can be quantized, found out by doing it. For each, a tiny random model of its real class is saved as a
-dense checkpoint, quantized while it loads (one step of refinement, a few processed batches with the family's placeholder
-tokens), made to generate, saved, and loaded again: logits and generated tokens must be bitwise those of the saved model, and no
-language Linear and no expert may stay dense, except routers and Linears too small to shrink. Random weights say nothing about
-accuracy, and tiny ones nothing about speed; processors are not part of this check.
+dense checkpoint, quantized while it loads (one step each of refinement and distillation, a few processed batches with the
+family's placeholder tokens), made to generate, saved, and loaded again: logits must be those of the dense model on the weights
+that the planes make, logits and generated tokens after reloading bitwise those of the saved model, and no language Linear and
+no expert may stay dense, except routers and Linears too small to shrink. Random weights say nothing about accuracy, and tiny
+ones nothing about speed; processors are not part of this check.
+
+Each version has two answers: with towers, projector, embedding and head dense (the defaults of `SABQuantizationConfig`), and with
+`rest_bits=4`. Families are those of `AutoModelForImageTextToText` and `AutoModelForMultimodalLM`, a few text models, and parts of
+both.
 
 No code of the package knows a family by name. "Language weights covered" is `report(model).coverage`: the rest are routers,
-low-rank side paths and gates. Tower and projector stay dense here (the defaults of `SABQuantizationConfig`).
+low-rank side paths and gates.
 
 """
 
@@ -60,50 +88,68 @@ TAIL = """
   text model can name it: `SABQuantizationConfig(language_blocks=["decoder.stack"])`.
 - Models without one forward pass over tokens (Qwen2.5-Omni as a whole) are quantized by their part that reads tokens: load the
   thinker's class.
+- Models that read no tokens before their decoder (Donut, TrOCR, Pix2Struct: image encoders) are refused, and so are those whose
+  hidden states hold positions that no token stands for (GIT, UDOP: image features beside the text) or several streams on the
+  third axis (GLM-5-Next): the modality of their positions is not known.
+- Where the embedding is tied and does more than look rows up and multiply them by a number, or where the model's code reads
+  `tie_word_embeddings` (T5 of transformers 4), embedding and head stay dense with `rest_bits`; naming their bits is an error.
 - Blocks that run twice, out of order, or never for the calibration samples are refused.
 - Samples with video need a video processor, which needs torchvision; processed batches do not.
 """
 
 
 def write_table(outcomes: list[Mapping[str, Any]]) -> None:
-    """Write docs/families.md from the outcomes of one or several versions of transformers."""
+    """Write docs/families.md from the outcomes of one or several versions of transformers; of two alike the later counts."""
     versions = sorted({o["version"] for o in outcomes}, key=lambda version: [int(part) for part in version.split(".")])
-    families = list(dict.fromkeys(o["family"] for o in outcomes))
-    by_key = {(o["family"], o["version"]): o for o in outcomes}
+    by_key = {(o["family"], o["version"], o["rest_bits"]): o for o in outcomes}
     lines = [
         f"| family | language weights covered | calibrated on | quantized Linears, by kind | {' | '.join(versions)} | remark |",
         "|" + "---|" * (5 + len(versions)),
     ]
-    reasons = []
-    for family in families:
-        rows = [by_key.get((family, version)) for version in versions]
-        works = [row for row in rows if row and not row["problem"]]
-        cells = []
-        for row in rows:
-            if row is None:
-                cells.append("not run")
-            elif not row["problem"]:
-                cells.append("yes")
-            elif row["problem"].startswith("not in transformers"):
-                cells.append("–")
-            else:
-                reasons.append(f"{len(reasons) + 1}. `{family}`, {row['version']}: {row['problem']}")
-                cells.append(f"no ({len(reasons)})")
+    reasons: dict[str, list[str]] = {}
+    for family in dict.fromkeys(o["family"] for o in outcomes):
+        rows = {key: o for key, o in by_key.items() if key[0] == family}
+        works = [o for o in rows.values() if not o["problem"]]
+        cells = [_cell([rows.get((family, version, bits)) for bits in REST_BITS], reasons) for version in versions]
         shown = works[-1] if works else None
         covered = f"{100 * shown['coverage']:.1f} %" if shown else ""
         media = ", ".join(shown["modalities"]) if shown else ""
         remarks = [NOTES.get(family, ""), "" if shown is None or shown["measured"] else "bits spread evenly"]
         remark = "; ".join(part for part in remarks if part)
         lines.append(f"| {family} | {covered} | {media} | {_kinds(shown)} | {' | '.join(cells)} | {remark} |")
-    legend = '\n"–": this version has no such class.\n'
+    lines += [f"| {family} |  |  |  |{' – |' * len(versions)} {why} |" for family, why in NOT_BUILT.items()]
+    legend = (
+        '\n"yes": dense and with `rest_bits=4`; else "dense, `rest_bits=4`". "–": this version has no such class.\n'
+    )
     if reasons:
-        legend += "\nWhy not:\n\n" + "\n".join(reasons) + "\n"
+        legend += "\nWhy not:\n\n" + "".join(
+            f"{number}. {', '.join(where)}: {why}\n" for number, (why, where) in enumerate(reasons.items(), 1)
+        )
     command = (
-        "\nThis page is made by `python tests/families.py --json FILE` on each version, then `--table FILE …`.\n"
+        "\nThis page is made by `python tests/families.py --rest-bits 16 4 --json FILE` on each version, then `--table FILE …`.\n"
         "`pytest tests/anatomy/test_families.py` runs a part of it, with `-m slow` the rest.\n"
     )
     DOC.parent.mkdir(exist_ok=True)
     DOC.write_text(HEAD + "\n".join(lines) + "\n" + legend + command + TAIL)
+
+
+def _cell(outcomes: list[Mapping[str, Any] | None], reasons: dict[str, list[str]]) -> str:
+    """Return what a version's two outcomes of a family say, and note why not in `reasons`: reason → where."""
+    words = []
+    for outcome in outcomes:
+        if outcome is None:
+            words.append("not run")
+        elif not outcome["problem"]:
+            words.append("yes")
+        elif outcome["problem"].startswith("not in transformers"):
+            words.append("–")
+        else:
+            where = reasons.setdefault(outcome["problem"], [])
+            place = f"`{outcome['family']}`, {outcome['version']}"
+            if place not in where:
+                where.append(place)
+            words.append(f"no ({list(reasons).index(outcome['problem']) + 1})")
+    return ", ".join(dict.fromkeys(words))
 
 
 def _kinds(outcome: Mapping[str, Any] | None) -> str:

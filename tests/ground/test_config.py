@@ -49,6 +49,7 @@ INVALID = {
     "embedding_bits": [0, 9, 15, 4.0, "4", True],
     "head_bits": [0, 9, 15, 4.0, "4", True],
     "tied_head": [0, 1, "yes", None],
+    "tied_embeddings": [None, "model.encoder.embed_tokens", [1], ("a",)],
     "refine_scale_rate": [0, -0.1, 1.1, math.nan, None, True],
     "refine_latent_rate": [0, -0.1, 1.1, math.nan, None, True],
     "distil_steps": [-1, 1.0, "1", True],

@@ -30,7 +30,7 @@ from sab_hf.machine.workspace import Workspace
 from sab_hf.make import rest
 from sab_hf.make.plan import make_plan
 from sab_hf.method.fit import fit_planes, fit_tall_planes
-from sab_hf.packed.embedding import SABEmbedding, SABTiedHead
+from sab_hf.packed.embedding import SABEmbedding, SABTiedEmbedding, SABTiedHead, look_up_scale
 from sab_hf.packed.linear import SABLinear, SABModule
 from sab_hf.passes.rest_inputs import moments_after_blocks
 
@@ -52,6 +52,73 @@ def test_embedding_looks_up_the_rows_of_its_planes():
     assert module.to(torch.bfloat16)(ids).dtype == torch.bfloat16
     assert list(module.state_dict()) == ["signs", "row_scale", "col_scale"]
     assert (module.num_embeddings, module.embedding_dim) == (13, 20)
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's: the factor is a buffer, of which a skeleton on the meta device holds no value."""
+
+    def __init__(self, scale, device=None):
+        super().__init__(13, 20, device=device)
+        self.scalar_embed_scale = scale
+        self.register_buffer("embed_scale", torch.tensor(scale, device=device), persistent=False)
+
+    def forward(self, input):
+        return super().forward(input) * self.embed_scale.to(self.weight.dtype)
+
+
+class Normed(nn.Embedding):
+    def forward(self, input):
+        return nn.functional.normalize(super().forward(input), dim=-1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_factor_of_a_scaled_embedding_is_found(device):
+    assert look_up_scale(nn.Embedding(13, 20, device=device)) == 1
+    assert look_up_scale(Scaled(5.65625, device)) == 5.65625
+    assert (
+        look_up_scale(Scaled(4.47213, device), torch.bfloat16) == 4.46875
+    )  # as the buffer of a bfloat16 model holds it
+    assert look_up_scale(Normed(13, 20, device=device)) is None
+
+
+def test_scaled_embedding_keeps_its_factor_packed_and_dequantized():
+    planes = fit_planes(torch.randn(13, 20), torch.eye(20), 3).planes
+    module = SABEmbedding.from_planes(planes, torch.float32, Scaled(5.65625, "meta"))
+    ids = torch.tensor([[0, 12, 5]])
+    W = module.planes().dense()
+    torch.testing.assert_close(module(ids), 5.65625 * W[ids])
+    torch.testing.assert_close(module.weight[3, :], W[3])  # rows of the matrix itself, as Gemma 4 asks for them
+    torch.testing.assert_close(module(W[:1], as_head=True, exact=True), W[:1] @ W.T)
+    dense = module.dense(torch.float32)
+    assert type(dense) is Scaled
+    torch.testing.assert_close(dense(ids), module(ids))
+    tied = SABTiedEmbedding(module, Scaled(2.0))
+    torch.testing.assert_close(tied(ids), 2.0 * W[ids])
+    assert not tied.state_dict()
+
+
+def test_whole_rows_only_are_taken_from_a_packed_embedding_s_weight():
+    planes = fit_planes(torch.randn(13, 20), torch.eye(20), 2).planes
+    weight = SABEmbedding.from_planes(planes, torch.float32).weight
+    assert weight[torch.tensor([1, 2])].shape == (2, 20)
+    for index in (slice(1, None), (1, 2), (None, None)):
+        with pytest.raises(TypeError, match="embedding_bits=16"):
+            weight[index]
+
+
+def test_embedding_that_is_more_than_a_look_up_stays_dense(make_config):
+    def build():
+        model = build_llava(tied=True, tie_word_embeddings=True)
+        embedding = model.get_input_embeddings()
+        embedding.__class__ = Normed
+        return model
+
+    model = build()
+    sab_hf.quantize(model, build_processor(), config=make_config(rest_bits=4))
+    assert type(model.get_input_embeddings()) is Normed
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with pytest.raises(ValueError, match="more than look rows up"):
+        sab_hf.quantize(build(), build_processor(), config=make_config(head_bits=4))
 
 
 def test_embedding_compiles_whole():

@@ -136,6 +136,21 @@ def test_unknown_operation_on_fused_weights_says_what_to_do():
         view[2]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused_weight_with_its_axes_exchanged_is_what_bmm_takes(transposed):
+    """Inkling's shared experts compute `bmm(x, W.transpose(1, 2))`."""
+    torch.manual_seed(0)
+    W, x = torch.randn(3, 5, 7), torch.randn(3, 4, 7)
+    weights = ExpertWeights(W.transpose(1, 2).contiguous() if transposed else W, transposed)
+    view = FusedView(weights) if transposed else FusedView(weights).transpose(1, 2)
+    assert view.shape == (3, 7, 5)
+    torch.testing.assert_close(torch.bmm(x, view), torch.bmm(x, W.transpose(1, 2)))
+    back = view.transpose(-1, -2)
+    torch.testing.assert_close(nn.functional.linear(x[1], back[1]), x[1] @ W[1].T)
+    with pytest.raises(NotImplementedError, match="modules_to_not_convert"):
+        view.transpose(0, 1)
+
+
 def test_expert_without_tokens_gives_no_rows():
     view = FusedView(ExpertWeights(torch.randn(2, 3, 4), transposed=False))
     assert nn.functional.linear(torch.empty(0, 4), view[1]).shape == (0, 3)
