@@ -201,7 +201,7 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
         replace_module(model, name, module.dense(dtype))
     vars(model).pop("resize_token_embeddings", None)  # the class's own again
     fuse_experts(model)
-    embedding = model.get_input_embeddings()
+    embedding = model.get_input_embeddings() if tied or others else None
     for name, module in others:
         replace_module(model, name, module.dense(embedding.weight))
     for name in tied:
