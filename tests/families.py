@@ -116,7 +116,7 @@ def check(name: str, folder: Path, rest_bits: int = DENSE) -> Outcome:
         rest_bits=rest_bits,
         quantized=dict(Counter(kind(n, roles.blocks) for n in inside)),
         coverage=sab_hf.report(again).coverage.share,
-        stages=len(roles.stages),
+        stages=len(roles.stacks),
         modalities=sorted({m for fit in record.fits for m in fit.tokens}),
         vision=list(roles.vision),
         fallbacks=len(record.fallbacks),
@@ -163,7 +163,7 @@ def assert_blocks_get_what_the_model_gives(family: Family) -> None:
     model(**without(batches[0].inputs, "modality"), use_cache=False)
     for hook in hooks:
         hook.remove()
-    for stage in roles.stages:
+    for stage in roles.stacks:
         later = roles.blocks[roles.blocks.index(stage[-1]) + 1 :]
         inputs = BlockInputs(model, stage, batches, workspace, later, all_run=False)
         for index, name in enumerate(stage):

@@ -22,7 +22,7 @@ class Roles:
     """The parts of a model.
 
     Attributes:
-        stages: names of the language blocks in the order in which they run, one tuple for each list of blocks. A later stage
+        stacks: names of the language blocks in the order in which they run, one tuple for each list of blocks. A later stack
             reads what an earlier one gives: the decoder's blocks the encoder's output.
         embedding: name of the input embedding.
         head: name of the output embedding, or None.
@@ -31,7 +31,7 @@ class Roles:
         tables: further embeddings in the text model (of positions, or one for each layer), which have the embedding's role.
     """
 
-    stages: tuple[tuple[str, ...], ...]
+    stacks: tuple[tuple[str, ...], ...]
     embedding: str
     head: str | None
     vision: tuple[str, ...]
@@ -41,7 +41,7 @@ class Roles:
     @property
     def blocks(self) -> tuple[str, ...]:
         """Names of all language blocks, in the order in which they run."""
-        return tuple(name for stage in self.stages for name in stage)
+        return tuple(name for stack in self.stacks for name in stack)
 
     def of(self, name: str) -> str:
         """Return the role of the module or tensor called `name`."""
@@ -84,7 +84,7 @@ def find_roles(model: nn.Module, language_blocks: Sequence[str] | None = None) -
     media |= {name for name in _outside(model, (embedding, *language, *towers)) if _takes_raw_media(model, name)}
     text = _text(text_models, embedding, language)
     return Roles(
-        stages=tuple(tuple(f"{name}.{i}" for i in range(len(model.get_submodule(name)))) for name in language),
+        stacks=tuple(tuple(f"{name}.{i}" for i in range(len(model.get_submodule(name)))) for name in language),
         embedding=embedding,
         head=names.get(model.get_output_embeddings()),
         vision=tuple(sorted(media)),

@@ -1,8 +1,9 @@
-"""Resume: what a run has finished, committed stage by stage into a folder.
+"""Resume: what a run has finished, committed step by step into a folder.
 
-A stage (a block, or any other step) is one safetensors file: its tensors, and in the metadata a record as JSON, the stage's name,
-which run it is of, and a digest of all of that: a file that was renamed, or comes from another run, is not taken for what its
-name says. It is written beside its place, flushed to the disk and renamed, so that it is either there and whole, or not there.
+A step (a block, or what comes before or after the blocks) is one safetensors file: its tensors, and in the metadata a record as
+JSON, the step's name, which run it is of, and a digest of all of that: a file that was renamed, or comes from another run, is not
+taken for what its name says. It is written beside its place, flushed to the disk and renamed, so that it is either there and
+whole, or not there.
 Hidden states are not stored: a run that resumes passes them through the finished blocks again, dense and packed, which is
 cheap beside fitting and gives the same bytes.
 """
@@ -31,15 +32,15 @@ _FINGERPRINT = "fingerprint.json"
 _LOCK = "lock"
 
 
-class Stage(NamedTuple):
-    """What one finished stage left behind: tensors by name (on the CPU), and plain data."""
+class Commit(NamedTuple):
+    """What one finished step left behind: tensors by name (on the CPU), and plain data."""
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
 
 
-class RunCheckpoint:
-    """The finished stages of one run in one folder.
+class RunFolder:
+    """The finished steps of one run in one folder.
 
     Args:
         folder: is made if it is not there.
@@ -63,13 +64,13 @@ class RunCheckpoint:
             for unfinished in self.folder.glob(f"{kind}.tmp"):  # of a run that was killed while it wrote
                 unfinished.unlink()
 
-    def load(self, stage: str) -> Stage | None:
-        """Return a finished stage, or None if it is not finished.
+    def load(self, step: str) -> Commit | None:
+        """Return a finished step, or None if it is not finished.
 
         Raises:
             ValueError: its file is damaged; the message says how to go on.
         """
-        path = self._path(stage)
+        path = self._path(step)
         if not path.exists():
             return None
         try:
@@ -79,50 +80,50 @@ class RunCheckpoint:
         except (SafetensorError, OSError) as error:
             raise ValueError(_damaged(path, str(error))) from error
         record = metadata.get("record", "null")
-        named = [metadata[key] for key in ("stage", "run") if key in metadata]  # none in files of early versions
+        named = [metadata[key] for key in ("step", "run") if key in metadata]  # none in files of early versions
         if metadata.get("digest") != _digest(tensors, record, *named):
             raise ValueError(_damaged(path, "its digest does not fit its content"))
-        if named and named != [stage, self._run]:
-            other = f"it is `{named[0]}`" if named[0] != stage else f"it is `{stage}` of another run"
+        if named and named != [step, self._run]:
+            other = f"it is `{named[0]}`" if named[0] != step else f"it is `{step}` of another run"
             raise ValueError(_damaged(path, f"{other}; files were renamed or copied"))
-        return Stage(tensors, json.loads(record))
+        return Commit(tensors, json.loads(record))
 
-    def save(self, stage: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Commit a finished stage.
+    def save(self, step: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Commit a finished step.
 
         Raises:
-            OSError: it cannot be written, as when the disk is full; stages committed before are kept.
+            OSError: it cannot be written, as when the disk is full; steps committed before are kept.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps(record)
-        named = {"stage": stage, "run": self._run}
+        named = {"step": step, "run": self._run}
         digest = _digest(tensors, text, *named.values())
         content = save(tensors, metadata={"record": text, "digest": digest} | named)
-        self._write(self._path(stage), content)
-        logger.debug("committed %s: %.1f MiB", stage, len(content) / 2**20)
+        self._write(self._path(step), content)
+        logger.debug("committed %s: %.1f MiB", step, len(content) / 2**20)
 
-    def forget(self, stage: str) -> None:
+    def forget(self, step: str) -> None:
         """Delete what was committed under this name, if anything."""
-        self._path(stage).unlink(missing_ok=True)
+        self._path(step).unlink(missing_ok=True)
 
-    def stages(self) -> list[str]:
-        """Return the names of the finished stages, sorted."""
+    def steps(self) -> list[str]:
+        """Return the names of the finished steps, sorted."""
         return sorted(path.stem for path in self.folder.glob("*.safetensors"))
 
     def close(self) -> None:
         """Let other processes use the folder."""
         self._lock.close()
 
-    def _path(self, stage: str) -> Path:
-        return self.folder / f"{stage}.safetensors"
+    def _path(self, step: str) -> Path:
+        return self.folder / f"{step}.safetensors"
 
     def _check_fingerprint(self, fingerprint: Fingerprint) -> Fingerprint:
         """Return the fingerprint of the run that the folder belongs to."""
         path = self.folder / _FINGERPRINT
         if not path.exists():
-            if self.stages():
+            if self.steps():
                 raise ValueError(
-                    f"{self.folder} holds finished stages but no {_FINGERPRINT}; name another `checkpoint_dir`"
+                    f"{self.folder} holds finished steps but no {_FINGERPRINT}; name another `checkpoint_dir`"
                 )
             self._write(path, json.dumps(fingerprint.to_dict(), indent=2).encode())
             return fingerprint
@@ -134,12 +135,12 @@ class RunCheckpoint:
         if refused:
             raise ValueError(
                 f"`checkpoint_dir` {self.folder} belongs to another run: {'; '.join(refused)}. Name another folder, or delete "
-                f"this one ({len(self.stages())} finished stages) to start over"
+                f"this one ({len(self.steps())} finished steps) to start over"
             )
         if noted:
             logger.warning("resuming elsewhere, so the result may differ by rounding: %s", "; ".join(noted))
-        if self.stages():
-            logger.info("resuming from %s: %d stages are finished", self.folder, len(self.stages()))
+        if self.steps():
+            logger.info("resuming from %s: %d steps are finished", self.folder, len(self.steps()))
         return stored
 
     def _write(self, path: Path, content: bytes) -> None:
@@ -158,7 +159,7 @@ class RunCheckpoint:
             raise OSError(
                 error.errno,
                 f"cannot commit {path.stem} ({len(content) / 2**20:.1f} MiB) to `checkpoint_dir` {self.folder}: "
-                f"{error.strerror}. The {len(self.stages())} stages before it are kept; "
+                f"{error.strerror}. The {len(self.steps())} steps before it are kept; "
                 + ("free space there" if full else "make the folder writable")
                 + " and start again to continue after them",
             ) from error
@@ -181,7 +182,7 @@ def _digest(tensors: dict[str, Tensor], record: str, *named: str) -> str:
 
 
 def _damaged(path: Path, reason: str) -> str:
-    return f"{path} is damaged ({reason}); delete it, and the next run makes this stage again and keeps the others"
+    return f"{path} is damaged ({reason}); delete it, and the next run makes this step again and keeps the others"
 
 
 def _flush_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .commits import RunCheckpoint, Stage
+from .commits import Commit, RunFolder
 from .workspace import Workspace
 
 Left = tuple[dict[str, Tensor], dict[str, Any]]
@@ -30,7 +30,7 @@ class Steps:
         checkpoint: the run's folder; None: nothing is committed.
     """
 
-    def __init__(self, workspace: Workspace, checkpoint: RunCheckpoint | None):
+    def __init__(self, workspace: Workspace, checkpoint: RunFolder | None):
         self.workspace, self.checkpoint = workspace, checkpoint
 
     def once(
@@ -85,7 +85,7 @@ class Steps:
         if self.checkpoint is not None:
             self.checkpoint.close()
 
-    def _continue_after(self, step: Stage) -> None:
+    def _continue_after(self, step: Commit) -> None:
         self.workspace.limit.samples = step.record[_SAMPLES]
         states = {key[len(_RANDOM) :]: t for key, t in step.tensors.items() if key.startswith(_RANDOM)}
         if "cpu" in states:
@@ -102,7 +102,7 @@ class Progress:
         name: in the folder.
     """
 
-    def __init__(self, checkpoint: RunCheckpoint | None, name: str):
+    def __init__(self, checkpoint: RunFolder | None, name: str):
         self._checkpoint, self._name = checkpoint, name
 
     def load(self) -> Left | None:
@@ -121,7 +121,7 @@ class Progress:
             self._checkpoint.save(self._name, tensors(), record)
 
 
-def _without_random_state(step: Stage) -> Left:
+def _without_random_state(step: Commit) -> Left:
     tensors = {key: tensor for key, tensor in step.tensors.items() if not key.startswith(_RANDOM)}
     return tensors, {key: value for key, value in step.record.items() if key != _SAMPLES}
 

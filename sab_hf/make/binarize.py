@@ -19,7 +19,7 @@ from ..calibration import CalibrationBatch
 from ..config import SABQuantizationConfig
 from ..machine import distributed
 from ..machine.clock import StageClock
-from ..machine.commits import RunCheckpoint
+from ..machine.commits import RunFolder
 from ..machine.fingerprint import digest, fingerprint
 from ..machine.placement import check_finite
 from ..machine.plain_torch import plain_torch
@@ -84,7 +84,7 @@ def binarize(
     record.measured = bool(sensitivity.linears)
     plan = spend_budget(model, plan, sensitivity, config)  # final from here on
     with tqdm(total=len(plan.roles.blocks), desc="binarizing blocks", disable=distributed.rank() > 0) as progress:
-        for blocks in plan.roles.stages:  # later ones read what the binarized blocks of earlier ones give
+        for blocks in plan.roles.stacks:  # later ones read what the binarized blocks of earlier ones give
             with measure("capture"):
                 later = plan.roles.blocks[plan.roles.blocks.index(blocks[-1]) + 1 :]
                 inputs = BlockInputs(model, blocks, batches[:given], workspace, later)
@@ -218,7 +218,7 @@ def _open_steps(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wor
         return Steps(workspace, None)
     decided = {"device": workspace.device, "processes": distributed.size()}
     decided |= {"refine_steps": plan.refine.steps, "distil_steps": plan.distil.steps}
-    return Steps(workspace, RunCheckpoint(config.checkpoint_dir, fingerprint(model, batches, config, **decided)))
+    return Steps(workspace, RunFolder(config.checkpoint_dir, fingerprint(model, batches, config, **decided)))
 
 
 def _write_samples(

@@ -108,7 +108,7 @@ def plan_windows(
         steps: of the run; one that was interrupted goes on with the windows it had.
     """
     whole = [Window(blocks, 0, trained=False)]
-    if not plan.distil.steps or blocks != plan.roles.stages[-1]:
+    if not plan.distil.steps or blocks != plan.roles.stacks[-1]:
         return whole
     tail, problem = _find_tail(model, plan, blocks, inputs)
     if problem:

@@ -8,9 +8,9 @@ measured, V the vocabulary, E bytes of an activation):
     fit      = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the largest Linear
     distil   = Σ 31 n m + 4 T Σ (n + 2 m) + min(32 T V, 4 GiB)     over the blocks of a window, as many as fit
     refine   = Σ n m (25 (P + s R) + 20) + 4 T Σ (n + 2 m)
-    record   = everything beside the blocks + 3 E T max (n + m)
+    capture  = everything beside the blocks + 3 E T max (n + m)
     measure  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
-    device   = block's dense weights + max(record, measure + further states, moments + fit, refine, distil) + states, both
+    device   = block's dense weights + max(capture, measure + further states, moments + fit, refine, distil) + states, both
                as far as they are kept there
     RAM      = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a fifth of
                it for what the allocator keeps)
@@ -62,7 +62,7 @@ class Estimate:
 
     Attributes:
         device: the compute device.
-        working: bytes on the compute device by step: "record", "measure", "fit", "refine", "distil" (steps follow each other).
+        working: bytes on the compute device by step: "capture", "measure", "fit", "refine", "distil" (steps follow each other).
         weights: bytes of the model's weights in RAM; those of memory-mapped files can be dropped by the system.
         packed: bytes of the packed result.
         states: bytes of hidden states by place: "device" (those of the "measure" step alone count as its working set), "ram",
@@ -115,7 +115,7 @@ def estimate_run(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wo
     dearest = max(blocks, key=lambda block: block.weights)
     moved = 0 if workspace.device.type == "cpu" else 1  # what is computed where it is needs no second place
     beside = moved * _beside_blocks(model, block_names)
-    working = {"record": beside + moved * dearest.dense + _activations(dearest, data)}
+    working = {"capture": beside + moved * dearest.dense + _activations(dearest, data)}
     if measured:
         through = moved * dearest.dense + max(_measure(dearest, data), _backward(dearest, data))
         working["measure"] = max(through, beside + data.logit_bytes)

@@ -52,9 +52,9 @@ def find_sensitivity(
             inputs.close()
 
     try:
-        if len(plan.roles.stages) > 1:
+        if len(plan.roles.stacks) > 1:
             raise UnmeasurableError(
-                f"the loss depends on `{plan.roles.stages[0][0]}` only through the blocks of `{plan.roles.stages[-1][0]}`, "
+                f"the loss depends on `{plan.roles.stacks[0][0]}` only through the blocks of `{plan.roles.stacks[-1][0]}`, "
                 "which read its output"
             )
         return Sensitivity.unpack(*steps.once("sensitivity", measure))

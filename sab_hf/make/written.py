@@ -31,7 +31,7 @@ from transformers.utils.logging import tqdm
 from ..calibration import PADDING, TEXT, CalibrationBatch, media_modality
 from ..machine.limits import SampleLimit
 from ..machine.placement import Placement
-from ..passes.recording import model_inputs
+from ..passes.tracing import model_inputs
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ class SignificanceMap(NamedTuple):
         rho: [out_features, in_features] spatial significance, the Hoyer sparsity across modalities; 1 where a single
             modality uses the weight, 0 where all use it alike.
         unimodal, crossmodal: [out_features, in_features] bool, the partition of the significant weights.
-        unimodal_share: r, the share of the total sensitivity that lies in unimodal weights.
+        unimodal_share: r, the share of the total saliency that lies in unimodal weights.
         Lambda: [out_features, in_features] weight of each entry in the objective `‖Λ ⊙ (W − Ŵ)‖²`; its mean is 1.
     """
 
@@ -69,7 +69,7 @@ def significance_map(
     a floor.
     """
     known = [m for m in H if gradient is None or m in gradient]
-    S = [sensitivity(W, H[m], damping, None if gradient is None else gradient[m]) for m in known]
+    S = [saliency(W, H[m], damping, None if gradient is None else gradient[m]) for m in known]
     S = torch.stack(S) if S else W.new_zeros(1, *W.shape)
     rho = hoyer_sparsity(S)
     top = max(1, round(salient_top_p * W.numel()))
@@ -92,7 +92,7 @@ def _smallest(values: Tensor, k: int) -> Tensor:
     return values.flatten().kthvalue(k).values
 
 
-def sensitivity(W: Tensor, H: Tensor, damping: float, gradient: Tensor | None = None) -> Tensor:
+def saliency(W: Tensor, H: Tensor, damping: float, gradient: Tensor | None = None) -> Tensor:
     """Return `S[i,j] = g[i] W[i,j]² / [(H + λI)⁻¹]_jj`, divided by its mean; [out_features, in_features].
 
     Args:

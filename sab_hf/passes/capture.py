@@ -13,9 +13,9 @@ from ..calibration import CalibrationBatch, media_modality
 from ..machine import distributed
 from ..machine.workspace import Workspace
 from ..method.hessian import SecondMoments
-from .recording import check_replay, record
 from .routing import RowLabels
 from .states import BatchState, Left, block_output, join
+from .tracing import check_replay, trace
 
 
 class BlockInputs:
@@ -58,7 +58,7 @@ class BlockInputs:
         with own, placement.visit(block_names[0]), _not_run(model, others):
             for number, batch in distributed.share(batches):
                 state = new_state(first_number + number, self.workspace, batch)
-                option = record(model, blocks, batch, state, to_the_end=not later)
+                option = trace(model, blocks, batch, state, to_the_end=not later)
                 if not self.states:
                     check_replay(model, blocks, batch, state, not later, option)
                 seen = {}

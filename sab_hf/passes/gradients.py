@@ -20,9 +20,9 @@ from ..machine.weights import apart
 from ..method.hessian import SecondMoments, damp, inverse
 from ..method.sensitivity import LinearSensitivity, Sensitivity, UnmeasurableError
 from .capture import BlockInputs, observing
-from .recording import makes_some_logits, output_of_last_block
 from .routing import RowLabels
 from .states import BatchState, block_output
+from .tracing import makes_some_logits, output_of_last_block
 
 LOGIT_BYTES = 4 * 2**30
 """Most memory that logits, their probabilities and their gradients take at once, where a model can be asked for some of them."""

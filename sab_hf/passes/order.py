@@ -12,7 +12,7 @@ from ..anatomy.roles import Roles
 from ..calibration import CalibrationBatch
 from ..machine.workspace import Workspace
 from .capture import new_state
-from .recording import record, running_where_they_are
+from .tracing import running_where_they_are, trace
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def in_running_order(model: nn.Module, roles: Roles, batches: list[CalibrationBa
 
     That order shows when the first batch runs, up to the last block of the first list, which hands its input on.
     """
-    first, *others = roles.stages
+    first, *others = roles.stacks
     if not others:
         return roles
     order: dict[str, None] = {}
@@ -34,7 +34,7 @@ def in_running_order(model: nn.Module, roles: Roles, batches: list[CalibrationBa
             placement.visit(first[0]),
             running_where_they_are({name: model.get_submodule(name) for stage in others for name in stage}, placement),
         ):
-            record(model, blocks, batches[0], new_state(0, workspace, batches[0]), to_the_end=False)
+            trace(model, blocks, batches[0], new_state(0, workspace, batches[0]), to_the_end=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -42,7 +42,7 @@ def in_running_order(model: nn.Module, roles: Roles, batches: list[CalibrationBa
     if not alternate:
         return roles
     merged = dict.fromkeys([*order, *first, *(name for stage in alternate for name in stage)])
-    return replace(roles, stages=(tuple(merged), *(stage for stage in others if stage not in alternate)))
+    return replace(roles, stacks=(tuple(merged), *(stack for stack in others if stack not in alternate)))
 
 
 def _noting(name: str, order: dict[str, None]) -> Any:

@@ -11,8 +11,8 @@ from ..machine import distributed
 from ..machine.workspace import Workspace
 from ..method.hessian import SecondMoments
 from .capture import BlockInputs, new_state, observing
-from .recording import output_of_last_block, record
 from .states import BatchState
+from .tracing import output_of_last_block, trace
 
 
 def moments_before_blocks(
@@ -26,7 +26,7 @@ def moments_before_blocks(
 
     Language blocks do not run. A Linear that runs after them, or never, is missing from the result.
     """
-    stage, *_ = roles.stages
+    stage, *_ = roles.stacks
     later = roles.blocks[len(stage) :]
     blocks = [model.get_submodule(name) for name in stage]
     collector = _Collector(linears, workspace)
@@ -34,7 +34,7 @@ def moments_before_blocks(
     with placement.visit_rest(roles.blocks), placement.visit(stage[0]), observing(linears, collector.observe):
         for number, batch in distributed.share(batches):
             collector.state = new_state(number, workspace, batch)
-            record(model, blocks, batch, collector.state, to_the_end=not later)
+            trace(model, blocks, batch, collector.state, to_the_end=not later)
     return collector.collected()
 
 
@@ -49,7 +49,7 @@ def moments_after_blocks(
 
     The blocks come to the compute device one at a time; in an encoder-decoder, the encoder's all at once.
     """
-    stage, placement = roles.stages[-1], workspace.placement
+    stage, placement = roles.stacks[-1], workspace.placement
     inputs = BlockInputs(model, stage, batches, workspace, all_run=False)
     for index, name in enumerate(stage):
         with placement.visit(name) as block:

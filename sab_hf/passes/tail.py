@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import CalibrationBatch
-from .recording import makes_some_logits, output_of_last_block
 from .states import BatchState
+from .tracing import makes_some_logits, output_of_last_block
 
 _TEXT = ("input_ids", "attention_mask")
 

@@ -91,7 +91,7 @@ def test_text_model_is_around_an_embedding_that_is_apart():
 @pytest.mark.skipif(not V5, reason="not in transformers 4")
 def test_decoder_beside_the_encoder_s_text_model_is_language():
     roles = find_roles(FAMILIES["t5gemma2"]().model)
-    assert [stage[0] for stage in roles.stages] == ["model.encoder.text_model.layers.0", "model.decoder.layers.0"]
+    assert [stage[0] for stage in roles.stacks] == ["model.encoder.text_model.layers.0", "model.decoder.layers.0"]
     assert roles.of("model.decoder.embed_tokens.weight") == "embedding"
 
 

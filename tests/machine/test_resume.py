@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from scale_worker import MEASURED, NUM_BLOCKS, begin_forked, build_config, run, write
 
 import sab_hf
-from sab_hf.machine.commits import RunCheckpoint
+from sab_hf.machine.commits import RunFolder
 from sab_hf.machine.fingerprint import Fingerprint
 
 PRINT = Fingerprint({"bits": 1.1}, {"class": "A", "w": "1"}, "d", {"torch": "2"})
@@ -36,7 +36,7 @@ def start(output: Path, folder: Path) -> multiprocessing.Process:
 
 def _child(output: Path, folder: Path) -> None:
     begin_forked()
-    take, save = RunCheckpoint.__init__, RunCheckpoint.save
+    take, save = RunFolder.__init__, RunFolder.save
 
     def take_and_tell(self, *args):
         take(self, *args)
@@ -47,7 +47,7 @@ def _child(output: Path, folder: Path) -> None:
         save(self, *args)
         time.sleep(PAUSE)
 
-    RunCheckpoint.__init__, RunCheckpoint.save = take_and_tell, save_slowly
+    RunFolder.__init__, RunFolder.save = take_and_tell, save_slowly
     write(run(checkpoint_dir=str(folder)).state_dict(), output)
 
 
@@ -130,7 +130,7 @@ def test_random_generator_continues_where_it_was(tmp_path, monkeypatch):
 )
 def test_another_config_is_refused_with_the_reason(tmp_path, changes, reason):
     run(checkpoint_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=f"belongs to another run: .*{reason}.*4 finished stages"):
+    with pytest.raises(ValueError, match=f"belongs to another run: .*{reason}.*4 finished steps"):
         run(checkpoint_dir=str(tmp_path), **changes)
 
 
@@ -144,42 +144,42 @@ def test_another_model_is_refused_for_one_changed_weight(tmp_path, processor):
 
 
 def test_another_software_is_a_warning(tmp_path, caplog):
-    RunCheckpoint(tmp_path, PRINT).close()
-    RunCheckpoint(tmp_path, Fingerprint(PRINT.config, PRINT.model, PRINT.data, {"torch": "3"})).close()
+    RunFolder(tmp_path, PRINT).close()
+    RunFolder(tmp_path, Fingerprint(PRINT.config, PRINT.model, PRINT.data, {"torch": "3"})).close()
     assert "may differ by rounding: torch was 2, is 3" in caplog.text
 
 
 # ---- one folder
 
 
-def test_stage_comes_back_as_it_was(tmp_path):
-    checkpoint = RunCheckpoint(tmp_path, PRINT)
+def test_step_comes_back_as_it_was(tmp_path):
+    checkpoint = RunFolder(tmp_path, PRINT)
     tensors = {"a": torch.randn(3, 5).bfloat16(), "b": torch.arange(4, dtype=torch.uint8), "c": torch.tensor(1.5)}
     checkpoint.save("x.0", tensors, {"error": 0.1, "tokens": {"text": 3}})
-    stage = checkpoint.load("x.0")
-    assert same(stage.tensors, tensors)
-    assert stage.record == {"error": 0.1, "tokens": {"text": 3}}
+    step = checkpoint.load("x.0")
+    assert same(step.tensors, tensors)
+    assert step.record == {"error": 0.1, "tokens": {"text": 3}}
     assert checkpoint.load("x.1") is None
-    assert checkpoint.stages() == ["x.0"]
+    assert checkpoint.steps() == ["x.0"]
 
 
 def test_only_what_a_killed_run_left_half_written_is_removed(tmp_path):
     for name in ("thesis.tmp", "x.0.safetensors.tmp", "fingerprint.json.tmp"):
         (tmp_path / name).touch()
-    RunCheckpoint(tmp_path, PRINT).close()
+    RunFolder(tmp_path, PRINT).close()
     assert [file.name for file in tmp_path.glob("*.tmp")] == ["thesis.tmp"]
 
 
 def test_folder_in_use_is_refused(tmp_path):
-    checkpoint = RunCheckpoint(tmp_path, PRINT)
+    checkpoint = RunFolder(tmp_path, PRINT)
     with pytest.raises(RuntimeError, match="another process is using"):
-        RunCheckpoint(tmp_path, PRINT)
+        RunFolder(tmp_path, PRINT)
     checkpoint.close()
-    RunCheckpoint(tmp_path, PRINT).close()
+    RunFolder(tmp_path, PRINT).close()
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:3], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
-def test_damaged_stage_is_named_and_the_others_are_kept(tmp_path, uninterrupted, damage):
+def test_damaged_step_is_named_and_the_others_are_kept(tmp_path, uninterrupted, damage):
     run(checkpoint_dir=str(tmp_path))
     files = sorted(tmp_path.glob("*.safetensors"))
     kept = {file.name: file.read_bytes() for file in files if file != files[1]}
@@ -203,7 +203,7 @@ def test_full_disk_loses_nothing(tmp_path, uninterrupted, monkeypatch):
         flush(descriptor)
 
     monkeypatch.setattr("os.fsync", fill)
-    with pytest.raises(OSError, match=r"layers\.2 .*No space left.* 2 stages before it are kept; free space") as caught:
+    with pytest.raises(OSError, match=r"layers\.2 .*No space left.* 2 steps before it are kept; free space") as caught:
         run(checkpoint_dir=str(tmp_path))
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
@@ -223,23 +223,23 @@ def test_sensitivity_is_measured_once(tmp_path, monkeypatch, kept):
     assert same(run(**MEASURED, checkpoint_dir=str(tmp_path)).state_dict(), expected)
 
 
-def test_stages_without_a_fingerprint_are_refused(tmp_path):
-    checkpoint = RunCheckpoint(tmp_path, PRINT)
+def test_steps_without_a_fingerprint_are_refused(tmp_path):
+    checkpoint = RunFolder(tmp_path, PRINT)
     checkpoint.save("x", {}, {})
     checkpoint.close()
     (tmp_path / "fingerprint.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
-        RunCheckpoint(tmp_path, PRINT)
+        RunFolder(tmp_path, PRINT)
     (tmp_path / "fingerprint.json").unlink()
     with pytest.raises(ValueError, match="but no fingerprint"):
-        RunCheckpoint(tmp_path, PRINT)
+        RunFolder(tmp_path, PRINT)
 
 
-# ---- a file is the stage that its name says, of the run of its folder
+# ---- a file is the step that its name says, of the run of its folder
 
 
 @pytest.mark.parametrize("swapped", [True, False])
-def test_stages_under_each_other_s_names_are_refused(tmp_path, swapped):
+def test_steps_under_each_other_s_names_are_refused(tmp_path, swapped):
     run(checkpoint_dir=str(tmp_path))
     first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
     contents = first.read_bytes(), second.read_bytes()
@@ -251,24 +251,24 @@ def test_stages_under_each_other_s_names_are_refused(tmp_path, swapped):
         run(checkpoint_dir=str(tmp_path))
 
 
-def test_a_stage_of_another_run_is_refused(tmp_path):
+def test_a_step_of_another_run_is_refused(tmp_path):
     for name, value in (("here", 1.0), ("there", 2.0)):
-        checkpoint = RunCheckpoint(tmp_path / name, Fingerprint({"damping": value}, {}, "", {}))
+        checkpoint = RunFolder(tmp_path / name, Fingerprint({"damping": value}, {}, "", {}))
         checkpoint.save("x.0", {"a": torch.tensor(value)}, {})
         checkpoint.close()
     (tmp_path / "here/x.0.safetensors").write_bytes((tmp_path / "there/x.0.safetensors").read_bytes())
-    checkpoint = RunCheckpoint(tmp_path / "here", Fingerprint({"damping": 1}, {}, "", {"torch": "another"}))
+    checkpoint = RunFolder(tmp_path / "here", Fingerprint({"damping": 1}, {}, "", {"torch": "another"}))
     with pytest.raises(ValueError, match=r"x\.0\.safetensors is damaged \(it is `x\.0` of another run; "):
         checkpoint.load("x.0")
     checkpoint.save("x.1", {}, {})
     assert checkpoint.load("x.1") is not None
     checkpoint.close()
-    assert RunCheckpoint(tmp_path / "here", Fingerprint({"damping": 1.0}, {}, "", {})).load("x.1") is not None
+    assert RunFolder(tmp_path / "here", Fingerprint({"damping": 1.0}, {}, "", {})).load("x.1") is not None
 
 
-@pytest.mark.parametrize("key", ["stage", "run", "digest", "record"])
-def test_what_says_which_stage_it_is_cannot_be_left_out(tmp_path, key):
-    checkpoint = RunCheckpoint(tmp_path, PRINT)
+@pytest.mark.parametrize("key", ["step", "run", "digest", "record"])
+def test_what_says_which_step_it_is_cannot_be_left_out(tmp_path, key):
+    checkpoint = RunFolder(tmp_path, PRINT)
     checkpoint.save("x", {"a": torch.ones(2)}, {})
     path = tmp_path / "x.safetensors"
     with safe_open(path, framework="pt") as reader:
@@ -279,9 +279,9 @@ def test_what_says_which_stage_it_is_cannot_be_left_out(tmp_path, key):
         checkpoint.load("x")
 
 
-def test_stages_of_early_versions_are_read(tmp_path):
+def test_steps_of_early_versions_are_read(tmp_path):
     """They hold no name, and a digest of tensors and record alone."""
-    checkpoint = RunCheckpoint(tmp_path, PRINT)
+    checkpoint = RunFolder(tmp_path, PRINT)
     tensor = torch.arange(3.0)
     digest = hashlib.sha256(b'{"rows": 4}a torch.float32 [3]' + tensor.numpy().tobytes()).hexdigest()
     save_file({"a": tensor}, tmp_path / "x.safetensors", metadata={"record": '{"rows": 4}', "digest": digest})

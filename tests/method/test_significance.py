@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sab_hf.method.significance import LEAST_WEIGHT, hoyer_sparsity, sensitivity, significance_map, significant_columns
+from sab_hf.method.significance import LEAST_WEIGHT, hoyer_sparsity, saliency, significance_map, significant_columns
 
 TEXT, VISUAL = 0, 1
 PAPER = {"damping": 0.01, "salient_top_p": 0.05, "diff_quantile": 0.5, "sparsity_threshold": 0.005}
@@ -50,19 +50,19 @@ def test_hoyer_sparsity_equals_the_formula_at_every_scale(s, exponent):
         assert torch.equal(hoyer_sparsity(scaled[:, None]), rho)
 
 
-def test_sensitivity_equals_the_formula():
+def test_saliency_equals_the_formula():
     W, H = problem(4, 6)
     H = H[TEXT]
     damped = H.double() + 0.01 * H.double().diagonal().mean() * torch.eye(6)
     inverse = torch.linalg.inv(damped)
     S = [[float(W[i, j]) ** 2 / float(inverse[j, j]) for j in range(6)] for i in range(4)]
     mean = sum(map(sum, S)) / 24
-    torch.testing.assert_close(sensitivity(W, H, 0.01), torch.tensor(S) / mean, rtol=1e-4, atol=1e-6)
-    assert not sensitivity(torch.zeros(4, 6), H, 0.01).any()
+    torch.testing.assert_close(saliency(W, H, 0.01), torch.tensor(S) / mean, rtol=1e-4, atol=1e-6)
+    assert not saliency(torch.zeros(4, 6), H, 0.01).any()
 
 
 def map_in_loops(S: list[torch.Tensor], top_p: float, quantile: float, threshold: float):
-    """Method §3, steps 2 to 4, for two modalities, from their sensitivities; the floor of Λ last."""
+    """Method §3, steps 2 to 4, for two modalities, from their saliencies; the floor of Λ last."""
     n, m = S[0].shape
     cells = list(itertools.product(range(n), range(m)))
     text, visual = ({cell: float(S_m[cell]) for cell in cells} for S_m in S)
@@ -91,7 +91,7 @@ def test_map_equals_the_method_page(seed, numbers):
     W, H = problem(9, 13, seed=seed)
     names = ("salient_top_p", "diff_quantile", "sparsity_threshold")
     result = significance_map(W, H, damping=0.01, **dict(zip(names, numbers, strict=True)))
-    S = [sensitivity(W, H[kind], 0.01) for kind in (TEXT, VISUAL)]
+    S = [saliency(W, H[kind], 0.01) for kind in (TEXT, VISUAL)]
     rho, unimodal, crossmodal, share, Lambda = map_in_loops(S, *numbers)
     assert unimodal
     assert crossmodal or numbers[1] < 0.9

@@ -194,7 +194,7 @@ def test_expert_moments_are_those_of_the_tokens_sent_to_it(name):
     first = {n: m for n, m in linears.items() if n.startswith(f"{block_name}.") and _takes_hidden_states(n)}
     second = {n: m for n, m in linears.items() if n.startswith(f"{block_name}.") and ("down_proj" in n or "fc2" in n)}
     assert len(first) >= 4
-    moments = BlockInputs(family.model, roles.stages[0], batches).second_moments(
+    moments = BlockInputs(family.model, roles.stacks[0], batches).second_moments(
         family.model.get_submodule(block_name), 0, first | second
     )
     for linear in (*first, *second):
@@ -243,7 +243,7 @@ def test_zero_rows_of_dense_dispatch_are_not_counted():
         n: m for n, m in language_linears(family.model, roles, []).items() if n.startswith(f"{roles.blocks[0]}.")
     }
     block = family.model.get_submodule(roles.blocks[0])
-    moments = BlockInputs(family.model, roles.stages[0], batches).second_moments(block, 0, linears)
+    moments = BlockInputs(family.model, roles.stacks[0], batches).second_moments(block, 0, linears)
     total = sum(batch.modality.numel() for batch in batches)
     for fused in names:
         counts = [sum(moments[expert_name(fused, e)].counts.values()) for e in range(4)]
@@ -263,7 +263,7 @@ def test_experts_with_few_tokens_get_the_moments_of_all():
         n: m for n, m in language_linears(family.model, roles, []).items() if n.startswith(f"{roles.blocks[0]}.")
     }
     block = family.model.get_submodule(roles.blocks[0])
-    moments = BlockInputs(family.model, roles.stages[0], batches).second_moments(block, 0, linears)
+    moments = BlockInputs(family.model, roles.stacks[0], batches).second_moments(block, 0, linears)
     filled, fallbacks = with_fallback(family.model, moments, linears)
     few = {
         n for n, m in linears.items()

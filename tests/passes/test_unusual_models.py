@@ -82,7 +82,7 @@ def test_cached_hidden_states_are_what_the_model_feeds_its_blocks(name):
     roles = find_roles(model)
     linears = language_linears(model, roles, [])
     compared = 0
-    for stage in roles.stages:
+    for stage in roles.stacks:
         inputs = BlockInputs(model, stage, batches)
         for index, block_name in enumerate(stage):
             block = model.get_submodule(block_name)
@@ -135,15 +135,15 @@ def test_decoder_reads_the_binarized_encoder():
     """Both lists of blocks are binarized, the decoder on what the encoder gives once it is."""
     family = FAMILIES["florence2"]()
     roles = find_roles(family.model)
-    assert [len(stage) for stage in roles.stages] == [2, 2]
-    assert ".encoder." in roles.stages[0][0]
-    assert ".decoder." in roles.stages[1][0]
+    assert [len(stage) for stage in roles.stacks] == [2, 2]
+    assert ".encoder." in roles.stacks[0][0]
+    assert ".decoder." in roles.stacks[1][0]
     batches = calibration(family)
-    before = BlockInputs(family.model, roles.stages[1], batches).states[0]
+    before = BlockInputs(family.model, roles.stacks[1], batches).states[0]
     for linear in language_linears(family.model, roles, []):
-        if linear.startswith(roles.stages[0]):
+        if linear.startswith(roles.stacks[0]):
             replace_module(family.model, linear, one_plane(family.model.get_submodule(linear)))
-    after = BlockInputs(family.model, roles.stages[1], batches).states[0]
+    after = BlockInputs(family.model, roles.stacks[1], batches).states[0]
     assert torch.equal(before.hidden, after.hidden)
     encoded = [
         next(v for v in (*s.calls[0][0], *s.calls[0][1].values()) if _is_encoded(v, batches[0]))
@@ -164,7 +164,7 @@ def test_encoder_decoder_without_answers_is_refused():
         del inputs["labels"]
     roles = find_roles(family.model)
     with pytest.raises(RuntimeError, match=r"'labels' or 'decoder_input_ids'"):
-        BlockInputs(family.model, roles.stages[1], calibration(family))
+        BlockInputs(family.model, roles.stacks[1], calibration(family))
 
 
 @pytest.mark.skipif(not V5, reason="gemma4 is not in transformers 4")
@@ -265,7 +265,7 @@ def test_samples_one_at_a_time_give_what_they_give_together(name):
     batch = together(family.batches)
     batches = [CalibrationBatch(batch, token_modality(batch, family.model.config))]
     roles = find_roles(family.model)
-    for stage in roles.stages:
+    for stage in roles.stacks:
         together_, apart = (BlockInputs(family.model, stage, batches) for _ in range(2))
         apart.workspace.limit.samples = 1
         compared = 0
@@ -308,7 +308,7 @@ def test_lists_of_blocks_that_run_alternately_are_one_stage():
     family = idefics()
     model, samples = family.model, calibration(family)
     roles = find_roles(model)
-    assert len(roles.stages) == 2
+    assert len(roles.stacks) == 2
     assert in_running_order(model, roles, samples, Workspace.of(model)).stages == (ALTERNATE,)
     inputs = BlockInputs(model, ALTERNATE, samples)
     for index, name in enumerate(ALTERNATE):

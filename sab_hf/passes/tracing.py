@@ -30,7 +30,7 @@ class _FinishedError(Exception):
 
 
 @torch.no_grad()
-def record(
+def trace(
     model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch, state: BatchState, to_the_end: bool
 ) -> dict[str, Any]:
     """Run the model on a batch and note in `state` what its blocks are called with.
