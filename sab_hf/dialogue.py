@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoProcessor
+
+from .processors import processor_of
 
 
 class Chat:
@@ -21,8 +21,7 @@ class Chat:
     """
 
     def __init__(self, model: nn.Module, processor: Any, image: Any = None, max_new_tokens: int = 128):
-        if isinstance(processor, (str, os.PathLike)):
-            processor = AutoProcessor.from_pretrained(processor)
+        processor = processor_of(model, processor, "a conversation needs", "pass `processor`")
         if isinstance(image, str):
             check_image(image)
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens

@@ -9,8 +9,9 @@ from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from .dotted import block_of
 from .packed.checksums import check_checksums, expect_marker, files_being_loaded, seal
-from .packed.names import block_of, is_packed_name, without_packed
+from .packed.names import is_packed_name, without_packed
 from .packed.swap import dequantize_modules, modules_of, swap_in_empty
 from .packed.verify import (
     check_contents,

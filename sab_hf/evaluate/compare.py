@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor
 from transformers.utils.logging import tqdm
 
 from ..calibration.chat import ChatEncoder, borrowed
 from ..config import check_seed
+from ..processors import processor_of
 from ..publish.locate import read_config
 from ..publish.open import hub_options, opening_class
 from ..publish.report import finite
@@ -181,13 +181,7 @@ def _open(model: Any, processor: Any, load_kwargs: dict[str, Any]) -> tuple[nn.M
         model = opening_class(read_config(name, **hub)).from_pretrained(name, **load_kwargs)
     else:
         name = getattr(model, "name_or_path", "")
-    if processor is None:
-        if not name:
-            raise ValueError("`processor` must be the model's processor: the model does not say where it came from")
-        processor = AutoProcessor.from_pretrained(name, **hub)
-    elif isinstance(processor, (str, os.PathLike)):
-        processor = AutoProcessor.from_pretrained(processor, **_elsewhere(hub))
-    return model, processor
+    return model, processor_of(name, processor, "evaluation needs", "pass `processor`", **hub)
 
 
 def _elsewhere(load_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoProcessor
 
 from ..anatomy.adapters import refuse_adapters
 from ..anatomy.roles import Roles, find_roles
@@ -20,6 +19,7 @@ from ..machine.plain_torch import plain_torch
 from ..machine.weights import check_weights
 from ..method.budget import allocate
 from ..packed.linear import SABModule
+from ..processors import processor_of
 from .rest import check_rest, plan_rest, rest_names
 from .settings import DistilSettings, RefineSettings
 
@@ -114,7 +114,13 @@ def _calibration(model: nn.Module, config: SABQuantizationConfig, processor: Any
     samples = config.calibration if samples is None else samples
     processor = config.processor if processor is None else processor
     if not holds_batches(samples):
-        processor = _load_processor(model, processor)
+        processor = processor_of(
+            model,
+            processor,
+            "calibration needs",
+            "pass `SABQuantizationConfig(processor=...)` with the processor (or tokenizer) or the path of one",
+            revision=getattr(model.config, "_commit_hash", None),
+        )
     return prepare_calibration(
         samples,
         processor,
@@ -127,19 +133,3 @@ def _calibration(model: nn.Module, config: SABQuantizationConfig, processor: Any
         allow_urls=config.allow_urls,
         vocabulary=model.get_input_embeddings().weight.shape[0],
     )
-
-
-def _load_processor(model: nn.Module, processor: Any) -> Any:
-    """Return `processor`, loading it if it is a path, and from where the model came if it is None."""
-    if processor is not None and not isinstance(processor, str):
-        return processor
-    source, revision = processor, None
-    if source is None:
-        source, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
-    try:
-        return AutoProcessor.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"calibration needs the model's processor, and none could be loaded from {source!r}; pass "
-            "`SABQuantizationConfig(processor=...)` with the processor (or tokenizer) or the path of one"
-        ) from error

@@ -35,6 +35,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..dotted import block_of
 from .names import names_when_saved, settle_names, tail
 
 logger = logging.getLogger(__name__)
@@ -315,14 +316,8 @@ def _by_group(digests: Mapping[str, str]) -> dict[str, str]:
     """Return one digest for each block, and for each module outside of blocks."""
     lines: dict[str, list[str]] = defaultdict(list)
     for name in sorted(digests):
-        lines[_group(name)].append(f"{name} {digests[name]}\n")
+        lines[block_of(name) or name.rpartition(".")[0]].append(f"{name} {digests[name]}\n")
     return {group: _hash("".join(lines[group]).encode()) for group in sorted(lines)}
-
-
-def _group(name: str) -> str:
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return ".".join(parts[:-1] if number is None else parts[: number + 1])
 
 
 def _hash(*contents: Any) -> str:

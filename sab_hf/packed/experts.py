@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dotted import block_of
+
 SPLIT = "split"
 """Name of the part that holds the experts of a module's fused parameters."""
 
@@ -236,18 +238,11 @@ def _is_transposed(model: nn.Module, name: str) -> bool | None:
     if isinstance(stated, bool):
         return stated
     hidden_size = model.get_input_embeddings().weight.shape[-1]
-    shapes = [_get(model, other).shape[1:] for other in _stacks(model, (_block_of(name),))]
+    shapes = [_get(model, other).shape[1:] for other in _stacks(model, (block_of(name) or name.rpartition(".")[0],))]
     for (rows, columns), takes_hidden_states in ((shapes[0], True), (shapes[-1], False)):
         if (rows == hidden_size) != (columns == hidden_size):
             return (rows == hidden_size) == takes_hidden_states
     return None
-
-
-def _block_of(name: str) -> str:
-    """Return the part of a parameter's name up to its first number, the block, or else its module."""
-    *parts, _ = name.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[: first + 1])
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

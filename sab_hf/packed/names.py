@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..dotted import at_number
 from ..packing import tensor_specs
 
 PACKED_NAMES = frozenset(tensor_specs(1, 1, 1, 1))
@@ -26,16 +27,8 @@ def is_packed_name(name: str) -> bool:
 
 def tail(name: str) -> str:
     """Return `name` from its first number on (the block's), or its last two parts: most loaders rename only what is before."""
-    parts = name.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
-    return ".".join(parts[max(first, 0) :])
-
-
-def block_of(name: str) -> str | None:
-    """Return the name of the block that a module or tensor is in: `name` up to its first number; None if there is none."""
-    parts = name.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return None if first is None else ".".join(parts[: first + 1])
+    split = at_number(name)
+    return ".".join(name.split(".")[-2:]) if split is None else ".".join(filter(None, split[1:]))
 
 
 def loaded_names(

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..dotted import block_of
 from .embedding import FixedVocabulary, SABEmbedding, SABTiedEmbedding, SABTiedHead
 from .experts import expert_name, fuse_experts, fused_parameters, split_experts
 from .linear import SABLinear, SABModule, replace_module
-from .names import block_of, loaded_names
+from .names import loaded_names
 
 
 def swap_in_empty(

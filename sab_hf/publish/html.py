@@ -8,6 +8,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
+from ..dotted import at_number
 from . import charts
 from .report import size_in_words
 from .summary import NOT_SHOWN, spent
@@ -147,11 +148,11 @@ def _places(modules: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _split(name: str) -> tuple[str, str, str]:
     """Split the name of a module into list of blocks, number and kind: further numbers, those of experts, are left out."""
-    parts = name.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if first is None:
-        return "", "–", parts[-1]
-    return ".".join(parts[:first]), parts[first], re.sub(r"\.\d+(?=\.|$)", "", ".".join(parts[first + 1 :]))
+    split = at_number(name)
+    if split is None:
+        return "", "–", name.rpartition(".")[2]
+    blocks, number, kind = split
+    return blocks, number, re.sub(r"\.\d+(?=\.|$)", "", kind)
 
 
 def _budget(summary: dict[str, Any]) -> dict[str, str]:

@@ -16,10 +16,11 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 
 from ..anatomy.adapters import refuse_adapters
 from ..packed.checksums import seal_files
+from ..processors import processor_of
 from .card import find_license, model_card
 from .folders import HIDDEN, atomic_folder, write_file
 from .form import check_summary, read_json
@@ -216,13 +217,7 @@ def fresh_processor(model: nn.Module, processor: Any) -> Any:
         ValueError: None was given, and there is none where the model came from.
     """
     if processor is None or isinstance(processor, (str, os.PathLike)):
-        source = model.config._name_or_path if processor is None else processor
-        try:
-            return AutoProcessor.from_pretrained(source)
-        except (OSError, ValueError, ImportError) as error:
-            raise ValueError(
-                f"a checkpoint needs a processor, and none could be loaded from {str(source)!r}; pass the model's processor"
-            ) from error
+        return processor_of(model, processor, "a checkpoint needs", "pass the model's processor")
     processor = copy.deepcopy(processor)
     tokenizer = getattr(processor, "tokenizer", processor)
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -69,7 +69,7 @@ def test_processor_is_loaded_where_none_is_given(quantized, vlm_dir, tmp_path, g
 
 
 def test_missing_processor_is_an_error_before_anything_is_written(quantized, tmp_path):
-    with pytest.raises(ValueError, match="needs a processor, and none could be loaded from '/nowhere'"):
+    with pytest.raises(ValueError, match="needs the model's processor, and none could be loaded from '/nowhere'"):
         sab_hf.save(quantized, "/nowhere", tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 
