@@ -135,7 +135,9 @@ def test_errors_say_what_to_do(models):
         evaluate(model, build_processor(), build_samples(1), batch_size=0)
     with pytest.raises(ValueError, match="must hold at least one sample"):
         evaluate(model, build_processor(), [])
-    with pytest.raises(ValueError, match="evaluation needs the model's processor, and none could be loaded from ''; pass `processor`"):
+    with pytest.raises(
+        ValueError, match="evaluation needs the model's processor, and none could be loaded from ''; pass `processor`"
+    ):
         evaluate(build_llava(), None, build_samples(1))
     with pytest.raises(ValueError, match="key 'answers' must be a list of at least one string"):
         evaluate(model, build_processor(), [{"question": "How?", "answers": []}])
