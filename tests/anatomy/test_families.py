@@ -14,7 +14,12 @@ from sab_hf.anatomy.roles import find_roles
 QUICK = ("qwen2_5_vl", "mllama", "florence2", "qwen3_moe", "llama4_text", "gemma3n", "voxtral", "kosmos2", "aria")
 """Structurally different ones; docs/families.md holds the outcome of all."""
 
-BROKEN = {("llama4", "5.24.0"): "its own forward reads an output that its text model does not give"}
+BROKEN = {
+    ("llama4", "5.24.0"): "its own forward reads an output that its text model does not give",
+    ("granite4_vision", "5.17.0"): "its default text config is not that of its text model",
+    ("diffusion_gemma", "5.17.0"): "its default config has no vision part",
+    ("diffusion_gemma", "5.24.0"): "its decoder reads the encoder's cache, and blocks run without one",
+}
 
 
 REFUSED = {
@@ -43,6 +48,8 @@ def quick(names):
 def test_round_trip_with_the_rest_packed(name, tmp_path):
     if name in REFUSED:
         pytest.skip("refused")
+    if (name, transformers.__version__) in BROKEN:
+        pytest.xfail(BROKEN[name, transformers.__version__])
     try:
         outcome = check(name, tmp_path, rest_bits=4)
     except ImportError as error:
