@@ -14,8 +14,27 @@ from sab_hf.anatomy.roles import find_roles
 QUICK = ("qwen2_5_vl", "mllama", "florence2", "qwen3_moe", "llama4_text", "gemma3n", "voxtral", "kosmos2", "aria")
 """Structurally different ones; docs/families.md holds the outcome of all."""
 
-BROKEN = {("llama4", "5.24.0"): "its own forward reads an output that its text model does not give"}
+BROKEN = {
+    ("llama4", "5.24.0"): "its own forward reads an output that its text model does not give",
+    ("granite4_vision", "5.17.0"): "its default text config is not that of its text model",
+    ("diffusion_gemma", "5.17.0"): "its default config has no vision part",
+    ("diffusion_gemma", "5.24.0"): "its decoder reads the encoder's cache, and blocks run without one",
+}
 
+
+REFUSED = {
+    "glm5_next": "Several streams",
+    "hy_v4_vl": "Several streams",
+    "git": "Positions that no token stands for",
+    "udop": "Positions that no token stands for",
+    "pix2struct": "read no tokens before their decoder",
+    "vision_encoder_decoder": "read no tokens before their decoder",
+    "pp_formulanet": "get_input_embeddings",
+    "kyutai_speech_to_text": "no input embedding",
+    "inkling2_loop": "runs twice",
+    "mistral_large4": "depend on what earlier blocks compute",
+}
+"""Families that are refused, and a part of the reason."""
 
 PACKED_REST = ("gemma3", "kosmos2", "florence2", "blip_2_t5")
 """Quick ones whose embeddings, packed too, are unlike others: scaled, read by name, one matrix for three, tied in T5's way."""
@@ -27,6 +46,10 @@ def quick(names):
 
 @pytest.mark.parametrize("name", quick(PACKED_REST))
 def test_round_trip_with_the_rest_packed(name, tmp_path):
+    if name in REFUSED:
+        pytest.skip("refused")
+    if (name, transformers.__version__) in BROKEN:
+        pytest.xfail(BROKEN[name, transformers.__version__])
     try:
         outcome = check(name, tmp_path, rest_bits=4)
     except ImportError as error:
@@ -38,6 +61,9 @@ def test_round_trip_with_the_rest_packed(name, tmp_path):
 def test_round_trip(name, tmp_path):
     if (name, transformers.__version__) in BROKEN:
         pytest.xfail(BROKEN[name, transformers.__version__])
+    if name in REFUSED:
+        check_refused(name, tmp_path)
+        return
     try:
         outcome = check(name, tmp_path)
     except ImportError as error:
@@ -46,6 +72,11 @@ def test_round_trip(name, tmp_path):
     assert outcome.quantized
     assert outcome.measured == (outcome.stages == 1)
     assert "text" in outcome.modalities
+
+
+def check_refused(name, folder):
+    with pytest.raises((ImportError, RuntimeError, ValueError), match=f"{REFUSED[name]}|^not in transformers"):
+        check(name, folder)
 
 
 PARTS = {

@@ -33,7 +33,9 @@ def cohere_compass() -> Family:
         "full_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
     config = shrunk(
-        "CohereCompassConfig", text_config={"rope_parameters": rope}, vision_config={"deepstack_visual_indexes": [0]}
+        "CohereCompassConfig",
+        text_config={"rope_parameters": rope, "head_dim": 128},
+        vision_config={"deepstack_visual_indexes": [0]},
     )
     return _images_only(_grid(build("CohereCompassForConditionalGeneration", config)))
 
@@ -170,7 +172,7 @@ def qwen3_omni_moe_thinker() -> Family:
         vision_start_token_id=START,
         vision_end_token_id=END,
         audio_start_token_id=125,
-        text_config={"rope_parameters": MROPE},
+        text_config={"rope_parameters": MROPE, "rope_scaling": MROPE},
         vision_config={"deepstack_visual_indexes": [0]},
         audio_config={"n_window": 4, "n_window_infer": 8, "conv_chunksize": 4},
     )

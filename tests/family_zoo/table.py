@@ -27,7 +27,7 @@ NOTES = {
     "evolla": "keys and values of protein features in `modules_to_not_convert`",
     "kosmos2_5": "batches need a `modality` entry: the config names no image token",
     "voxtral_realtime": "generation from a stream of sound was not tried",
-    "diffusion_gemma": "generation by diffusion was not tried",
+    "diffusion_gemma": "its decoder reads the encoder's cache, and blocks are calibrated without one",
     "kyutai_speech_to_text": "generation from sound was not tried",
     "pp_formulanet": "an image encoder and a text decoder",
     "pix2struct": "an image encoder and a text decoder",
