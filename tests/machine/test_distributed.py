@@ -20,10 +20,12 @@ from sab_hf.method.hessian import SecondMoments
 WORKER = Path(__file__).parents[1] / "scale_worker.py"
 
 
-def check_models(folder: Path, count: int, alone: dict[str, torch.Tensor], refined: bool = True) -> None:
+def check_models(
+    folder: Path, count: int, alone: dict[str, torch.Tensor], refined: bool = True, tolerance: float = 0.002
+) -> None:
     """All processes have one model, which is that of a single process to rounding.
 
-    Refinement of this random model amplifies rounding from block to block, so with it only the first is held.
+    Training of this random model amplifies rounding from block to block, so with it only the first is held, to `tolerance`.
     """
     states = [load_file(folder / f"{rank}.safetensors") for rank in range(count)]
     for other in states[1:]:
@@ -35,11 +37,11 @@ def check_models(folder: Path, count: int, alone: dict[str, torch.Tensor], refin
             continue
         if name.endswith("signs"):  # rounding turns a few signs whose two values are as good, and later blocks see that
             flipped = ((got ^ tensor)[..., None] >> torch.arange(8) & 1).float().mean()
-            assert flipped < (0.002 if first else 0.15), name
+            assert flipped < (tolerance if first else 0.15), name
         elif not name.endswith("k_proj.bias"):  # has no effect, so its gradient is nothing but rounding
             if name.endswith("scale"):
                 got, tensor = got.view(torch.float16).float(), tensor.view(torch.float16).float()
-            assert (got.float() - tensor.float()).norm() <= (0.002 if first else 0.3) * tensor.float().norm(), name
+            assert (got.float() - tensor.float()).norm() <= (tolerance if first else 0.3) * tensor.float().norm(), name
 
 
 def test_two_processes_of_torchrun_give_the_model_of_one(tmp_path):
@@ -67,6 +69,15 @@ def test_processes_measure_one_sensitivity(tmp_path):
     changes = MEASURED | {"refine_steps": 0, "sensitivity_samples": 4}
     assert launch(3, tmp_path / "RANK.safetensors", tmp_path, **changes) == [0] * 3
     check_models(tmp_path, 3, run(**changes).state_dict(), refined=False)
+
+
+def test_processes_distil_one_model(tmp_path):
+    """One of three processes has no batch; gradients and losses are sums over all."""
+    changes = {"refine_steps": 0, "distil_steps": 3, "distil_batch": 3}
+    codes = launch(3, tmp_path / "RANK.safetensors", tmp_path, **changes)
+    assert codes == [0] * 3, [file.read_text() for file in tmp_path.glob("error *")]
+    # Adam turns the rounding of a gradient near zero into a whole step
+    check_models(tmp_path, 3, run(**changes).state_dict(), tolerance=0.03)
 
 
 def test_process_that_is_killed_ends_the_others_with_a_reason(tmp_path):
