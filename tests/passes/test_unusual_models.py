@@ -304,12 +304,12 @@ ALTERNATE = tuple(f"model.{name}" for name in (
 ))  # fmt: skip
 
 
-def test_lists_of_blocks_that_run_alternately_are_one_stage():
+def test_lists_of_blocks_that_run_alternately_are_one_stack():
     family = idefics()
     model, samples = family.model, calibration(family)
     roles = find_roles(model)
     assert len(roles.stacks) == 2
-    assert in_running_order(model, roles, samples, Workspace.of(model)).stages == (ALTERNATE,)
+    assert in_running_order(model, roles, samples, Workspace.of(model)).stacks == (ALTERNATE,)
     inputs = BlockInputs(model, ALTERNATE, samples)
     for index, name in enumerate(ALTERNATE):
         block = model.get_submodule(name)
@@ -317,7 +317,7 @@ def test_lists_of_blocks_that_run_alternately_are_one_stage():
         inputs.advance(block, index)
 
 
-def test_lists_that_run_one_after_the_other_stay_stages():
+def test_lists_that_run_one_after_the_other_stay_stacks():
     family = FAMILIES["florence2"]()
     roles = find_roles(family.model)
     assert in_running_order(family.model, roles, calibration(family), Workspace.of(family.model)) == roles
@@ -325,7 +325,7 @@ def test_lists_that_run_one_after_the_other_stay_stages():
 
 def test_lists_that_run_alternately_are_not_calibrated_one_after_the_other():
     family = idefics()
-    first, second = find_roles(family.model).stages
+    first, second = find_roles(family.model).stacks
     with pytest.raises(RuntimeError, match="alternately"):
         BlockInputs(family.model, first, calibration(family), later=second)
     with pytest.raises(RuntimeError, match=r"more than an addition.*another block.*before block 2 of 4"):
@@ -334,7 +334,7 @@ def test_lists_that_run_alternately_are_not_calibrated_one_after_the_other():
 
 def test_idefics_is_quantized_in_running_order():
     family = idefics()
-    config = SABQuantizationConfig(calibration=family.batches, num_samples=3, refine_steps=0, alternations=1)
+    config = SABQuantizationConfig(calibration=family.batches, num_samples=3, refine_steps=0, distil_steps=1, alternations=1)
     config.sensitivity_samples, config.allow_text_only = 1, True
     record = sab_hf.quantize(family.model, config=config)
     blocks = dict.fromkeys(".".join(fit.name.split(".")[:3]) for fit in record.fits)
