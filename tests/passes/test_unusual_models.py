@@ -334,7 +334,9 @@ def test_lists_that_run_alternately_are_not_calibrated_one_after_the_other():
 
 def test_idefics_is_quantized_in_running_order():
     family = idefics()
-    config = SABQuantizationConfig(calibration=family.batches, num_samples=3, refine_steps=0, distil_steps=1, alternations=1)
+    config = SABQuantizationConfig(
+        calibration=family.batches, num_samples=3, refine_steps=0, distil_steps=1, alternations=1
+    )
     config.sensitivity_samples, config.allow_text_only = 1, True
     record = sab_hf.quantize(family.model, config=config)
     blocks = dict.fromkeys(".".join(fit.name.split(".")[:3]) for fit in record.fits)
