@@ -316,8 +316,13 @@ def _by_group(digests: Mapping[str, str]) -> dict[str, str]:
     """Return one digest for each block, and for each module outside of blocks."""
     lines: dict[str, list[str]] = defaultdict(list)
     for name in sorted(digests):
-        lines[block_of(name) or name.rpartition(".")[0]].append(f"{name} {digests[name]}\n")
+        lines[part_of(name)].append(f"{name} {digests[name]}\n")
     return {group: _hash("".join(lines[group]).encode()) for group in sorted(lines)}
+
+
+def part_of(name: str) -> str:
+    """Return the part of a checkpoint that a tensor's digest goes into: its block, or its module outside of blocks."""
+    return block_of(name) or name.rpartition(".")[0]
 
 
 def _hash(*contents: Any) -> str:

@@ -52,7 +52,7 @@ def copied(packed_dir, tmp_path) -> Path:
 def test_checksums_cover_every_tensor_of_the_file(packed_dir):
     checksums = json.loads((packed_dir / "config.json").read_text())["quantization_config"]["checksums"]
     with safe_open(files_of(packed_dir)[0], framework="pt") as reader:
-        groups = {integrity._group(name) for name in reader.keys()}  # noqa: SIM118
+        groups = {integrity.part_of(name) for name in reader.keys()}  # noqa: SIM118
     assert checksums["tensors"].keys() == groups
     assert checksums["aliases"] == {}
 
@@ -153,7 +153,7 @@ def test_one_changed_number_is_found_and_its_part_named(copied, name):
         flat[len(flat) // 2] ^= 1
 
     rewrite(copied, change)
-    with pytest.raises(ValueError, match=rf"checksums differ for 1 of \d+ parts, first `{integrity._group(name)}`"):
+    with pytest.raises(ValueError, match=rf"checksums differ for 1 of \d+ parts, first `{integrity.part_of(name)}`"):
         load(copied)
 
 
