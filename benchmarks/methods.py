@@ -70,6 +70,9 @@ def quantize_ours(
         "bits": sab_hf.report(model).bits,
         "fit_error": sum(fit.error for fit in record.fits) / len(record.fits),
         "block_errors": [list(refinement) for refinement in record.refinements],
+        "distillations": [result._asdict() for result in record.distillations],
+        "stages": {name: round(stage.seconds, 1) for name, stage in record.stages.stages.items()},
+        "peak_gpu_gib": max((stage.peak_gpu_mib or 0.0 for stage in record.stages.stages.values()), default=0.0) / 1024,
     }
 
 

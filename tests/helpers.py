@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from sab_hf import SABLinear
+from sab_hf.method.levels import Scales
 from sab_hf.packing import to_tensors
 from sab_hf.planes import SignPlanes
 
@@ -289,10 +290,11 @@ def assert_is_matmul(y: torch.Tensor, x: torch.Tensor, planes: SignPlanes) -> No
 
 
 def level_problem(rows, columns, planes, seed=0):
+    """Return latents [rows, columns], and scales that have moved a little from where they started."""
     generator = torch.Generator().manual_seed(seed)
-    latent = 3 * torch.randn(rows, columns, generator=generator)
-    unit = torch.rand(rows, columns, generator=generator) + 0.1
+    latent = 1.5 * torch.randn(rows, columns, generator=generator)
     r = torch.rand(planes, rows, generator=generator) + 0.2
     c = torch.randn(planes, columns, generator=generator)
     c[-1, ::3] = 0  # a residual plane covers some columns only
-    return latent, unit, r, c
+    moved = (1 + 0.2 * torch.randn(part.shape, generator=generator) for part in (r, c))
+    return latent, Scales(r, c, *(part * by for part, by in zip((r, c), moved, strict=True)))

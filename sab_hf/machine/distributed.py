@@ -145,22 +145,11 @@ def sum_moments(moments: dict[str, SecondMoments], names: list[str], device: tor
             moment.counts[modality] = sum(counts.get(modality, 0) for _, counts in seen)
 
 
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Add up the gradients of all processes; a parameter that a process has no gradient for counts as zero there.
-
-    One that no process has a gradient for (of an expert without tokens in this step) keeps none.
-    """
-    if size() == 1:
-        return
-    parameters = list(parameters)
-    holders = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-    _sum(holders)
-    for parameter, count in zip(parameters, holders.tolist(), strict=True):
-        if not count:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        _sum(parameter.grad)
+def sum_gradients(gradients: Iterable[Tensor]) -> None:
+    """Add up each gradient over all processes, in place."""
+    if size() > 1:
+        for gradient in gradients:
+            _sum(gradient)
 
 
 def broadcast(value: Any, source: int) -> Any:

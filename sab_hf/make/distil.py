@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,10 +21,11 @@ from transformers.utils.logging import tqdm
 from ..calibration import PADDING, TEXT, CalibrationBatch
 from ..machine import distributed
 from ..machine.placement import free_memory
+from ..machine.replay import Replay
 from ..machine.resume import Left, Progress, Steps
-from ..method.trainable import building
+from ..method.divergence import divergence
+from ..method.trainable import PlanesAdam, pass_dtype
 from ..passes.capture import BlockInputs
-from ..passes.gradients import positions_at_once
 from ..passes.states import BatchState, block_output, window_output
 from ..passes.tail import NoLogitsError, Tail
 from ..planes import SignPlanes
@@ -48,18 +48,15 @@ PATIENCE = 3
 HELD_OUT = 16
 """One of so many batches is held out of training."""
 
-BYTES_PER_WEIGHT = 31
-"""Peak of training, in bytes for each weight: latent, unit, two moments and gradient of Adam, weight and its gradient in float32,
-and what the choice of a level leaves for the way back."""
+BYTES_PER_WEIGHT = {"built": 20, "compact": 8}
+"""Peak of training, in bytes for each weight. Built: latent, two moments, gradient of the step and weight, in float32 (on a GPU
+the last two in bfloat16). Compact: latent, moments and gradient in bfloat16, and each pass builds the weight of a Linear anew."""
 
-MEMORY_SHARE = 0.6
+MEMORY_SHARE = 0.7
 """Part of the free memory that the weights of a window may take; activations and logits need some too."""
 
 ACTIVATION_SHARE = 0.25
 """Part of the free memory that activations may take; where they take more, blocks run again on the way back."""
-
-BYTES_PER_LOGIT = 32
-"""Peak of the divergence and its gradient, in bytes for each logit: eight float32 copies."""
 
 
 class DistilResult(NamedTuple):
@@ -86,6 +83,7 @@ class Window(NamedTuple):
         trained: whether they are.
         last: whether no block follows: the loss is that of the model's predictions.
         tail: gives the predictions, on a process that has samples.
+        compact: whether training keeps less than float32 for each weight.
     """
 
     names: tuple[str, ...]
@@ -93,6 +91,7 @@ class Window(NamedTuple):
     trained: bool
     last: bool = True
     tail: Tail | None = None
+    compact: bool = False
 
 
 def plan_windows(
@@ -116,26 +115,30 @@ def plan_windows(
         return whole
 
     def decide() -> Left:
-        free = free_memory(inputs.workspace.device)
-        room = [
-            BYTES_PER_WEIGHT * sum(math.prod(plan.shapes[name]) for name in plan.linears_of(block)) for block in blocks
-        ]
-        return {}, {"blocks": blocks_at_once(room, free)}
+        weights = [sum(math.prod(plan.shapes[name]) for name in plan.linears_of(block)) for block in blocks]
+        size, compact = blocks_at_once(weights, inputs.workspace.device, free_memory(inputs.workspace.device))
+        return {}, {"blocks": size, "compact": compact}
 
-    size = distributed.broadcast(steps.once("windows", decide)[1]["blocks"], source=0)
+    decided = distributed.broadcast(steps.once("windows", decide)[1], source=0)
+    size, compact = decided["blocks"], decided["compact"]
     starts = range(0, len(blocks), size)
-    return [Window(blocks[i : i + size], i, True, i + size >= len(blocks), tail) for i in starts]
+    return [Window(blocks[i : i + size], i, True, i + size >= len(blocks), tail, compact) for i in starts]
 
 
-def blocks_at_once(room: list[float], free: float) -> int:
-    """Return how many blocks a window has.
+def blocks_at_once(weights: list[int], device: torch.device, free: float) -> tuple[int, bool]:
+    """Return how many blocks a window has, and whether it is trained compactly.
+
+    That is done on a GPU where the blocks do not fit into one window otherwise.
 
     Args:
-        room: bytes that each block's weights take in training.
-        free: bytes on the compute device.
+        weights: that each block has.
+        device: the compute device.
+        free: bytes on it.
     """
-    most = max(1, min(len(room), int(MEMORY_SHARE * free / max(room))))
-    return math.ceil(len(room) / math.ceil(len(room) / most))  # windows of about one size
+    fit = {way: int(MEMORY_SHARE * free / (size * max(weights))) for way, size in BYTES_PER_WEIGHT.items()}
+    compact = device.type != "cpu" and fit["built"] < len(weights)
+    most = max(1, min(len(weights), fit["compact" if compact else "built"]))
+    return math.ceil(len(weights) / math.ceil(len(weights) / most)), compact  # windows of about one size
 
 
 def activation_bytes(shapes: list[tuple[int, int]], tokens: int) -> float:
@@ -220,7 +223,7 @@ def distil(
         model: with the window's blocks on the compute device, their Linears packed.
         window: the blocks.
         planes: of all their packed Linears, by module name.
-        weights: the dense weights that the planes stand for, by module name, on any device.
+        weights: the dense weights that the planes stand for, by module name, on any device; empty afterwards.
         inputs: calibration batches with `hidden`, which enters the window, and `target`, what the full-precision blocks up to the
             window's end give. Some of the first ones are held out. Each process of several has its own.
         batches: all of them, in the order of their numbers.
@@ -232,11 +235,13 @@ def distil(
     Source: knowledge distillation by forward KL; quantization-aware distillation (arXiv 2601.20088); method §7.
     """
     blocks = [model.get_submodule(name) for name in window.names]
-    trainees = Trainees(model, blocks, planes, weights)
+    shapes = [weight.shape for weight in weights.values()]
+    trainees = Trainees(model, blocks, planes, weights, window.compact)
     try:
-        loss = _Loss(blocks, window, inputs, batches, weights)
+        loss = _Loss(blocks, window, inputs, batches, shapes)
         given = distributed.merge({state.number: True for state in inputs[0].states})
-        result, best = _train(trainees, loss, set(given), settings, progress)
+        with loss.replay.running():
+            result, best = _train(trainees, loss, set(given), settings, progress)
     except BaseException:
         trainees.give_back()
         raise
@@ -267,17 +272,17 @@ def _train(
     held = set(known[HELD_OUT // 2 :: HELD_OUT] if len(known) > HELD_OUT // 2 else known[1:2])
     held = held or set(known)  # of one batch nothing can be held out
     drawn_from = {number: rows for number, rows in sizes.items() if number not in held} or sizes
-    optimizer = _optimizer(trainees, settings)
+    adam = trainees.adam(settings.latent_rate, settings.scale_rate)
     interval = max(1, settings.steps // MEASUREMENTS)
     start, before, best_loss, best_step, best = 0, None, math.inf, 0, None
     found = progress.load()
     if found is not None:
         tensors, known = found
         start, before, best_loss, best_step = known["step"], known["before"], known["best_loss"], known["best_step"]
-        _load_optimizer(trainees, optimizer, tensors)
+        adam.load_state({key[len("now|") :]: tensor for key, tensor in tensors.items() if key.startswith("now|")})
         best = trainees.unpack_result(tensors) if best_step else None
     else:
-        before = best_loss = loss.measure(trainees, held)
+        before = best_loss = loss.measure(held)
     draws = draw_batches(drawn_from, settings.samples_per_step, settings.seed)
     for _ in range(start):
         next(draws)
@@ -285,18 +290,15 @@ def _train(
     with tqdm(total=settings.steps, initial=start, desc="distilling", disable=distributed.rank() > 0) as bar:
         bar.set_postfix_str(f"held-out loss {before:.4f}")
         while step < settings.steps:
-            factor = _schedule(step, settings.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * factor
-            optimizer.zero_grad(set_to_none=True)
-            loss.accumulate_gradients(trainees, next(draws))
-            distributed.sum_gradients(p for group in optimizer.param_groups for p in group["params"])
-            optimizer.step()
+            loss.accumulate_gradients(adam, next(draws))
+            distributed.sum_gradients(adam.gradients())
+            adam.prepare(_schedule(step, settings.steps))
+            loss.replay.run("step", [], lambda _: adam.step())
             step += 1
             bar.update()
             if step % interval and step < settings.steps:
                 continue
-            now = loss.measure(trainees, held)
+            now = loss.measure(held)
             bar.set_postfix_str(f"held-out loss {before:.4f} → {now:.4f}")
             logger.info(
                 "distillation: step %d of %d, held-out loss %.4f, at first %.4f", step, settings.steps, now, before
@@ -307,7 +309,7 @@ def _train(
                 break
             if step < settings.steps:
                 progress.save(
-                    partial(_state, trainees, optimizer, best),
+                    partial(_state, trainees, adam, best),
                     {"step": step, "before": before, "best_loss": best_loss, "best_step": best_step},
                 )
     return DistilResult(before, best_loss, step, best_step), best
@@ -317,37 +319,19 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _optimizer(trainees: Trainees, settings: DistilSettings) -> torch.optim.Optimizer:
-    """Return Adam; the rate of norms and biases, which are not relative as scales are, goes with their size."""
-    latents, scales = trainees.latents(), trainees.scales()
-    groups = [{"params": latents, "rate": settings.latent_rate}, {"params": scales, "rate": settings.scale_rate}]
-    for p in trainees.others:
-        size = float(p.detach().square().mean().sqrt())
-        groups.append({"params": [p], "rate": settings.scale_rate * (size or 1.0)})
-    fused = any(p.is_cuda for p in latents)
-    return torch.optim.Adam([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95), fused=fused)
-
-
-def _state(trainees: Trainees, optimizer: torch.optim.Optimizer, best: dict[str, Any] | None) -> dict[str, Tensor]:
+def _state(trainees: Trainees, adam: PlanesAdam, best: dict[str, Any] | None) -> dict[str, Tensor]:
     """Return all tensors that training needs to go on, by name."""
-    tensors = {f"now|{name}": tensor for name, tensor in trainees.state().items()}
-    for number, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam|{number}|{key}": torch.as_tensor(value) for key, value in moments.items()}
-    return tensors | (trainees.pack_result(best) if best else {})
-
-
-def _load_optimizer(trainees: Trainees, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    trainees.load_state({key[len("now|") :]: tensor for key, tensor in tensors.items() if key.startswith("now|")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("adam|"):
-            _, number, name = key.split("|")
-            state.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    now = {f"now|{name}": tensor for name, tensor in adam.state().items()}
+    return now | (trainees.pack_result(best) if best else {})
 
 
 class _Loss:
-    """The loss of a window of blocks on batches of the calibration set."""
+    """The loss of a window of blocks on batches of the calibration set.
+
+    Attributes:
+        dtype: of products.
+        replay: does the passes of a step.
+    """
 
     def __init__(
         self,
@@ -355,112 +339,143 @@ class _Loss:
         window: Window,
         inputs: tuple[BlockInputs, ...],
         batches: list[CalibrationBatch],
-        weights: dict[str, Tensor],
+        shapes: list[tuple[int, int]],
     ):
-        self.blocks, self.first, self.tail = blocks, window.first, window.tail if window.last else None
-        self.last = window.last
+        self.blocks, self.first, self.last = blocks, window.first, window.last
+        self.tail = window.tail if window.last else None
         self.batches, self.workspace = batches, inputs[0].workspace
         self.own = {state.number: state for each in inputs for state in each.states}
-        tokens = {n: int(self._counted(state).sum()) for n, state in self.own.items()}
+        tokens = {n: int(self._counted(state.modality).sum()) for n, state in self.own.items()}
         self.tokens = distributed.merge(tokens)
-        self.limit = self.workspace.limit
+        self.limit, device = self.workspace.limit, self.workspace.device
+        self.dtype = pass_dtype(device)
+        self.replay = Replay(device)
+        self._sum, self._factor = torch.zeros((), device=device), torch.ones((), device=device)
         largest = max((state.modality.numel() for state in self.own.values()), default=0)
-        shapes = [tuple(weight.shape) for weight in weights.values()]
-        self.saves_memory = activation_bytes(shapes, largest) > ACTIVATION_SHARE * free_memory(self.workspace.device)
+        self.saves_memory = activation_bytes(shapes, largest) > ACTIVATION_SHARE * free_memory(device)
 
-    def _counted(self, state: BatchState) -> Tensor:
+    def _counted(self, modality: Tensor) -> Tensor:
         """Return where the loss counts, bool [batch, length]: predictions matter where text is, outputs of blocks everywhere."""
-        return state.modality == TEXT if self.last else state.modality != PADDING
+        return modality == TEXT if self.last else modality != PADDING
 
     def counts(self, state: BatchState) -> bool:
         """Tell whether a batch runs through one of the blocks and has tokens that count."""
         runs = any(state.runs(index) for index in range(self.first, self.first + len(self.blocks)))
-        return runs and bool(self._counted(state).any())
+        return runs and self.tokens[state.number] > 0
 
-    def accumulate_gradients(self, trainees: Trainees, numbers: list[int]) -> None:
+    def accumulate_gradients(self, adam: PlanesAdam, numbers: list[int]) -> None:
         """Add up the gradients of the mean loss over the tokens of some batches."""
-        total = sum(self.tokens[number] for number in numbers)
+        self._factor.fill_(1 / sum(self.tokens[number] for number in numbers))
         own = [self.own[number] for number in numbers if number in self.own]
+        retried = False
 
         def run() -> None:
-            for module in trainees.modules.values():
-                module.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
-                module.forget_gradient()
-            for p in trainees.others:
-                p.grad = None
+            nonlocal retried
+            if retried:
+                adam.clear()
+            retried = True
             for state in own:
-                self._run(state, lambda value: (value / total).backward())
+                self._run(state, train=True)
 
-        with building(trainees.modules):
-            self.limit.retry("distilling", max((state.rows for state in own), default=1), run)
+        self.limit.retry("distilling", max((state.rows for state in own), default=1), run)
 
     @torch.no_grad()
-    def measure(self, trainees: Trainees, numbers: set[int]) -> float:
+    def measure(self, numbers: set[int]) -> float:
         """Return the mean loss over the tokens of some batches."""
-        sums = {"loss": 0.0}
+        total = 0.0
+        for state in (self.own[number] for number in sorted(numbers) if number in self.own):
 
-        def add(value: Tensor) -> None:
-            sums["loss"] += float(value)
+            def run(state: BatchState = state) -> float:
+                self._sum.zero_()
+                self._run(state, train=False)
+                return float(self._sum)
 
-        with building(trainees.modules):
-            for number in sorted(numbers):
-                if number in self.own:
-                    state, known = self.own[number], sums["loss"]
+            total += self.limit.retry("measuring the loss", state.rows, run)
+        return distributed.sum_numbers({"loss": total})["loss"] / sum(self.tokens[number] for number in numbers)
 
-                    def run(state: BatchState = state, known: float = known) -> None:
-                        sums["loss"] = known
-                        self._run(state, add)
-
-                    self.limit.retry("measuring the loss", state.rows, run)
-        return distributed.sum_numbers(sums)["loss"] / sum(self.tokens[number] for number in numbers)
-
-    def _run(self, state: BatchState, use: Callable[[Tensor], None]) -> None:
-        """Call `use` with the summed loss of each part of a batch."""
-        device = self.workspace.device
-        outputs, targets = [], []
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            for piece in state.pieces(self.first, count=len(self.blocks)):
-                run = _checkpointed if self.saves_memory and torch.is_grad_enabled() else block_output
-                outputs.append(window_output(self.blocks, self.first, piece, piece.hidden.float(), run))
-                targets.append(piece.target)
-            output, target = torch.cat(outputs, -3), torch.cat(targets, -3)
-            if self.tail is None:
-                use(_squared_error(output, target, self._counted(state).to(device)))
+    def _run(self, state: BatchState, train: bool) -> None:
+        """Add a batch's loss to the sum and, to train, its gradient to those of the trainees."""
+        count = len(self.blocks)
+        if len(self.limit.slices(state.rows)) == 1:
+            (piece,) = state.pieces(self.first, count=count)
+            work = partial(self._pass, state, piece, train)
+            if self.tail is None or self.tail.chain:
+                self.replay.run((train, piece.form()), piece.tensors(), work)
             else:
-                self._divergence(state, output, target, use)
+                work(piece.tensors())
+            return
+        with torch.no_grad():  # parts of a batch run a second time for their gradient, so that one is held at once
+            pieces = list(state.pieces(self.first, count=count))
+            output = torch.cat([self._output(piece) for piece in pieces], -3)
+            target = torch.cat([piece.target for piece in pieces], -3)
+            modality = torch.cat([piece.modality for piece in pieces])
+        gradient = self._loss(state, output, target, modality, train)
+        for piece in pieces if train else ():
+            rows = piece.hidden.shape[-3]
+            self._output(piece).backward(gradient.narrow(-3, 0, rows))
+            gradient = gradient.narrow(-3, rows, gradient.shape[-3] - rows)
 
-    def _divergence(self, state: BatchState, output: Tensor, target: Tensor, use: Callable[[Tensor], None]) -> None:
-        """Call `use` with a loss that has the gradients of the divergence; logits are made for some positions at a time."""
+    def _pass(self, state: BatchState, piece: BatchState, train: bool, tensors: list[Tensor]) -> None:
+        """Do one pass on a whole batch, whose tensors are given."""
+        piece = piece.with_tensors(tensors)
+        output = self._output(piece)
+        gradient = self._loss(state, output.detach(), piece.target, piece.modality, train)
+        if train:
+            output.backward(gradient)
+
+    def _output(self, piece: BatchState) -> Tensor:
+        with self._autocast():
+            run = _checkpointed if self.saves_memory and torch.is_grad_enabled() else block_output
+            return window_output(self.blocks, self.first, piece, piece.hidden.float(), run)
+
+    def _autocast(self) -> torch.autocast:
+        device = self.workspace.device.type
+        # no cache: what it holds would outlive a captured graph
+        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
+
+    def _loss(self, state: BatchState, output: Tensor, target: Tensor, modality: Tensor, train: bool) -> Tensor | None:
+        """Add the loss of a batch to the sum; returns the gradient at the output, times the factor of the step, to train."""
+        counted = self._counted(modality).float()
+        if self.tail is None:
+            value, gradient = squared_error(output, target, counted)
+        else:
+            value, gradient = self._divergence(state, output, target, counted, train)
+        self._sum.add_(value)
+        return (gradient * self._factor).to(output.dtype) if train else None
+
+    def _divergence(
+        self, state: BatchState, output: Tensor, target: Tensor, counted: Tensor, train: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the summed divergence and its gradient at the output; logits are made for some positions at a time."""
         batch, length = self.batches[state.number], output.shape[-2]
-        counted = self._counted(state).to(output.device)
-        leaf = output.detach().requires_grad_(output.requires_grad)
-        gradient = torch.zeros_like(leaf)
-        step = positions_at_once(self.tail.model, batch, BYTES_PER_LOGIT)
-        total = torch.zeros((), device=output.device)
+        leaf = output.requires_grad_(train)
+        gradient, total = torch.zeros_like(output), torch.zeros((), device=output.device)
+        step = self.tail.positions(batch)
         for start in range(0, length, step):
             part = slice(start, min(start + step, length))
-            here = counted[:, part]
-            with torch.no_grad():
-                wanted = self.tail.logits(batch, state, target, part)[here].float().log_softmax(-1)
-            given = self.tail.logits(batch, state, leaf, part)[here].float().log_softmax(-1)
-            divergence = nn.functional.kl_div(given, wanted, reduction="sum", log_target=True)
-            if leaf.requires_grad:
-                gradient += torch.autograd.grad(divergence, leaf)[0]
-            total += divergence.detach()
-        if (
-            leaf.requires_grad
-        ):  # the value is the divergence, the gradient what was gathered at the output of the blocks
-            product = (output * gradient).sum()
-            total = total + product - product.detach()
-        use(total)
+            with self._autocast():
+                with torch.no_grad():
+                    wanted = self.tail.logits(batch, state, target, part)
+                given = self.tail.logits(batch, state, leaf, part)
+            value, at_given = divergence(given.detach(), wanted, counted[:, part])
+            total += value
+            if train:
+                gradient += torch.autograd.grad(given, leaf, at_given)[0]
+        return total, gradient
 
 
 def _checkpointed(block: nn.Module, index: int, state: BatchState, hidden: Tensor) -> Tensor:
     return checkpoint(block_output, block, index, state, hidden, use_reentrant=False, preserve_rng_state=False)
 
 
-def _squared_error(output: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """Return the squared error relative to the size of each token's target, summed over the tokens that are `counted`."""
+def squared_error(output: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared error relative to the size of each token's target, summed over tokens, and its gradient at the output.
+
+    Args:
+        output, target: [..., batch, length, hidden_size].
+        counted: [batch, length] weights of tokens.
+    """
     target = target.float()
-    relative = (output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
-    return relative[..., counted].sum()
+    weight = (counted / target.square().sum(-1).clamp_min(1e-12))[..., None]
+    error = output.float() - target
+    return (weight * error.square()).sum(), 2 * weight * error

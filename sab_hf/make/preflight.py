@@ -6,7 +6,7 @@ measured, V the vocabulary, E bytes of an activation):
 
     moments  = 4 z Σ m²                                  over the different inputs of the block; each expert has its own
     fit      = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the largest Linear
-    distil   = Σ 31 n m + 4 T Σ (n + 2 m) + min(32 T V, 4 GiB)     over the blocks of a window, as many as fit
+    distil   = Σ 20 n m (compact: 8) + 4 T Σ (n + 2 m) + min(24 T V, 4 GiB)     over the blocks of a window, as many as fit
     refine   = Σ n m (25 (P + s R) + 20) + 4 T Σ (n + 2 m)
     capture  = everything beside the blocks + 3 E T max (n + m)
     measure  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
@@ -40,13 +40,8 @@ from ..packing import stored_bytes
 from ..passes.capture import count_first
 from ..passes.gradients import BYTES_PER_LOGIT as GRADIENT_BYTES_PER_LOGIT
 from ..passes.gradients import LOGIT_BYTES, positions_at_once
-from .distil import (
-    ACTIVATION_SHARE,
-    BYTES_PER_LOGIT,
-    BYTES_PER_WEIGHT,
-    activation_bytes,
-    blocks_at_once,
-)
+from ..passes.tail import BYTES_PER_LOGIT
+from .distil import ACTIVATION_SHARE, BYTES_PER_WEIGHT, activation_bytes, blocks_at_once
 from .plan import Plan
 from .settings import DistilSettings
 
@@ -273,13 +268,13 @@ def _refine(block: _Block, data: _Data) -> float:
 def _distil(blocks: list[_Block], data: _Data, workspace: Workspace) -> float:
     """Return the peak of training a window of blocks, and of the logits that it is held to."""
     free = free_memory(workspace.device)
-    count = blocks_at_once([BYTES_PER_WEIGHT * block.weights for block in blocks], free)
+    count, compact = blocks_at_once([block.weights for block in blocks], workspace.device, free)
     window = sorted(blocks, key=lambda block: block.weights)[-count:]
     shapes = [[(n, m) for n, m, _, _ in block.linears] for block in window]
     activations = sum(activation_bytes(own, data.largest) for own in shapes)
     if activations > ACTIVATION_SHARE * free:
         activations = max(activation_bytes(own, data.largest) for own in shapes)
-    weights = BYTES_PER_WEIGHT * sum(block.weights for block in window)
+    weights = BYTES_PER_WEIGHT["compact" if compact else "built"] * sum(block.weights for block in window)
     return weights + activations + min(LOGIT_BYTES, BYTES_PER_LOGIT * data.largest * data.vocabulary)
 
 

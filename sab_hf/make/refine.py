@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..calibration import PADDING
 from ..machine import distributed
-from ..method.trainable import TrainablePlanes, building
+from ..method.trainable import PlanesAdam
 from ..passes.capture import BlockInputs
 from ..passes.states import BatchState, block_output
 from ..planes import SignPlanes
@@ -88,34 +88,28 @@ def _train(
     settings: RefineSettings,
     gradient: dict[int, Tensor] | None,
 ) -> RefineResult:
-    modules = trainees.modules
     weights = _ErrorWeights(inputs, index, gradient)
-    before = _mean_error(block, index, modules, inputs, weights)
-    optimizer = _optimizer(trainees, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-    )
+    before = _mean_error(block, index, inputs, weights)
+    adam = trainees.adam(settings.latent_rate, settings.scale_rate)
     own = {state.number: state for state in inputs.running(index)}
     draws = draw_batches(
         distributed.merge({number: state.rows for number, state in own.items()}),
         settings.samples_per_step,
         settings.seed,
     )
-    for _ in range(settings.steps):
-        optimizer.zero_grad(set_to_none=True)
+    for step in range(settings.steps):
         drawn = [own[number] for number in next(draws) if number in own]
-        with building(modules):
-            _accumulate_gradients(block, index, modules, drawn, inputs, weights)
-        distributed.sum_gradients(p for group in optimizer.param_groups for p in group["params"])
-        optimizer.step()
-        schedule.step()
-    return RefineResult(before, _mean_error(block, index, modules, inputs, weights))
+        _accumulate_gradients(block, index, adam, drawn, inputs, weights)
+        distributed.sum_gradients(adam.gradients())
+        adam.prepare(0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+        adam.step()
+    return RefineResult(before, _mean_error(block, index, inputs, weights))
 
 
 def _accumulate_gradients(
     block: nn.Module,
     index: int,
-    modules: dict[str, TrainablePlanes],
+    adam: PlanesAdam,
     drawn: list[BatchState],
     inputs: BlockInputs,
     weights: _ErrorWeights,
@@ -123,9 +117,7 @@ def _accumulate_gradients(
     """Add up the gradients of the drawn batches, in parts where memory asks for it."""
 
     def run() -> None:
-        block.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
-        for module in modules.values():
-            module.forget_gradient()
+        adam.clear()  # of an attempt that ran out of memory
         for state in drawn:
             for piece in state.pieces(index):
                 _error(block, index, piece, weights).backward()
@@ -174,25 +166,13 @@ def _error(block: nn.Module, index: int, state: BatchState, weights: _ErrorWeigh
 
 
 @torch.no_grad()
-def _mean_error(
-    block: nn.Module, index: int, modules: dict[str, TrainablePlanes], inputs: BlockInputs, weights: _ErrorWeights
-) -> float:
+def _mean_error(block: nn.Module, index: int, inputs: BlockInputs, weights: _ErrorWeights) -> float:
     def run(state: BatchState) -> float:
         return sum(float(_error(block, index, piece, weights)) for piece in state.pieces(index))
 
     limit, what = inputs.workspace.limit, f"measuring block {index}"
-    with building(modules):
-        own = sum(limit.retry(what, state.rows, lambda state=state: run(state)) for state in inputs.running(index))
+    own = sum(limit.retry(what, state.rows, lambda state=state: run(state)) for state in inputs.running(index))
     return distributed.sum_numbers({"error": own})["error"]
-
-
-def _optimizer(trainees: Trainees, settings: RefineSettings) -> torch.optim.Optimizer:
-    latents = trainees.latents()
-    groups = [
-        {"params": latents, "lr": settings.latent_rate},
-        {"params": trainees.scales() + trainees.others, "lr": settings.scale_rate},
-    ]
-    return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=latents[0].is_cuda)
 
 
 def draw_batches(sizes: dict[int, int], samples_per_step: int, seed: int) -> Iterator[list[int]]:

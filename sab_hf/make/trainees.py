@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..method.trainable import TrainablePlanes
+from ..method.trainable import PlanesAdam, TrainablePlanes
 from ..packed.linear import SABLinear, replace_module
 from ..packing import from_tensors, to_tensors
 from ..planes import SignPlanes
@@ -20,18 +20,25 @@ class Trainees:
         model: the model.
         blocks: of the model.
         planes: of their Linears by module name, where training starts.
-        weights: the dense weights [out_features, in_features] that the planes stand for, by module name, on any device.
+        weights: the dense weights [out_features, in_features] that the planes stand for, by module name, on any device. The dict
+            is empty afterwards, so that nothing keeps them in memory.
+        compact: see `TrainablePlanes`.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: list[nn.Module], planes: dict[str, SignPlanes], weights: dict[str, Tensor]
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        planes: dict[str, SignPlanes],
+        weights: dict[str, Tensor],
+        compact: bool = False,
     ):
         self._model, self._start = model, planes
         self._linears = {name: model.get_submodule(name) for name in planes}
         self.modules = {}
         for name, linear in self._linears.items():
-            device = planes[name].signs.device
-            self.modules[name] = TrainablePlanes(planes[name], weights[name].detach().to(device).float(), linear.bias)
+            W = weights.pop(name).detach().to(planes[name].signs.device).float()
+            self.modules[name] = TrainablePlanes(planes[name], W, linear.bias, compact)
         for name, module in self.modules.items():
             replace_module(model, name, module)
         own = {p for module in self.modules.values() for p in module.parameters()}
@@ -43,25 +50,9 @@ class Trainees:
             p.data = p.data.float()
             p.requires_grad_(p.ndim < 2)
 
-    def latents(self) -> list[nn.Parameter]:
-        """Return the latent weights behind the signs."""
-        return [module.latent for module in self.modules.values()]
-
-    def scales(self) -> list[nn.Parameter]:
-        """Return what is trained of the Linears beside the latent weights: changes of scales, and biases."""
-        return [p for module in self.modules.values() for name, p in module.named_parameters() if name != "latent"]
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what has been trained, by name, for `load_state`; the tensors themselves."""
-        named = {
-            f"{name}|{inner}": p.data for name, module in self.modules.items() for inner, p in module.named_parameters()
-        }
-        return named | {f"other|{i}": p.data for i, p in enumerate(self.others)}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from what `state` returned."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+    def adam(self, latent_rate: float, scale_rate: float) -> PlanesAdam:
+        """Return an optimizer of all of them; see there."""
+        return PlanesAdam(list(self.modules.values()), self.others, latent_rate, scale_rate)
 
     def result(self) -> dict[str, Tensor | SignPlanes]:
         """Return a copy of what `pack` would put into the model now, in little memory."""

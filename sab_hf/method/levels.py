@@ -1,14 +1,36 @@
-"""The level `Σ_k ±r_k c_k` nearest to each weight, and gradients through that choice.
+"""The level `Σ_k ±r_k c_k` nearest to each latent weight, and one step of training those.
 
 A choice is the number of a row of `sign_combinations`: its bits are the signs, the first plane's the highest, 1 for minus.
+Latent weights are in units of half the distance between two levels, about, where training starts: the smallest `|r_k c_k|` there
+that is not 0. The unit is made from the scales wherever it is needed, since it would take as much memory as the weights.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.cuda.linear import can_fit
+
+BETAS = (0.9, 0.95)
+"""How much of its moments Adam keeps from one step to the next."""
+EPSILON = 1e-8
+
+
+class Scales(NamedTuple):
+    """Scales of K planes: as training found them, and now.
+
+    Attributes:
+        r_start, r: [K, out_features] float32.
+        c_start, c: [K, in_features] float32.
+    """
+
+    r_start: Tensor
+    c_start: Tensor
+    r: Tensor
+    c: Tensor
 
 
 def sign_combinations(K: int, device: torch.device) -> Tensor:
@@ -38,60 +60,77 @@ def signs_of(choice: Tensor, k: int, K: int) -> Tensor:
     return 1.0 - 2.0 * ((choice >> (K - 1 - k)) & 1).float()
 
 
-class NearestLevel(torch.autograd.Function):
-    """`W = Σ_k B_k r_k c_k` with the signs that come nearest to `latent · unit`.
+def unit_of(r: Tensor, c: Tensor) -> Tensor:
+    """Return the unit [out_features, in_features] of latent weights for scales r [K, out_features] and c [K, in_features]."""
+    sizes = (r[:, :, None] * c[:, None]).abs()
+    unit = torch.where(sizes > 0, sizes, torch.inf).amin(0)
+    return unit.masked_fill_(unit.isinf(), 0)
 
-    Gradients go straight through the choice to the latent, except where it lies outside all levels; to the scales they go
-    for the signs as chosen.
+
+def nearest_level(latent: Tensor, scales: Scales, W: Tensor) -> Tensor:
+    """Write the weight into W and return it: for each latent [out_features, in_features] the level that is nearest to it."""
+    if can_fit(latent):
+        from .kernels import levels as triton_levels
+
+        return triton_levels.nearest_level(latent, scales, W)
+    choice = nearest_choice(latent.float() * unit_of(scales.r_start, scales.c_start), scales.r, scales.c)
+    K, total = len(scales.r), torch.zeros(latent.shape, device=latent.device)
+    for k in range(K):
+        total.addcmul_(signs_of(choice, k, K), scales.r[k][:, None] * scales.c[k])
+    return W.copy_(total)
+
+
+def descend(
+    gradient: Tensor,
+    latent: Tensor,
+    moments: tuple[Tensor, Tensor],
+    scales: Scales,
+    at_scales: tuple[Tensor, Tensor],
+    numbers: Tensor,
+) -> None:
+    """Hand the gradient at a weight on: one step of Adam for the latents, in place, and gradients at the scales.
+
+    It goes straight through the choice of levels to the latents, except where they lie outside all levels; to the scales it goes
+    for the signs as chosen. The gradient is 0 afterwards. Latents of bfloat16 are rounded at random, so that small steps count
+    on average.
+
+    Args:
+        gradient: [out_features, in_features] at the weight, any floating-point dtype.
+        latent, moments: the same shape, float32 or bfloat16; Adam's first and second moments.
+        scales: of the planes.
+        at_scales: [K, out_features] and [K, in_features], get the gradients at r and c.
+        numbers: [4] float32: rate, `1 / (1 - β1^t)`, `1 / (1 - β2^t)`, t: the number of the step, from 1.
+
+    Source: straight-through estimator (arXiv 1308.3432), Adam (arXiv 1412.6980).
     """
+    if can_fit(latent):
+        from .kernels import levels as triton_levels
 
-    @staticmethod
-    def forward(ctx, latent: Tensor, unit: Tensor, r: Tensor, c: Tensor) -> Tensor:
-        """Return W [out_features, in_features].
-
-        Args:
-            latent, unit: [out_features, in_features] float32; unit takes no gradient.
-            r, c: [K, out_features] and [K, in_features] float32.
-        """
-        if can_fit(latent):
-            from .kernels import levels as triton_levels
-
-            W, choice, inside = triton_levels.nearest_level(latent, unit, r, c)
-        else:
-            W, choice, inside = nearest_level(latent, unit, r, c)
-        ctx.save_for_backward(choice, inside, unit, r, c)
-        return W
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        choice, inside, unit, r, c = ctx.saved_tensors
-        if can_fit(gradient):
-            from .kernels import levels as triton_levels
-
-            at_latent, at_r, at_c = triton_levels.gradients(gradient.contiguous(), choice, inside, unit, r, c)
-        else:
-            at_latent, at_r, at_c = gradients(gradient, choice, inside, unit, r, c)
-        return at_latent, None, at_r, at_c
-
-
-def nearest_level(latent: Tensor, unit: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W, the choices int16, and bool where the latent lies between the outermost levels, each like `latent`."""
-    K, value = len(r), latent * unit
-    choice = nearest_choice(value, r, c)
-    W, largest = torch.zeros_like(value), torch.zeros_like(value)
+        triton_levels.descend(gradient, latent, moments, scales, at_scales, numbers)
+        return
+    unit, G, K = unit_of(scales.r_start, scales.c_start), gradient.float(), len(scales.r)
+    value, largest = latent.float() * unit, torch.zeros_like(unit)
+    choice = nearest_choice(value, scales.r, scales.c)
     for k in range(K):
-        size = r[k][:, None] * c[k]
-        W.addcmul_(signs_of(choice, k, K), size)
-        largest += size.abs_()
-    return W, choice, value.abs_() <= largest
+        signed = G * signs_of(choice, k, K)
+        torch.mv(signed, scales.c[k], out=at_scales[0][k])
+        torch.mv(signed.T, scales.r[k], out=at_scales[1][k])
+        largest += (scales.r[k][:, None] * scales.c[k]).abs()
+    G = torch.where(value.abs() <= largest, G * unit, 0)
+    first, second = (
+        moment.float().lerp_(new, 1 - beta) for moment, new, beta in zip(moments, (G, G * G), BETAS, strict=True)
+    )
+    step = first * numbers[1] / ((second * numbers[2]).sqrt_() + EPSILON)
+    moments[0].copy_(first)
+    moments[1].copy_(second)
+    latent.copy_(_rounded(latent.float() - numbers[0] * step, latent.dtype, int(numbers[3])))
+    gradient.zero_()
 
 
-def gradients(
-    gradient: Tensor, choice: Tensor, inside: Tensor, unit: Tensor, r: Tensor, c: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients at latent, r and c for that at W [out_features, in_features]."""
-    K, at_r, at_c = len(r), torch.empty_like(r), torch.empty_like(c)
-    for k in range(K):
-        signed = gradient * signs_of(choice, k, K)
-        at_r[k], at_c[k] = signed @ c[k], r[k] @ signed
-    return torch.where(inside, gradient * unit, 0), at_r, at_c
+def _rounded(value: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """Return `value` float32 with the bits that `dtype` holds: bfloat16 is rounded up or down at random, without a bias."""
+    if dtype != torch.bfloat16:
+        return value
+    generator = torch.Generator(value.device).manual_seed(seed)
+    low = torch.randint(2**16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
+    return ((value.view(torch.int32) + low) & -(2**16)).view(torch.float32)

@@ -258,17 +258,13 @@ def _gradient_at_output(
     return total.cpu()
 
 
-def positions_at_once(model: nn.Module, batch: CalibrationBatch, bytes_per_logit: int = BYTES_PER_LOGIT) -> int:
-    """Return for how many positions of each sample of a batch the gradient of a loss is taken at once.
-
-    Args:
-        bytes_per_logit: that the loss takes at its peak.
-    """
+def positions_at_once(model: nn.Module, batch: CalibrationBatch) -> int:
+    """Return for how many positions of each sample of a batch the gradient of the loss is taken at once."""
     samples, length = batch.modality.shape
     if not makes_some_logits(model, batch.inputs):
         return length
     width = model.get_input_embeddings().weight.shape[0]
-    return min(length, max(1, int(LOGIT_BYTES / (bytes_per_logit * samples * width))))
+    return min(length, max(1, int(LOGIT_BYTES / (BYTES_PER_LOGIT * samples * width))))
 
 
 @contextmanager

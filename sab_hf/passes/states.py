@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Hashable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..machine.limits import take_samples
-from ..machine.store import map_nested, map_tensors
+from ..machine.store import map_nested, map_tensors, tensors_in
 from ..machine.workspace import Workspace
 
 Left = dict[str, dict[Any, Any]]
@@ -95,6 +95,43 @@ class BatchState:
             piece.injections.append(None if after is None else _rows_of(after, rows).to(device))
             piece.calls, piece.injections = [None] * index + piece.calls, [None] * index + piece.injections
             yield piece
+
+    def tensors(self) -> list[Tensor]:
+        """Return the different tensors that blocks read, and the targets."""
+        return tensors_in(self._arguments())
+
+    def with_tensors(self, tensors: list[Tensor]) -> BatchState:
+        """Return the same batch with others in the place of what `tensors` returns."""
+        places = {id(mine): given for mine, given in zip(self.tensors(), tensors, strict=True)}
+        other = copy.copy(self)
+        arguments = map_tensors(self._arguments(), lambda tensor: places[id(tensor)])
+        other.modality, other.given, other.hidden, other.target, other.calls, other.injections = arguments
+        return other
+
+    def form(self) -> tuple:
+        """Return all that decides how blocks run, beside the values of tensors; equal for batches that run alike."""
+        places: dict[int, int] = {}
+        return tuple(_forms(self._arguments(), places))
+
+    def _arguments(self) -> tuple:
+        return self.modality, self.given, self.hidden, self.target, self.calls, self.injections
+
+
+def _forms(value: Any, places: dict[int, int]) -> Iterator[Hashable]:
+    """Yield the nested structure of a value: tensors by shape, dtype and where they came first, anything else by its words."""
+    if isinstance(value, Tensor):
+        yield (*value.shape, value.dtype, places.setdefault(id(value), len(places)))
+    elif isinstance(value, (tuple, list)):
+        yield type(value), len(value)
+        for item in value:
+            yield from _forms(item, places)
+    elif isinstance(value, MutableMapping):
+        yield type(value), len(value)
+        for key, item in value.items():
+            yield key
+            yield from _forms(item, places)
+    else:
+        yield value if isinstance(value, (int, float, str, type(None))) else id(value)
 
 
 def block_output(block: nn.Module, index: int, state: BatchState, hidden: Tensor) -> Tensor:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from ..calibration import CalibrationBatch
+from .gradients import LOGIT_BYTES
 from .states import BatchState
 from .tracing import makes_some_logits, output_of_last_block
 
 _TEXT = ("input_ids", "attention_mask")
+
+BYTES_PER_LOGIT = 24
+"""Peak of the divergence of two distributions and its gradient, in bytes for each logit: six float32 copies (on a GPU, where a
+kernel computes it, four of bfloat16)."""
 
 
 class NoLogitsError(Exception):
@@ -19,8 +27,9 @@ class NoLogitsError(Exception):
 class Tail:
     """Run a model from the output of its last block on.
 
-    What comes before the blocks is not wanted but runs too, as it is the model's own forward that is called. Where it gives the
-    same logits for the token ids alone, towers stay out.
+    Where the modules that run after the last block (norm, head) give the same logits one after the other, they alone run. Else it
+    is the model's own forward that is called, with what comes before the blocks; where that gives the same logits for the token
+    ids alone, towers stay out.
 
     Args:
         model: everything beside its blocks is on the compute device.
@@ -32,13 +41,25 @@ class Tail:
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch, state: BatchState):
         self.model, self.blocks = model, blocks
-        self.by_ids = False
+        self.by_ids, self.chain = False, []
         hidden = state.hidden.to(state.workspace.device)
         self.chunks = makes_some_logits(model, batch.inputs)
         part = slice(0, min(8, hidden.shape[-2]))
         with torch.no_grad():
-            whole = self.logits(batch, state, hidden, part)
-            self.by_ids = not batch.inputs.keys() - set(_TEXT) or self._same_by_ids(batch, state, hidden, part, whole)
+            with _called_after(model, blocks[-1]) as called:
+                whole = self.logits(batch, state, hidden, part)
+            self.width = whole.shape[-1]
+            self.chain = self._same_by_modules(called, hidden[..., part, :], whole)
+            if not self.chain:
+                ids_alone = not batch.inputs.keys() - set(_TEXT)
+                self.by_ids = ids_alone or self._same_by_ids(batch, state, hidden, part, whole)
+
+    def positions(self, batch: CalibrationBatch) -> int:
+        """Return for how many positions of each sample of a batch logits are made at once, so that their loss fits in memory."""
+        samples, length = batch.modality.shape
+        if not (self.chain or self.chunks):
+            return length
+        return min(length, max(1, int(LOGIT_BYTES / (BYTES_PER_LOGIT * samples * self.width))))
 
     def logits(self, batch: CalibrationBatch, state: BatchState, hidden: Tensor, part: slice) -> Tensor:
         """Return the logits [batch, positions, vocabulary] for what the last block gives, [..., batch, length, hidden_size].
@@ -47,6 +68,8 @@ class Tail:
             batch, state: the whole batch.
             part: positions; all of them where the model cannot be asked for some.
         """
+        if self.chain:
+            return _through(self.chain, hidden[..., part, :])
         options = {}
         length = hidden.shape[-2]
         if self.chunks and part != slice(0, length):
@@ -62,6 +85,13 @@ class Tail:
             raise NoLogitsError(f"{type(self.model).__name__} gives logits for {logits.shape[1]} of {wanted} positions")
         return logits
 
+    def _same_by_modules(self, called: list[nn.Module], hidden: Tensor, expected: Tensor) -> list[nn.Module]:
+        """Return the modules if they give the expected logits one after the other, else none."""
+        try:
+            return called if torch.equal(_through(called, hidden), expected[:, : hidden.shape[-2]]) else []
+        except Exception:  # whatever a module raises that was called with something else
+            return []
+
     def _same_by_ids(
         self, batch: CalibrationBatch, state: BatchState, hidden: Tensor, part: slice, expected: Tensor
     ) -> bool:
@@ -72,3 +102,24 @@ class Tail:
             return False
         finally:
             self.by_ids = False
+
+
+def _through(modules: list[nn.Module], hidden: Tensor) -> Tensor:
+    for module in modules:
+        hidden = module(hidden)
+    return hidden
+
+
+@contextmanager
+def _called_after(model: nn.Module, block: nn.Module) -> Iterator[list[nn.Module]]:
+    """Yield a list that gets the modules without parts of their own that run after a block, in order."""
+    called: list[nn.Module] = []
+    hooks = [block.register_forward_hook(lambda *_: called.clear())]
+    for module in model.modules():
+        if module is not block and not any(True for _ in module.children()):
+            hooks.append(module.register_forward_hook(lambda module, *_: called.append(module)))
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -14,6 +14,7 @@ import torch
 from helpers import inputs, level_problem
 
 from sab_hf.method import fit, levels
+from sab_hf.method.divergence import divergence
 from sab_hf.method.hessian import feedback_factor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -266,31 +267,67 @@ def test_sweep_chooses_as_the_specification_on_a_gpu(rows, columns, planes, star
     compare_sweeps(rows, columns, planes, start, end, "cuda")
 
 
-def compare_levels(rows, columns, planes, device):
-    latent, unit, r, c = (t.to(device) for t in level_problem(rows, columns, planes))
+def compare_levels(rows, columns, planes, device, state_dtype):
+    latent, scales = level_problem(rows, columns, planes)
+    latent, scales = latent.to(device, state_dtype), levels.Scales(*(part.to(device) for part in scales))
     kernel = importlib.import_module("sab_hf.method.kernels.levels")
-    W, choice, inside = kernel.nearest_level(latent, unit, r, c)
-    expected_W, expected_choice, expected_inside = levels.nearest_level(latent, unit, r, c)
-    same = choice == expected_choice  # a tie may go either way by rounding
-    assert same.float().mean() > 0.999
-    torch.testing.assert_close(W[same], expected_W[same])
-    assert (inside == expected_inside).float().mean() > 0.999
-    gradient = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)).to(device)
-    found = kernel.gradients(gradient, choice, inside, unit, r, c)
-    for mine, expected in zip(found, levels.gradients(gradient, choice, inside, unit, r, c), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
-    again = kernel.gradients(gradient, choice, inside, unit, r, c)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    mine, expected = (
+        module.nearest_level(latent, scales, torch.empty(rows, columns, device=device)) for module in (kernel, levels)
+    )
+    close = (mine - expected).abs() <= 1e-5 * expected.abs()  # a tie may go either way by rounding
+    assert close.float().mean() > 0.999
+    downstream = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)).to(device)
+    downstream[~close] = 0
+    numbers = torch.tensor([0.03, 1 / (1 - levels.BETAS[0]), 1 / (1 - levels.BETAS[1]), 1.0], device=device)
+    results = []
+    for module in (kernel, levels, kernel):
+        own, moments = latent.clone(), (torch.zeros_like(latent), torch.zeros_like(latent))
+        at_scales, gradient = (torch.zeros_like(scales.r), torch.zeros_like(scales.c)), downstream.clone()
+        module.descend(gradient, own, moments, scales, at_scales, numbers)
+        assert not gradient.any()
+        results.append([own, *moments, *at_scales])
+    step = 0.1 if state_dtype == torch.bfloat16 else 1e-4  # rounded at random, each in its own way
+    assert ((results[0][0] - results[1][0]).abs() <= step).float().mean() > 0.999
+    for mine, expected in zip(results[0][1:], results[1][1:], strict=True):
+        near = torch.isclose(mine.float(), expected.float(), rtol=1e-2, atol=1e-3)
+        assert near.float().mean() > 0.999
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
 
 
 @interpreted
-@pytest.mark.parametrize(("rows", "columns", "planes"), [(5, 70, 1), (33, 21, 3)])
-def test_nearest_levels_and_their_gradients_are_as_specified(rows, columns, planes):
-    compare_levels(rows, columns, planes, "cpu")
+@pytest.mark.parametrize(
+    ("rows", "columns", "planes", "state_dtype"), [(5, 70, 1, torch.bfloat16), (33, 21, 3, torch.float32)]
+)
+def test_nearest_levels_and_steps_are_as_specified(rows, columns, planes, state_dtype):
+    compare_levels(rows, columns, planes, "cpu", state_dtype)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("planes", [1, 2, 4])
 @pytest.mark.parametrize(("rows", "columns"), [(5, 70), (701, 301), (3584, 1024)])
-def test_nearest_levels_and_their_gradients_are_as_specified_on_a_gpu(rows, columns, planes):
-    compare_levels(rows, columns, planes, "cuda")
+def test_nearest_levels_and_steps_are_as_specified_on_a_gpu(rows, columns, planes, state_dtype):
+    compare_levels(rows, columns, planes, "cuda", state_dtype)
+
+
+def compare_divergences(vocabulary, device, dtype):
+    generator = torch.Generator().manual_seed(0)
+    given, wanted = (4 * torch.randn(2, 3, vocabulary, generator=generator).to(device, dtype) for _ in range(2))
+    counted = torch.tensor([[1.0, 0.0, 0.5], [1.0, 1.0, 1.0]], device=device)
+    kernel = importlib.import_module("sab_hf.method.kernels.divergence")
+    value, gradient = kernel.divergence(given, wanted.clone(), counted)
+    expected, expected_gradient = divergence(given.cpu(), wanted.cpu(), counted.cpu())
+    torch.testing.assert_close(value.cpu(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient.cpu(), expected_gradient, rtol=1e-2, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(50, torch.float32), (5000, torch.bfloat16)])
+def test_divergence_is_as_specified(vocabulary, dtype):
+    compare_divergences(vocabulary, "cpu", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(50, torch.float32), (152064, torch.bfloat16)])
+def test_divergence_is_as_specified_on_a_gpu(vocabulary, dtype):
+    compare_divergences(vocabulary, "cuda", dtype)

@@ -92,11 +92,11 @@ def test_interrupted_training_goes_on_and_gives_the_same_bytes(tmp_path, monkeyp
     steps = []
     original = distil._Loss.accumulate_gradients
 
-    def stop(self, trainees, numbers):
+    def stop(self, adam, numbers):
         steps.append(numbers)
         if len(steps) == 8:
             raise StoppedError
-        original(self, trainees, numbers)
+        original(self, adam, numbers)
 
     monkeypatch.setattr(distil._Loss, "accumulate_gradients", stop)
     with pytest.raises(StoppedError):
@@ -116,9 +116,9 @@ def test_training_that_diverges_keeps_what_was_before(caplog, monkeypatch):
     fitted, trained = build_llama(), build_llama()
     sab_hf.quantize(fitted, None, TEXT, config(distil_steps=0))
 
-    def diverge(self, trainees, numbers):
-        for p in trainees.latents() + trainees.scales() + trainees.others:
-            p.grad = torch.full_like(p, torch.nan)
+    def diverge(self, adam, numbers):
+        for gradient in adam.gradients():
+            gradient.fill_(torch.nan)
 
     monkeypatch.setattr(distil._Loss, "accumulate_gradients", diverge)
     (result,) = sab_hf.quantize(trained, None, TEXT, config()).distillations

@@ -19,7 +19,6 @@ from sab_hf import SABLinear, SABQuantizationConfig
 from sab_hf.anatomy.roles import find_roles
 from sab_hf.anatomy.selection import language_linears
 from sab_hf.calibration import CalibrationBatch, token_modality
-from sab_hf.machine import distributed
 from sab_hf.machine.weights import iter_weights, parameter_of
 from sab_hf.packed.experts import expert_name, fused_parameters, split_experts
 from sab_hf.passes.capture import BlockInputs
@@ -89,17 +88,6 @@ def test_process_for_whose_samples_a_block_never_runs_works_with_the_others(tmp_
     ]
     states = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(4)]
     assert all(same(states[0], state) for state in states[1:])
-
-
-def test_gradients_that_no_process_has_stay_away(monkeypatch):
-    """Adam would move the planes of an expert without tokens."""
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    monkeypatch.setattr(distributed, "_sum", lambda tensor: tensor.mul_(2))
-    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    used.grad = torch.ones(2)
-    distributed.sum_gradients([used, unused])
-    assert torch.equal(used.grad, torch.full((2,), 2.0))
-    assert unused.grad is None
 
 
 @pytest.mark.parametrize("name", [MIXTURE, *FUSED])
