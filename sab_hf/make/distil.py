@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from ..machine import distributed
 from ..machine.placement import free_memory
 from ..machine.replay import Replay
 from ..machine.resume import Left, Progress, Steps
+from ..machine.store import tensors_in
 from ..method.divergence import divergence
 from ..method.trainable import PlanesAdam, pass_dtype
 from ..passes.capture import BlockInputs
@@ -45,6 +47,9 @@ MEASUREMENTS = 10
 PATIENCE = 3
 """Measurements without a new best after which training stops."""
 
+GIVEN_SHARE = 0.375
+"""Part of the steps, at least, that see given samples where the model has written others: those are of the domain that counts."""
+
 HELD_OUT = 16
 """One of so many batches is held out of training."""
 
@@ -54,6 +59,9 @@ the last two in bfloat16). Compact: latent, moments and gradient in bfloat16, an
 
 MEMORY_SHARE = 0.7
 """Part of the free memory that the weights of a window may take; activations and logits need some too."""
+
+COMPILE_FROM = 300
+"""Steps from which on compiling the blocks pays: it takes some 20 s, and then a step of a small model about half the time."""
 
 ACTIVATION_SHARE = 0.25
 """Part of the free memory that activations may take; where they take more, blocks run again on the way back."""
@@ -222,7 +230,7 @@ def distil(
     Args:
         model: with the window's blocks on the compute device, their Linears packed.
         window: the blocks.
-        planes: of all their packed Linears, by module name.
+        planes: of all their packed Linears, by module name; empty afterwards.
         weights: the dense weights that the planes stand for, by module name, on any device; empty afterwards.
         inputs: calibration batches with `hidden`, which enters the window, and `target`, what the full-precision blocks up to the
             window's end give. Some of the first ones are held out. Each process of several has its own.
@@ -240,7 +248,7 @@ def distil(
     try:
         loss = _Loss(blocks, window, inputs, batches, shapes)
         given = distributed.merge({state.number: True for state in inputs[0].states})
-        with loss.replay.running():
+        with loss.replay.running(), _compiled(blocks, inputs[0].workspace.device, settings.steps):
             result, best = _train(trainees, loss, set(given), settings, progress)
     except BaseException:
         trainees.give_back()
@@ -259,7 +267,7 @@ def distil(
 
 def _train(
     trainees: Trainees, loss: _Loss, given: set[int], settings: DistilSettings, progress: Progress
-) -> tuple[DistilResult, dict[str, Any] | None]:
+) -> tuple[DistilResult, dict[str, Tensor] | None]:
     """Return how training went, and the best result; None if none was better than the start.
 
     Args:
@@ -272,6 +280,7 @@ def _train(
     held = set(known[HELD_OUT // 2 :: HELD_OUT] if len(known) > HELD_OUT // 2 else known[1:2])
     held = held or set(known)  # of one batch nothing can be held out
     drawn_from = {number: rows for number, rows in sizes.items() if number not in held} or sizes
+    own, written = ({n: rows for n, rows in drawn_from.items() if (n in given) == kind} for kind in (True, False))
     adam = trainees.adam(settings.latent_rate, settings.scale_rate)
     interval = max(1, settings.steps // MEASUREMENTS)
     start, before, best_loss, best_step, best = 0, None, math.inf, 0, None
@@ -280,10 +289,10 @@ def _train(
         tensors, known = found
         start, before, best_loss, best_step = known["step"], known["before"], known["best_loss"], known["best_step"]
         adam.load_state({key[len("now|") :]: tensor for key, tensor in tensors.items() if key.startswith("now|")})
-        best = trainees.unpack_result(tensors) if best_step else None
+        best = {key[len("best|") :]: tensor for key, tensor in tensors.items() if key.startswith("best|")} or None
     else:
         before = best_loss = loss.measure(held)
-    draws = draw_batches(drawn_from, settings.samples_per_step, settings.seed)
+    draws = _draw_mixed(own, written, settings)
     for _ in range(start):
         next(draws)
     step = start
@@ -309,20 +318,55 @@ def _train(
                 break
             if step < settings.steps:
                 progress.save(
-                    partial(_state, trainees, adam, best),
+                    partial(_state, adam, best),
                     {"step": step, "before": before, "best_loss": best_loss, "best_step": best_step},
                 )
     return DistilResult(before, best_loss, step, best_step), best
+
+
+def _draw_mixed(given: dict[int, int], written: dict[int, int], settings: DistilSettings) -> Iterator[list[int]]:
+    """Yield the batches of each step: given ones as often as their share of the samples, or `GIVEN_SHARE` if that is more.
+
+    Args:
+        given, written: batch number → samples, of which one may be empty.
+    """
+    first, second = (draw_batches(sizes, settings.samples_per_step, settings.seed) for sizes in (given, written))
+    total = sum(given.values()) + sum(written.values())
+    share = max(GIVEN_SHARE, sum(given.values()) / total) if given else 0.0
+    due = 0.0
+    while True:
+        due += share
+        if due >= 1 or not written:
+            due -= 1
+            yield next(first)
+        else:
+            yield next(second)
 
 
 def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _state(trainees: Trainees, adam: PlanesAdam, best: dict[str, Any] | None) -> dict[str, Tensor]:
+def _state(adam: PlanesAdam, best: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """Return all tensors that training needs to go on, by name."""
     now = {f"now|{name}": tensor for name, tensor in adam.state().items()}
-    return now | (trainees.pack_result(best) if best else {})
+    return now | {f"best|{name}": tensor for name, tensor in (best or {}).items()}
+
+
+@contextmanager
+def _compiled(blocks: list[nn.Module], device: torch.device, steps: int) -> Iterator[None]:
+    """Have the blocks compiled for a while, on a GPU and for so many steps that it pays; what cannot be runs as it is."""
+    if device.type != "cuda" or steps < COMPILE_FROM:
+        yield
+        return
+    with torch._dynamo.config.patch(suppress_errors=True):
+        for block in blocks:
+            block.compile()
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None
 
 
 class _Loss:
@@ -350,6 +394,7 @@ class _Loss:
         self.limit, device = self.workspace.limit, self.workspace.device
         self.dtype = pass_dtype(device)
         self.replay = Replay(device)
+        self._ready: dict[int, tuple[BatchState, tuple, list[Tensor]]] = {}
         self._sum, self._factor = torch.zeros((), device=device), torch.ones((), device=device)
         largest = max((state.modality.numel() for state in self.own.values()), default=0)
         self.saves_memory = activation_bytes(shapes, largest) > ACTIVATION_SHARE * free_memory(device)
@@ -397,12 +442,12 @@ class _Loss:
         """Add a batch's loss to the sum and, to train, its gradient to those of the trainees."""
         count = len(self.blocks)
         if len(self.limit.slices(state.rows)) == 1:
-            (piece,) = state.pieces(self.first, count=count)
+            piece, form, tensors = self._whole(state)
             work = partial(self._pass, state, piece, train)
             if self.tail is None or self.tail.chain:
-                self.replay.run((train, piece.form()), piece.tensors(), work)
+                self.replay.run((train, form), tensors, work)
             else:
-                work(piece.tensors())
+                work(tensors)
             return
         with torch.no_grad():  # parts of a batch run a second time for their gradient, so that one is held at once
             pieces = list(state.pieces(self.first, count=count))
@@ -414,6 +459,17 @@ class _Loss:
             rows = piece.hidden.shape[-3]
             self._output(piece).backward(gradient.narrow(-3, 0, rows))
             gradient = gradient.narrow(-3, rows, gradient.shape[-3] - rows)
+
+    def _whole(self, state: BatchState) -> tuple[BatchState, tuple, list[Tensor]]:
+        """Return a batch ready for the blocks, its form and its tensors; made once where it takes no memory beside the state."""
+        if state.number not in self._ready:
+            (piece,) = state.pieces(self.first, count=len(self.blocks))
+            found = piece, piece.form(), piece.tensors()
+            kept = tensors_in((state.hidden, state.target, state.calls, state.injections))
+            if any(tensor.device != self.workspace.device for tensor in kept):
+                return found
+            self._ready[state.number] = found
+        return self._ready[state.number]
 
     def _pass(self, state: BatchState, piece: BatchState, train: bool, tensors: list[Tensor]) -> None:
         """Do one pass on a whole batch, whose tensors are given."""

@@ -61,7 +61,7 @@ def refine_block(
     Source: block reconstruction (BRECQ, arXiv 2102.05426) with straight-through signs; method §5.
     """
     weights = {name: model.get_submodule(name).weight for name in planes}
-    trainees = Trainees(model, [block], planes, weights)
+    trainees = Trainees(model, [block], dict(planes), weights)
     try:
         result = _train(block, index, trainees, inputs, settings, gradient)
     except BaseException as error:

@@ -20,8 +20,8 @@ class Trainees:
         model: the model.
         blocks: of the model.
         planes: of their Linears by module name, where training starts.
-        weights: the dense weights [out_features, in_features] that the planes stand for, by module name, on any device. The dict
-            is empty afterwards, so that nothing keeps them in memory.
+        weights: the dense weights [out_features, in_features] that the planes stand for, by module name, on any device. Both
+            dicts are empty afterwards, so that nothing keeps what they hold in memory.
         compact: see `TrainablePlanes`.
     """
 
@@ -33,12 +33,13 @@ class Trainees:
         weights: dict[str, Tensor],
         compact: bool = False,
     ):
-        self._model, self._start = model, planes
+        self._model = model
         self._linears = {name: model.get_submodule(name) for name in planes}
-        self.modules = {}
+        self._start, self.modules = {}, {}
         for name, linear in self._linears.items():
-            W = weights.pop(name).detach().to(planes[name].signs.device).float()
-            self.modules[name] = TrainablePlanes(planes[name], W, linear.bias, compact)
+            start, W = planes.pop(name), weights.pop(name)
+            self._start[name] = _packed(linear, start, linear.bias)
+            self.modules[name] = TrainablePlanes(start, W.detach().to(start.signs.device).float(), linear.bias, compact)
         for name, module in self.modules.items():
             replace_module(model, name, module)
         own = {p for module in self.modules.values() for p in module.parameters()}
@@ -54,52 +55,37 @@ class Trainees:
         """Return an optimizer of all of them; see there."""
         return PlanesAdam(list(self.modules.values()), self.others, latent_rate, scale_rate)
 
-    def result(self) -> dict[str, Tensor | SignPlanes]:
-        """Return a copy of what `pack` would put into the model now, in little memory."""
-        planes = {name: module.planes() for name, module in self.modules.items()}
-        biases = {f"{name}|bias": m.bias.detach().clone() for name, m in self.modules.items() if m.bias is not None}
-        return planes | biases | {f"other|{i}": p.detach().clone() for i, p in enumerate(self.others)}
-
-    def pack_result(self, result: dict[str, Tensor | SignPlanes]) -> dict[str, Tensor]:
-        """Return a `result` as tensors by name, for `unpack_result`."""
-        tensors = {}
-        for name, value in result.items():
-            parts = to_tensors(value) if isinstance(value, SignPlanes) else {"": value}
-            tensors |= {f"best|{name}|{part}": tensor for part, tensor in parts.items()}
-        return tensors
-
-    def unpack_result(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | SignPlanes]:
-        """Return the `result` that `pack_result` made tensors of; other tensors among them are left alone."""
-        result: dict[str, Tensor | SignPlanes] = {}
-        for name, value in self.result().items():
-            if isinstance(value, SignPlanes):
-                start = f"best|{name}|"
-                parts = {
-                    key[len(start) :]: t.to(value.signs.device) for key, t in tensors.items() if key.startswith(start)
-                }
-                result[name] = from_tensors(parts, value.shape[1])
-            else:
-                result[name] = tensors[f"best|{name}|"].to(value.device)
+    def result(self) -> dict[str, Tensor]:
+        """Return a copy of what `pack` would put into the model now, by name, planes as they are stored."""
+        result = {f"other|{i}": p.detach().clone() for i, p in enumerate(self.others)}
+        for name, module in self.modules.items():
+            result |= {f"{name}|{part}": tensor for part, tensor in to_tensors(module.planes()).items()}
+            if module.bias is not None:
+                result[f"{name}|bias"] = module.bias.detach().clone()
         return result
 
-    def pack(self, result: dict[str, Tensor | SignPlanes] | None = None) -> None:
-        """Put packed Linears and norms into the model: as they are now, as they were at a `result`."""
+    def pack(self, result: dict[str, Tensor] | None = None) -> None:
+        """Put packed Linears and norms into the model: as they are now, or as they were at a `result`."""
         result = self.result() if result is None else result
         for i, p in enumerate(self.others):
-            p.data = result[f"other|{i}"]
+            p.data = result[f"other|{i}"].to(p.device)
         self._settle(trained=True)
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self._linears}
+        for key, tensor in result.items():
+            name, _, part = key.rpartition("|")
+            if name in parts:
+                parts[name][part] = tensor.to(self.modules[name].latent.device)
         for name, linear in self._linears.items():
-            bias = linear.bias
-            if bias is not None:
-                bias = result[f"{name}|bias"].to(bias.dtype)
-            dtype = self._linears[name].weight.dtype
-            replace_module(self._model, name, SABLinear.from_planes(result[name], bias, dtype))
+            bias = parts[name].pop("bias", None)
+            planes = from_tensors(parts[name], linear.in_features)
+            replace_module(
+                self._model, name, _packed(linear, planes, None if bias is None else bias.to(linear.bias.dtype))
+            )
 
     def pack_start(self) -> None:
         """Put packed Linears into the model as the training found them, and leave all else as it was before."""
         self._settle(trained=False)
-        for name, linear in self._linears.items():
-            packed = SABLinear.from_planes(self._start[name], linear.bias, linear.weight.dtype)
+        for name, packed in self._start.items():
             replace_module(self._model, name, packed)
 
     def give_back(self) -> None:
@@ -113,3 +99,8 @@ class Trainees:
             p.data = p.data.to(value.dtype) if trained and p.ndim < 2 else value
             p.grad = None
             p.requires_grad_(requires_grad)
+
+
+def _packed(linear: nn.Module, planes: SignPlanes, bias: Tensor | None) -> SABLinear:
+    """Return a packed Linear in the place of one, which may be packed already."""
+    return SABLinear.from_planes(planes, bias, linear.weight.dtype)

@@ -29,7 +29,7 @@ class TrainablePlanes(nn.Module):
 
     Behind each weight is a latent one; the weight is the level `Σ_k ±r_k c_k` nearest to it, and gradients go straight
     through to the latent, except where it lies outside all levels. With one plane the level is the latent's sign. Passes add
-    up their gradient at the weight; `PlanesAdam` hands it on.
+    up their gradient at the weight in `gradient`; `PlanesAdam` hands it on.
 
     Args:
         planes: where to start.
@@ -46,34 +46,31 @@ class TrainablePlanes(nn.Module):
         self.latent = _latent_start(W, state).to(torch.bfloat16 if compact else torch.float32)
         self.moments = torch.zeros_like(self.latent), torch.zeros_like(self.latent)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
-        self.gradient: Tensor | None = None
-        self._built = None if compact else self._build(pass_dtype(W.device))
+        dtype = pass_dtype(W.device)
+        self.gradient = torch.zeros_like(self.latent, dtype=dtype)
+        self.built = None
+        if not compact:
+            self.built = nn.Parameter(self.weight(dtype))
+            self.built.grad = self.gradient
         self._anchor = torch.zeros((), requires_grad=True)  # gives outputs a gradient where inputs have none
 
-    def _build(self, dtype: torch.dtype) -> Tensor:
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense weight [out_features, in_features] for the latents and scales of now."""
         return nearest_level(self.latent, self.scales, torch.empty_like(self.latent, dtype=dtype))
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense weight [out_features, in_features]."""
-        return self._build(dtype) if self._built is None else self._built.to(dtype)
-
+    @torch.no_grad()
     def refresh(self) -> None:
         """Make the weight anew for the latents and scales of now, where it is kept."""
-        if self._built is not None:
-            nearest_level(self.latent, self.scales, self._built)
+        if self.built is not None:
+            nearest_level(self.latent, self.scales, self.built)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.built is not None:
+            return nn.functional.linear(input, self.built, self.bias)
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        output = _Product.apply(input, self._anchor, self)
+        output = _product(input, self._anchor, self)
         return output if self.bias is None else output + self.bias.to(output.dtype)
-
-    def add_gradient(self, at_output: Tensor, input: Tensor) -> None:
-        """Add what one pass gives: at_output [tokens, out_features], input [tokens, in_features]."""
-        if self.gradient is None:
-            self.gradient = at_output.T @ input
-        else:
-            self.gradient.addmm_(at_output.T, input)
 
     @torch.no_grad()
     def planes(self) -> SignPlanes:
@@ -85,7 +82,7 @@ class TrainablePlanes(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """`x Wᵀ` for the weight of `TrainablePlanes`, whose gradient goes to the module."""
+    """`x Wᵀ` for the weight of `TrainablePlanes`, which is built and dropped; its gradient is added to the module's."""
 
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor, module: TrainablePlanes) -> Tensor:
@@ -96,8 +93,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,), module = ctx.saved_tensors, ctx.module
-        module.add_gradient(gradient.flatten(0, -2), x.flatten(0, -2))
+        module.gradient.addmm_(gradient.flatten(0, -2).T, x.flatten(0, -2))
         return gradient @ module.weight(gradient.dtype) if ctx.needs_input_grad[0] else None, None, None
+
+
+@torch.compiler.disable
+def _product(x: Tensor, anchor: Tensor, module: TrainablePlanes) -> Tensor:
+    return _Product.apply(x, anchor, module)
 
 
 def _latent_start(W: Tensor, state: PlaneState) -> Tensor:
@@ -150,7 +152,6 @@ class PlanesAdam:
         for i, module in enumerate(modules):
             own = slice(2 * i, 2 * i + 2)
             module.scales = Scales(*module.scales[:2], *values[own])
-            module.gradient = torch.zeros_like(module.latent, dtype=pass_dtype(module.latent.device))
             self._at_scales.append(tuple(gradients[own]))
         for p, value, gradient in zip(parameters, values[len(scales) :], gradients[len(scales) :], strict=True):
             p.data, p.grad = value, gradient
