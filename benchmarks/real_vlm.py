@@ -103,7 +103,8 @@ def build_model(folder: Path, tower: Path, seed: int) -> tuple[LlavaForCondition
 
     tower: trained model of the generated world, whose vision tower is taken and stays as it is; the projector is random
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # of a generic class, 4.57 also makes token types, which Llama does not take
+    tokenizer = AutoTokenizer.from_pretrained(folder, model_input_names=["input_ids", "attention_mask"])
     language = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     grown = copy.deepcopy(language)

@@ -27,7 +27,7 @@ def rows():
     jobs = [
         Job("full precision", "full precision"),
         Job("sign × scale", "sign_scale"),
-        Job("sab_hf", "sab_hf", bits=1.2, options={"refine_steps": 2, "alternations": 1}),
+        Job("sab_hf", "sab_hf", bits=1.2, options={"refine_steps": 2, "distil_steps": 0, "alternations": 1}),
     ]
     return [do_job(job, SETTINGS, do) for job in jobs]
 
@@ -87,7 +87,12 @@ def test_resume_keeps_what_is_done_and_refuses_other_settings(rows, tmp_path, mo
     fidelity.main(arguments)
     assert ran == ["full precision", "HQQ 1-bit"]  # the first gives what others are compared with
     written = {row["label"]: row for row in json.loads(path.read_text())["rows"]}
-    assert list(written) == ["full precision", "sign × scale", "HQQ 1-bit"]
+    assert list(written) == [
+        "full precision",
+        "sign × scale",
+        "HQQ 1-bit",
+        "sab_hf",
+    ]  # what no row of this run is stays
     assert written["sign × scale"]["nll"] == rows[1]["nll"]
     with pytest.raises(SystemExit, match="other settings"):
         fidelity.main([*arguments, "--samples", "12"])
