@@ -8,8 +8,9 @@ A row whose field `SABQuantizationConfig` does not have is named as not run. See
 from collections.abc import Sequence
 
 from fidelity import arguments, run
-from methods import FULL_PRECISION, OURS, bits_with_residual_columns
+from methods import OURS, bits_with_residual_columns
 from runner import Job
+from tables import FULL_PRECISION
 
 VARIANTS: dict[str, dict] = {
     "as it is": {},

@@ -29,13 +29,13 @@ class RecordingProcessor:
         return texts
 
 
-def load(folder: str, device: str) -> tuple[torch.nn.Module, Any]:
-    """Return the model of a folder, float32 in evaluation mode, and its processor."""
+def load(folder: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Any]:
+    """Return the model of a folder, in evaluation mode, and its processor."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(
             f"`--model` must be a folder with a trained model, got {folder}; examples/tiny_vlm/train.py makes one"
         )
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
     return model, AutoProcessor.from_pretrained(folder)
 
 

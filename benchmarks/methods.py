@@ -11,6 +11,7 @@ import torch
 from baselines import BASELINES, Moments
 from measure import calibration_samples, load, measure, stored_dtype_bits
 from runner import Job, NotRunError, Settings
+from tables import FULL_PRECISION
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import sab_hf
@@ -20,7 +21,7 @@ from sab_hf.calibration import IMAGE, TEXT, prepare_calibration
 from sab_hf.method.budget import average_bits
 from sab_hf.passes.capture import BlockInputs
 
-FULL_PRECISION, OURS = "full precision", "sab_hf"
+OURS = "sab_hf"
 
 
 def do(job: Job, settings: Settings) -> dict[str, Any]:

@@ -17,17 +17,19 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples"), str(HERE.parent)]
 
+import tables  # noqa: E402
 import torch  # noqa: E402
-from fidelity import BASELINE_LABELS, spread  # noqa: E402
-from methods import FULL_PRECISION, OURS, compress, compress_with, floor_bits  # noqa: E402
-from runner import DONE, Job, Settings, circumstances, done_rows, identity, run_jobs, write_json  # noqa: E402
+from fidelity import BASELINE_LABELS  # noqa: E402
+from methods import OURS, compress, compress_with, floor_bits  # noqa: E402
+from runner import DONE, Job, Settings  # noqa: E402
+from tables import BITS_STORED, FULL_PRECISION, SECONDS, Column, add_options  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
@@ -48,14 +50,12 @@ PROMPTS = (
 )
 ANSWER_TOKENS, FIRST_TOKENS = 64, 32
 COLUMNS = (
-    "method",
-    "bits",
-    "perplexity",
-    "same next token %",
-    "same tokens %",
-    "same first 32 %",
-    "quantizing s",
-    "seeds",
+    BITS_STORED,
+    Column("perplexity", "perplexity", ".4g"),
+    Column("same next token %", "same_next_token", ".1f", 100),
+    Column("same tokens %", "same_tokens", ".1f", 100),
+    Column("same first 32 %", "same_first", ".0f", 100),
+    SECONDS,
 )
 
 
@@ -290,30 +290,6 @@ def list_jobs(floor: float, seeds: Sequence[int], options: dict[str, Any], name:
     return jobs + [Job(package, package, seeds[0]) for package in PACKAGES]
 
 
-def markdown(rows: list[dict]) -> str:
-    """Return the table, mean ± standard deviation over seeds, and the names of what was not run."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for label in dict.fromkeys(row["label"] for row in rows):
-        done = [row for row in rows if row["label"] == label and row["status"] == DONE]
-        if not done:
-            continue
-        cells = [
-            label,
-            spread(done, "bits", ".3f"),
-            spread(done, "perplexity", ".4g"),
-            spread(done, "same_next_token", ".1f", 100),
-            spread(done, "same_tokens", ".1f", 100),
-            spread(done, "same_first", ".0f", 100),
-            spread(done, "quantize_seconds", ".0f"),
-            str(len(done)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    missing = [row for row in rows if row["status"] != DONE]
-    lines += ["", "Not in the table:", ""] if missing else []
-    lines += [f"- {row['label']} (seed {row['seed']}): {row['status']}: {row['reason']}" for row in missing]
-    return "\n".join(lines) + "\n"
-
-
 def side_by_side(rows: list[dict]) -> str:
     """Return the greedy answers of all methods (first seed of each), prompt by prompt, as Markdown."""
     first = {row["label"]: row for row in reversed(rows) if row["status"] == DONE}
@@ -332,51 +308,33 @@ def side_by_side(rows: list[dict]) -> str:
 def run(args: argparse.Namespace) -> list[dict]:
     """Run the chosen rows and write JSON after each, and the table in the end."""
     jobs = list_jobs(floor_bits(args.model), args.seeds, args.options, args.name)
-    chosen = [job for job in jobs if not args.rows or any(part in job.label for part in args.rows)]
-    if not chosen:
-        raise SystemExit(f"no row has a label with one of {args.rows}; `--list` prints the labels")
-    settings = TextSettings(
-        model=args.model,
-        device=args.device,
-        questions=args.prompts,
-        samples=args.samples,
-        batch_size=args.batch_size,
-        eval_batch=args.eval_batch,
-        threads=args.threads,
-        gpus=max(1, torch.cuda.device_count()),
-        text=args.text,
-        length=args.length,
-        window=args.window,
-        windows=args.windows,
-        dtype=args.dtype,
-    )
-    head = circumstances(settings)
-    head["settings"]["text"] = Path(args.text).name  # folders of this machine mean nothing elsewhere
-    earlier = done_rows(args.output, head) if args.resume and args.output.exists() else {}
-    chosen = [job for job in chosen if identity(asdict(job)) not in earlier]
-    if args.list:
-        print("\n".join(f"{job.label} (seed {job.seed})" for job in chosen))
-        return []
+    return tables.run(jobs, settings_of(args, TextSettings, questions=args.prompts), do, args, COLUMNS)
 
-    def together(rows: list[dict]) -> list[dict]:
-        known = earlier | {identity(row): row for row in rows}
-        places = {identity(asdict(job)): place for place, job in enumerate(jobs)}
-        return [known[key] for key in sorted(known, key=lambda key: places.get(key, len(places)))]
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = together(
-        run_jobs(
-            chosen,
-            settings,
-            do,
-            num_workers=args.jobs,
-            budget=args.deadline,
-            report=lambda rows: write_json(args.output, head, together(rows)),
-        )
+def settings_of(args: argparse.Namespace, kind: type[TextSettings], **more: Any) -> TextSettings:
+    """Return the settings of a kind that the options of the same names give; more: fields that no option has the name of."""
+    given = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
+    return kind(**given | {"gpus": max(1, torch.cuda.device_count())} | more)
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a run on a model with real weights."""
+    parser.add_argument("model", help="folder of the model")
+    add_text_folder(parser)
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help="JSON: fields of SABQuantizationConfig for sab_hf's rows"
     )
-    args.output.with_suffix(".md").write_text(markdown(rows))
-    print(markdown(rows))
-    return rows
+    parser.add_argument("--name", default="", help="added to the labels of sab_hf's rows, to tell options apart")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to load the model in")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a calibration text")
+    parser.add_argument("--window", type=int, default=1024, help="tokens of a stretch of the measured text")
+    parser.add_argument("--windows", type=int, default=96, help="stretches that are measured")
+
+
+def add_text_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the folder of the texts."""
+    folder = HERE.parent.parent / "shared" / "real"
+    parser.add_argument("--text", default=str(folder), help="folder of the WikiText-2 files")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -387,31 +345,12 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("gguf_file", type=Path)
     made.add_argument("folder", type=Path)
     ran = commands.add_parser("run", help="quantize by every method and measure")
-    ran.add_argument("model", help="folder of the model")
-    ran.add_argument(
-        "--text", default=str(HERE.parent.parent / "shared" / "real"), help="folder of the WikiText-2 files"
-    )
-    ran.add_argument("--output", type=Path, default=Path("real_lm.json"), help="JSON; a table goes beside it")
-    ran.add_argument("--rows", nargs="+", help="run only rows whose label contains one of these")
-    ran.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration; spread shows the noise")
-    ran.add_argument(
-        "--options", type=json.loads, default={}, help="JSON: fields of SABQuantizationConfig for sab_hf's rows"
-    )
-    ran.add_argument("--name", default="", help="added to the labels of sab_hf's rows, to tell options apart")
-    ran.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    ran.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to load the model in")
+    add_text_options(ran)
+    add_options(ran, "real_lm.json")
     ran.add_argument("--samples", type=int, default=0, help="calibration samples; 0: the whole calibration text")
-    ran.add_argument("--length", type=int, default=512, help="tokens of a calibration sample")
     ran.add_argument("--batch-size", type=int, default=8, help="calibration samples a forward pass")
-    ran.add_argument("--window", type=int, default=1024, help="tokens of a stretch of the measured text")
-    ran.add_argument("--windows", type=int, default=96, help="stretches that are measured")
     ran.add_argument("--eval-batch", type=int, default=8, help="stretches a forward pass")
     ran.add_argument("--prompts", type=int, default=len(PROMPTS), help="instructions that are answered")
-    ran.add_argument("--jobs", type=int, default=1, help="rows side by side, each a process")
-    ran.add_argument("--threads", type=int, default=2, help="CPU threads of a process")
-    ran.add_argument("--deadline", type=float, default=float("inf"), help="seconds; what has not ended then is named")
-    ran.add_argument("--resume", action="store_true", help="keep the rows that --output holds, run the others")
-    ran.add_argument("--list", action="store_true", help="print the rows that would run, and end")
     shown = commands.add_parser("table", help="print the table of one or several results")
     shown.add_argument("results", type=Path, nargs="+")
     shown.add_argument("--answers", action="store_true", help="also the answers, side by side")
@@ -427,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(args)
     else:
         rows = [row for path in args.results for row in json.loads(path.read_text())["rows"]]
-        print(markdown(rows))
+        print(tables.markdown(rows, COLUMNS))
         if args.answers:
             print(side_by_side(rows))
 

@@ -203,7 +203,8 @@ def circumstances(settings: Settings) -> dict[str, Any]:
             "cpu_cores": os.cpu_count(),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "settings": asdict(settings) | {"model": Path(settings.model).name},
+        # folders of this machine mean nothing elsewhere
+        "settings": {k: Path(v).name if k in ("model", "text") else v for k, v in asdict(settings).items()},
     }
 
 

@@ -15,6 +15,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     SiglipImageProcessor,
     SiglipVisionConfig,
@@ -109,51 +112,64 @@ def build_processor() -> LlavaProcessor:
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
+    return wrap_tokenizer(fast, CHAT_TEMPLATE)
+
+
+def wrap_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> LlavaProcessor:
+    """Return the processor of the world's pictures and a tokenizer that knows the token `<image>`."""
     side = {"height": world.IMAGE_SIZE, "width": world.IMAGE_SIZE}
     return LlavaProcessor(
         image_processor=SiglipImageProcessor(size=side, do_convert_rgb=True),
-        tokenizer=fast,
+        tokenizer=tokenizer,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,
         image_token="<image>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
 
 
 def build_model(size: str, seed: int) -> LlavaForConditionalGeneration:
     """Return a LLaVA model (SigLIP tower, two-layer projector, Llama) with random float32 weights."""
     s = SIZES[size]
-    config = LlavaConfig(
+    language = LlamaConfig(
+        hidden_size=s.hidden_size,
+        intermediate_size=s.intermediate_size,
+        num_hidden_layers=s.num_layers,
+        num_attention_heads=s.num_heads,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=2048,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=END,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    return LlavaForConditionalGeneration(build_config(s, language, IMAGE))
+
+
+def build_config(size: Size, language: PretrainedConfig, image_token: int) -> LlavaConfig:
+    """Return the config of a LLaVA with the tower of `size` and a given language model.
+
+    image_token: id of the token that stands at every position of an image
+    """
+    return LlavaConfig(
         vision_config=SiglipVisionConfig(
-            hidden_size=s.vision_hidden_size,
-            intermediate_size=s.vision_intermediate_size,
-            num_hidden_layers=s.vision_num_layers,
-            num_attention_heads=s.vision_num_heads,
+            hidden_size=size.vision_hidden_size,
+            intermediate_size=size.vision_intermediate_size,
+            num_hidden_layers=size.vision_num_layers,
+            num_attention_heads=size.vision_num_heads,
             image_size=world.IMAGE_SIZE,
             patch_size=PATCH_SIZE,
             vision_use_head=False,
         ),
-        text_config=LlamaConfig(
-            hidden_size=s.hidden_size,
-            intermediate_size=s.intermediate_size,
-            num_hidden_layers=s.num_layers,
-            num_attention_heads=s.num_heads,
-            vocab_size=VOCAB_SIZE,
-            max_position_embeddings=2048,
-            pad_token_id=PAD,
-            bos_token_id=None,
-            eos_token_id=END,
-            tie_word_embeddings=False,
-        ),
-        image_token_index=IMAGE,
+        text_config=language,
+        image_token_index=image_token,
         image_seq_length=NUM_IMAGE_TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        tie_word_embeddings=False,
+        tie_word_embeddings=language.tie_word_embeddings,
     )
-    torch.manual_seed(seed)
-    return LlavaForConditionalGeneration(config)
 
 
 def take_tower(model: LlavaForConditionalGeneration, directory: Path) -> None:
@@ -173,16 +189,50 @@ def _byte_letters():
 # ---- data
 
 
-def encode(sample: world.Sample, max_length: int = SEQUENCE_LENGTH) -> tuple[list[int], list[bool]]:
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a conversation becomes tokens, the same as by processor and chat template.
+
+    tokenize: the tokens of a question or an answer
+    start, user, reply, end: tokens before the first turn, before a question (and its image), before its answer, after it
+    image, pad: ids of those tokens
+    """
+
+    tokenize: Callable[[str], list[int]]
+    start: list[int]
+    user: list[int]
+    reply: list[int]
+    end: list[int]
+    image: int
+    pad: int
+
+    @property
+    def first(self) -> int:
+        """Return the position of a row's first image token."""
+        return len(self.start) + len(self.user)
+
+    def turn(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a question, up to where its answer begins, and those of the answer, its end included."""
+        return [*self.user, *self.tokenize(question), *self.reply], [*self.tokenize(answer), *self.end]
+
+
+BYTES = ChatFormat(
+    lambda text: list(text.encode()), start=[], user=[USER], reply=[END, ASSISTANT], end=[END], image=IMAGE, pad=PAD
+)
+
+
+def encode(
+    sample: world.Sample, max_length: int = SEQUENCE_LENGTH, form: ChatFormat = BYTES
+) -> tuple[list[int], list[bool]]:
     """Return the token ids that the processor and its chat template give, and which of them are answers.
 
     Turns from the first that does not fit `max_length` on are left out whole. Answers include the token that ends them.
     """
-    ids, answers = [], []
-    for i, (question, answer) in enumerate(sample.turns):
-        image = [IMAGE] * NUM_IMAGE_TOKENS if i == 0 and sample.image is not None else []
-        asked = [USER, *image, *question.encode(), END, ASSISTANT]
-        answered = [*answer.encode(), END]
+    ids, answers = list(form.start), [False] * len(form.start)
+    for i, turn in enumerate(sample.turns):
+        asked, answered = form.turn(*turn)
+        if i == 0 and sample.image is not None:
+            asked[len(form.user) : len(form.user)] = [form.image] * NUM_IMAGE_TOKENS
         if len(ids) + len(asked) + len(answered) > max_length:
             break
         ids += asked + answered
@@ -193,12 +243,12 @@ def encode(sample: world.Sample, max_length: int = SEQUENCE_LENGTH) -> tuple[lis
 class Batches(Dataset):
     """Training batches, drawn when they are asked for; batch i depends on the seed and i only.
 
-    An item is (pixels uint8 [num_images, 96, 96, 3], ids int16 [batch_size, length], answers bool [batch_size,
+    An item is (pixels uint8 [num_images, 96, 96, 3], ids int32 [batch_size, length], answers bool [batch_size,
     length]), the rows with an image first.
     """
 
-    def __init__(self, num: int, batch_size: int, seed: int):
-        self.num, self.batch_size, self.seed = num, batch_size, seed
+    def __init__(self, num: int, batch_size: int, seed: int, form: ChatFormat = BYTES):
+        self.num, self.batch_size, self.seed, self.form = num, batch_size, seed, form
         self.num_images = batch_size - round(batch_size * TEXT_ONLY)
 
     def __len__(self) -> int:
@@ -208,7 +258,7 @@ class Batches(Dataset):
         rng = random.Random(f"train/{self.seed}/{i}")
         visual = rng.choices(list(VISUAL_WEIGHTS), VISUAL_WEIGHTS.values(), k=self.num_images)
         pixels = np.empty((self.num_images, world.IMAGE_SIZE, world.IMAGE_SIZE, 3), np.uint8)
-        ids = np.full((self.batch_size, SEQUENCE_LENGTH), PAD, np.int16)
+        ids = np.full((self.batch_size, SEQUENCE_LENGTH), self.form.pad, np.int32)
         answers = np.zeros((self.batch_size, SEQUENCE_LENGTH), bool)
         for row in range(self.batch_size):
             if row < self.num_images:
@@ -216,16 +266,18 @@ class Batches(Dataset):
                 pixels[row] = np.asarray(sample.image)
             else:
                 sample = world.Sample("text", None, [])
-            room = SEQUENCE_LENGTH - (NUM_IMAGE_TOKENS if sample.image else 0)
-            room -= sum(4 + len(question) + len(answer) for question, answer in sample.turns)
+            room = SEQUENCE_LENGTH - len(self.form.start) - (NUM_IMAGE_TOKENS if sample.image else 0)
+            room -= sum(self._length(turn) for turn in sample.turns)
             while room > 0:  # what a picture has no more questions for, exercises fill
-                pair = world.sample(rng, rng.choices(list(TEXT_WEIGHTS), TEXT_WEIGHTS.values())[0]).turns[0]
-                sample.turns.append(pair)
-                room -= 4 + len(pair[0]) + len(pair[1])
-            row_ids, row_answers = encode(sample)
+                sample.turns += world.sample(rng, rng.choices(list(TEXT_WEIGHTS), TEXT_WEIGHTS.values())[0]).turns
+                room -= self._length(sample.turns[-1])
+            row_ids, row_answers = encode(sample, form=self.form)
             ids[row, : len(row_ids)] = row_ids
             answers[row, : len(row_ids)] = row_answers
         return torch.from_numpy(pixels), torch.from_numpy(ids), torch.from_numpy(answers)
+
+    def _length(self, turn: tuple[str, str]) -> int:
+        return sum(map(len, self.form.turn(*turn)))
 
 
 # ---- training
@@ -236,16 +288,15 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 
 
-def compute_losses(model, pixels, ids, answers):
-    """Return the summed loss and the number of answer tokens, each [2]: of the rows with an image, of the others.
+def last_hidden(model, pixels, ids, first):
+    """Return the normalized hidden states [rows, length, hidden_size] of a batch.
 
-    The same function as `model(...)` on rows whose images all stand at positions 1 to 144: it calls the model's
+    The same function as the model's on rows whose images all stand at positions `first` to `first + 143`: it calls the model's
     modules in turn, so that no step depends on the data (placeholder search, mask building) and the whole compiles to
     one graph.
 
     pixels: [num_images, 96, 96, 3] uint8, of the first rows.
     ids: [rows, length] int64, padded on the right.
-    answers: [rows, length] bool, the tokens that count.
     """
     inner = model.model
     tower = getattr(inner.vision_tower, "vision_model", inner.vision_tower)
@@ -256,14 +307,24 @@ def compute_losses(model, pixels, ids, answers):
     features = inner.multi_modal_projector(tower.encoder(inputs_embeds=patches).last_hidden_state)
     embeds = llama.embed_tokens(ids)
     features = features.to(embeds.dtype)
-    with_image = torch.cat([embeds[:num_images, :1], features, embeds[:num_images, 1 + NUM_IMAGE_TOKENS :]], dim=1)
-    hidden = torch.cat([with_image, embeds[num_images:]])
+    before, after = embeds[:num_images, :first], embeds[:num_images, first + NUM_IMAGE_TOKENS :]
+    hidden = torch.cat([torch.cat([before, features, after], dim=1), embeds[num_images:]])
 
     positions = torch.arange(length, device=ids.device)[None]
     rotary = llama.rotary_emb(hidden, positions)
     for layer in llama.layers:  # no mask: attention is causal, and padding is on the right
         hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
-    logits = model.lm_head(llama.norm(hidden))[:, :-1].float()
+    return llama.norm(hidden)
+
+
+def compute_losses(model, pixels, ids, answers):
+    """Return the summed loss and the number of answer tokens, each [2]: of the rows with an image, of the others.
+
+    pixels, ids: as `last_hidden` takes them.
+    answers: [rows, length] bool, the tokens that count.
+    """
+    num_images, length = len(pixels), ids.shape[1]
+    logits = model.lm_head(last_hidden(model, pixels, ids, BYTES.first))[:, :-1].float()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
         len(ids), length - 1
     )
@@ -277,21 +338,35 @@ def compute_losses(model, pixels, ids, answers):
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay, float32 weights, bf16 arithmetic on a GPU."""
+    """AdamW with warm-up and cosine decay, float32 weights, bf16 arithmetic on a GPU.
+
+    kinds: names of what `losses` tells apart
+    """
+
+    kinds = ("image rows", "text rows")
 
     def __init__(self, model, learning_rate: float, num_steps: int, compile: bool):
         self.model, self.learning_rate, self.num_steps = model, learning_rate, num_steps
         self.device = next(model.parameters()).device
-        self.losses = torch.compile(compute_losses) if compile else compute_losses
+        self.compute_losses = torch.compile(compute_losses) if compile else compute_losses
         self.restart()
 
     def restart(self) -> None:
         """Forget the optimizer's state and begin the schedule again."""
+        groups = [{"share": 1.0} | group for group in self.groups()]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+
+    def groups(self) -> list[dict]:
+        """Return the optimizer's groups of parameters; "share" is a group's part of the learning rate, 1 if not given."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim >= 2]
         vectors = [p for p in trained if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+        return [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+
+    def losses(self, pixels, ids, answers) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what is minimized, and nats per counted token of each of the `kinds`."""
+        losses, counts = self.compute_losses(self.model, pixels, ids, answers)
+        return losses.sum() / counts.sum(), (losses / counts).detach()
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -301,24 +376,24 @@ class Trainer:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.num_steps - warmup)))
 
     def step(self, index: int, batch) -> torch.Tensor:
-        """Take one step; return nats per answer token of the rows with and without an image, [2], on the device."""
+        """Take one step; return nats per counted token of each of the `kinds`, on the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(index)
+            group["lr"] = group["share"] * self.rate(index)
         pixels, ids, answers = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         cuda = self.device.type == "cuda"
         with torch.autocast("cuda", dtype=torch.bfloat16) if cuda else contextlib.nullcontext():
-            losses, counts = self.losses(self.model, pixels, ids.long(), answers)
-        (losses.sum() / counts.sum()).backward()
+            loss, by_kind = self.losses(pixels, ids.long(), answers)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return (losses / counts).detach()
+        return by_kind
 
 
-def load_batches(num: int, batch_size: int, seed: int, workers: int) -> DataLoader:
-    """Return a loader over the first `num` batches, in order."""
+def load_batches(batches: Batches, workers: int) -> DataLoader:
+    """Return a loader over the batches, in order."""
     return DataLoader(
-        Batches(num, batch_size, seed),
+        batches,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
@@ -326,11 +401,11 @@ def load_batches(num: int, batch_size: int, seed: int, workers: int) -> DataLoad
     )
 
 
-def measure_seconds_per_step(trainer: Trainer, batch_size: int, seed: int, workers: int, seconds: float) -> float:
+def measure_seconds_per_step(trainer: Trainer, batches: Batches, workers: int, seconds: float) -> float:
     """Run the trainer on throw-away weights for a while, and put the weights back."""
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     start, warm = None, 20
-    for i, batch in enumerate(load_batches(100_000, batch_size, seed, workers)):
+    for i, batch in enumerate(load_batches(batches, workers)):
         trainer.step(i, batch)
         if i + 1 == warm:
             _synchronize(trainer.device)
@@ -350,19 +425,30 @@ def _synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def train(trainer: Trainer, batch_size: int, seed: int, workers: int) -> None:
-    """Train for the trainer's number of steps; log the loss."""
+def choose_steps(trainer: Trainer, batches: Batches, workers: int, minutes: float) -> None:
+    """Give the trainer, and the batches, as many steps as fit into some minutes by a rate that is measured here."""
     begun = time.perf_counter()
-    sums, num = torch.zeros(2, device=trainer.device), 0
-    for i, batch in enumerate(load_batches(trainer.num_steps, batch_size, seed, workers)):
+    batches.num = 100_000  # more than the measurement takes
+    per_step = measure_seconds_per_step(trainer, batches, workers, seconds=15)
+    trainer.num_steps = batches.num = int(minutes * 60 / per_step)
+    logger.info(f"{1e3 * per_step:.1f} ms a step, measured in {time.perf_counter() - begun:.0f} s")
+
+
+def train(trainer: Trainer, batches: Batches, workers: int) -> None:
+    """Train on the batches; log the loss."""
+    begun = time.perf_counter()
+    sums, num = torch.zeros(len(trainer.kinds), device=trainer.device), 0
+    for i, batch in enumerate(load_batches(batches, workers)):
         sums += trainer.step(i, batch)
         num += 1
-        if num == 250 or i + 1 == trainer.num_steps:
-            visual, text = (sums / num).tolist()
+        if num == 250 or i + 1 == len(batches):
+            means = ", ".join(
+                f"{kind} {mean:.4f}" for kind, mean in zip(trainer.kinds, (sums / num).tolist(), strict=True)
+            )
             seconds = time.perf_counter() - begun
             logger.info(
-                f"step {i + 1}/{trainer.num_steps}  nats/answer token: image rows {visual:.4f}, text rows {text:.4f}  "
-                f"{(i + 1) * batch_size / seconds:.0f} samples/s  {seconds:.0f} s"
+                f"step {i + 1}/{len(batches)}  nats/token: {means}  "
+                f"{(i + 1) * batches.batch_size / seconds:.0f} samples/s  {seconds:.0f} s"
             )
             sums, num = torch.zeros_like(sums), 0
 
@@ -375,7 +461,10 @@ def save(model, processor, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     model = model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
-    model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=PAD, do_sample=False)
+    language = model.config.text_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=language.eos_token_id, pad_token_id=language.pad_token_id, do_sample=False
+    )
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
 
@@ -406,6 +495,16 @@ def save(model, processor, directory: Path) -> None:
         ("tokenizer_config", tokenizer_config),
     ):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def score_saved(directory: Path, device: torch.device, num_samples: int) -> LlavaForConditionalGeneration:
+    """Load what `save` wrote, float32, log its score on held-out samples, and return the model."""
+    begun = time.perf_counter()
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).to(device)
+    processor = AutoProcessor.from_pretrained(directory)
+    result = score.evaluate(model, processor, world.samples(num_samples, "held-out"), batch_size=256)
+    logger.info(f"scored in {time.perf_counter() - begun:.0f} s\n{result}")
+    return model
 
 
 def main() -> None:
@@ -443,26 +542,18 @@ def main() -> None:
 
     num_steps = (args.samples or recipe.samples) // args.batch_size
     trainer = Trainer(model, args.learning_rate or recipe.learning_rate, num_steps, args.compile)
+    batches = Batches(num_steps, args.batch_size, args.seed)
     if args.minutes:
-        begun = time.perf_counter()
-        per_step = measure_seconds_per_step(trainer, args.batch_size, args.seed, args.workers, seconds=15)
-        trainer.num_steps = int(args.minutes * 60 / per_step)
-        logger.info(
-            f"{1e3 * per_step:.1f} ms a step, measured in {time.perf_counter() - begun:.0f} s: "
-            f"--samples {trainer.num_steps * args.batch_size}"
-        )
+        choose_steps(trainer, batches, args.workers, args.minutes)
+        logger.info(f"that is --samples {trainer.num_steps * args.batch_size}")
     begun = time.perf_counter()
-    train(trainer, args.batch_size, args.seed, args.workers)
+    train(trainer, batches, args.workers)
     logger.info(f"trained {trainer.num_steps * args.batch_size} samples in {time.perf_counter() - begun:.0f} s")
 
     if args.state:
         save_file({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, args.state)
     save(model, processor, args.output)
-    model = AutoModelForImageTextToText.from_pretrained(args.output, dtype=torch.float32).to(device)
-    processor = AutoProcessor.from_pretrained(args.output)
-    begun = time.perf_counter()
-    result = score.evaluate(model, processor, world.samples(args.eval_samples, "held-out"), batch_size=256)
-    logger.info(f"scored in {time.perf_counter() - begun:.0f} s\n{result}")
+    score_saved(args.output, device, args.eval_samples)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import ablation  # noqa: E402
 import fidelity  # noqa: E402
 import runner  # noqa: E402
+import tables  # noqa: E402
 from methods import do, floor_bits  # noqa: E402
 from runner import Job, Settings, circumstances, do_job, write_json  # noqa: E402
 
@@ -26,7 +27,7 @@ def rows():
     jobs = [
         Job("full precision", "full precision"),
         Job("sign × scale", "sign_scale"),
-        Job("sab_hf", "sab_hf", bits=1.2, options={"refine_steps": 2, "alternations": 1}),
+        Job("sab_hf", "sab_hf", bits=1.2, options={"refine_steps": 2, "distil_steps": 0, "alternations": 1}),
     ]
     return [do_job(job, SETTINGS, do) for job in jobs]
 
@@ -82,11 +83,16 @@ def test_resume_keeps_what_is_done_and_refuses_other_settings(rows, tmp_path, mo
         report(done)
         return done
 
-    monkeypatch.setattr(fidelity, "run_jobs", run_jobs)
+    monkeypatch.setattr(runner, "run_jobs", run_jobs)
     fidelity.main(arguments)
     assert ran == ["full precision", "HQQ 1-bit"]  # the first gives what others are compared with
     written = {row["label"]: row for row in json.loads(path.read_text())["rows"]}
-    assert list(written) == ["full precision", "sign × scale", "HQQ 1-bit"]
+    assert list(written) == [
+        "full precision",
+        "sign × scale",
+        "HQQ 1-bit",
+        "sab_hf",
+    ]  # what no row of this run is stays
     assert written["sign × scale"]["nll"] == rows[1]["nll"]
     with pytest.raises(SystemExit, match="other settings"):
         fidelity.main([*arguments, "--samples", "12"])
@@ -123,7 +129,7 @@ def test_ablation_names_are_unique_and_unknown_fields_are_named():
 def test_table_gives_mean_and_spread_over_seeds_and_names_what_did_not_run(rows):
     a, b = (dict(rows[1], seed=seed, nll=nll) for seed, nll in ((0, 1.0), (1, 3.0)))
     missing = runner._row(Job("HQQ 1-bit", "HQQ 1-bit"), runner.NOT_RUN, reason="`hqq` does not import")
-    table = fidelity.markdown([a, b, missing])
+    table = tables.markdown([a, b, missing], fidelity.COLUMNS)
     assert "2 ± 1.4" in table
     assert "HQQ 1-bit (seed 0): not run: `hqq` does not import" in table
 

@@ -139,7 +139,7 @@ def test_run_writes_json_and_table_and_resumes(folder, tmp_path, monkeypatch, ca
         report(done)
         return done
 
-    monkeypatch.setattr(real_lm, "run_jobs", run_jobs)
+    monkeypatch.setattr(runner, "run_jobs", run_jobs)
     path = tmp_path / "real.json"
     arguments = ["run", str(folder), "--text", str(folder), "--device", "cpu", "--output", str(path), "--resume"]
     real_lm.main([*arguments, "--rows", "full", "sign", "HQQ", "--deadline", "60"])
