@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from helpers import build_llama, build_llava, build_processor, build_samples, lo
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
+from sab_hf.machine.limits import SampleLimit
 from sab_hf.make import distil
 from sab_hf.make.plan import make_plan
 
@@ -78,6 +81,48 @@ def test_windows_are_trained_one_after_the_other(monkeypatch):
     assert len(record.distillations) == 2
     assert all(result.after < result.before for result in record.distillations)
     assert divergence(trained, reference) < divergence(fitted, reference)
+
+
+def test_compact_training_gives_nearly_the_same(monkeypatch):
+    """Latents and moments in bfloat16, rounded at random; no weight is kept."""
+    results = []
+    for compact in (False, True):
+        monkeypatch.setattr(distil, "blocks_at_once", lambda *_, compact=compact: (2, compact))
+        results += sab_hf.quantize(build_llama(), None, TEXT, config(distil_steps=30)).distillations
+    assert results[0].after < 0.98 * results[0].before
+    assert results[1].after == pytest.approx(results[0].after, rel=2e-3)
+
+
+def test_what_fits_into_one_window_decides_how_it_is_trained():
+    gpu, weights = torch.device("cuda"), [100] * 28
+    assert distil.blocks_at_once(weights, gpu, 28 * 100 * 20 / 0.7 + 1) == (28, False)
+    assert distil.blocks_at_once(weights, gpu, 28 * 100 * 8 / 0.7 + 1) == (28, True)
+    assert distil.blocks_at_once(weights, gpu, 10 * 100 * 8 / 0.7 + 1) == (10, True)  # three windows, 10 + 10 + 8
+    assert distil.blocks_at_once(weights, torch.device("cpu"), 10 * 100 * 20 / 0.7 + 1) == (10, False)
+    assert distil.blocks_at_once(weights, gpu, 1) == (1, True)
+
+
+def test_batches_in_parts_change_rounding_only(monkeypatch):
+    ids = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in IDS.split(4)]
+    results = []
+    for samples in (None, 3):
+        monkeypatch.setattr(SampleLimit, "__init__", lambda self, samples=samples: setattr(self, "samples", samples))
+        record = sab_hf.quantize(build_llama(), None, ids, config(batch_size=4, distil_steps=4))
+        results += record.distillations
+    assert results[0].after == pytest.approx(results[1].after, rel=1e-4)
+
+
+def test_given_samples_keep_their_share():
+    settings = SimpleNamespace(samples_per_step=8, seed=0)
+    few, many = dict.fromkeys(range(6), 8), dict.fromkeys(range(10, 40), 8)
+
+    def share(given, written):
+        steps = itertools.islice(distil._draw_mixed(given, written, settings), 80)
+        return sum(numbers[0] in given for numbers in steps) / 80
+
+    assert share(few, many) == 0.375
+    assert share(many, few) == pytest.approx(30 / 36, abs=0.02)
+    assert (share(few, {}), share({}, few)) == (1, 0)
 
 
 def test_interrupted_training_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
