@@ -45,6 +45,13 @@ def nearest_choice(W: Tensor, r: Tensor, c: Tensor) -> Tensor:
         W: [out_features, in_features] float32.
         r, c: [K, out_features] and [K, in_features] float32, scales.
     """
+    if len(r) == 1:
+        return (W * (r[0][:, None] * c[0]) < 0).to(torch.int16)
+    covered = c[-1] != 0  # by the last plane, which may be a residual plane on few columns
+    if not covered.all():
+        choice = nearest_choice(W, r[:-1], c[:-1]) << 1
+        choice[:, covered] = nearest_choice(W[:, covered], r, c[:, covered])
+        return choice
     sizes = r[:, :, None] * c[:, None]  # [K, n, m]
     best = torch.full_like(W, float("inf"))
     choice = torch.zeros(W.shape, dtype=torch.int16, device=W.device)
@@ -60,10 +67,19 @@ def signs_of(choice: Tensor, k: int, K: int) -> Tensor:
     return 1.0 - 2.0 * ((choice >> (K - 1 - k)) & 1).float()
 
 
+def _columns_of(c: Tensor) -> slice | Tensor:
+    """Return the columns that a plane covers, from its column scales [in_features]."""
+    covered = c != 0
+    return slice(None) if covered.all() else covered.nonzero().flatten()
+
+
 def unit_of(r: Tensor, c: Tensor) -> Tensor:
     """Return the unit [out_features, in_features] of latent weights for scales r [K, out_features] and c [K, in_features]."""
-    sizes = (r[:, :, None] * c[:, None]).abs()
-    unit = torch.where(sizes > 0, sizes, torch.inf).amin(0)
+    unit = torch.full((r.shape[1], c.shape[1]), torch.inf, device=r.device)
+    for r_k, c_k in zip(r.abs(), c.abs(), strict=True):
+        columns = _columns_of(c_k)
+        size = r_k[:, None] * c_k[columns]
+        unit[:, columns] = torch.minimum(unit[:, columns], size.masked_fill_(size == 0, torch.inf))
     return unit.masked_fill_(unit.isinf(), 0)
 
 
@@ -76,7 +92,8 @@ def nearest_level(latent: Tensor, scales: Scales, W: Tensor) -> Tensor:
     choice = nearest_choice(latent.float() * unit_of(scales.r_start, scales.c_start), scales.r, scales.c)
     K, total = len(scales.r), torch.zeros(latent.shape, device=latent.device)
     for k in range(K):
-        total.addcmul_(signs_of(choice, k, K), scales.r[k][:, None] * scales.c[k])
+        columns = _columns_of(scales.c[k])
+        total[:, columns] += signs_of(choice[:, columns], k, K) * (scales.r[k][:, None] * scales.c[k][columns])
     return W.copy_(total)
 
 
@@ -98,7 +115,7 @@ def descend(
         gradient: [out_features, in_features] at the weight, any floating-point dtype.
         latent, moments: the same shape, float32 or bfloat16; Adam's first and second moments.
         scales: of the planes.
-        at_scales: [K, out_features] and [K, in_features], get the gradients at r and c.
+        at_scales: [K, out_features] and [K, in_features], get the gradients at r and c; at a c of 0, which stays 0, anything.
         numbers: [4] float32: rate, `1 / (1 - β1^t)`, `1 / (1 - β2^t)`, t: the number of the step, from 1.
 
     Source: straight-through estimator (arXiv 1308.3432), Adam (arXiv 1412.6980).
@@ -112,10 +129,12 @@ def descend(
     value, largest = latent.float() * unit, torch.zeros_like(unit)
     choice = nearest_choice(value, scales.r, scales.c)
     for k in range(K):
-        signed = G * signs_of(choice, k, K)
-        torch.mv(signed, scales.c[k], out=at_scales[0][k])
-        torch.mv(signed.T, scales.r[k], out=at_scales[1][k])
-        largest += (scales.r[k][:, None] * scales.c[k]).abs()
+        columns, r, c = _columns_of(scales.c[k]), scales.r[k], scales.c[k]
+        signed = G[:, columns] * signs_of(choice[:, columns], k, K)
+        at_scales[0][k] = signed @ c[columns]
+        at_scales[1][k] = 0  # where a plane has no scale it needs no gradient
+        at_scales[1][k, columns] = r @ signed
+        largest[:, columns] += r.abs()[:, None] * c[columns].abs()
     G = torch.where(value.abs() <= largest, G * unit, 0)
     first, second = (
         moment.float().lerp_(new, 1 - beta) for moment, new, beta in zip(moments, (G, G * G), BETAS, strict=True)
