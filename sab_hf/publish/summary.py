@@ -31,7 +31,8 @@ def summarize(
     Args:
         model: the packed model.
         record: what `sab_hf.quantize` returned; None: the one that the model carries since it was quantized, if any.
-        evaluation: what `sab_hf.evaluate.evaluate` returned, or its `to_dict()`; None: no evaluation was run.
+        evaluation: what `sab_hf.evaluate.evaluate` or `evaluate_tasks` returned, or its `to_dict()`; None: no evaluation was
+            run.
         base_model: Hub id or path of the original; None: where the model came from, if it was quantized in this process.
     Returns:
         JSON data: strings, numbers, lists and dicts, None where something is not known.
@@ -43,7 +44,7 @@ def summarize(
         base_model = model.config._name_or_path or None
     sizes = report(model)
     config = model.config.quantization_config.to_dict()
-    return {
+    summary = {
         "created": datetime.date.today().isoformat(),
         "versions": {"sab_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
         "device": _device(model),
@@ -59,16 +60,24 @@ def summarize(
         "roles": {name: dataclasses.asdict(role) | {"bits": role.bits} for name, role in sizes.roles.items()},
         "modules": _modules(model, sizes, record),
         "record": _record(record),
-        "evaluation": plain_evaluation(evaluation),
+        "evaluation": None,
+        "tasks": None,
     }
+    return summary if evaluation is None else with_evaluation(summary, evaluation)
 
 
-def plain_evaluation(evaluation: Any) -> dict[str, Any] | None:
-    """Return an evaluation, or its `to_dict()`, as it stands in a summary."""
-    if evaluation is None:
-        return None
-    plain = evaluation.to_dict() if hasattr(evaluation, "to_dict") else evaluation
-    return finite(plain) | {"data": without_path(plain["data"])}
+def with_evaluation(summary: dict[str, Any], evaluation: Any) -> dict[str, Any]:
+    """Return a summary with an evaluation, or scores of tasks, in place of those that it has; the others stay.
+
+    Args:
+        summary: as `summarize` returns it.
+        evaluation: what `sab_hf.evaluate.evaluate` or `evaluate_tasks` returned, or its `to_dict()`.
+    """
+    plain = finite(evaluation.to_dict() if hasattr(evaluation, "to_dict") else evaluation)
+    if "scores" in plain:
+        scores = [score | {"dataset": without_path(score["dataset"])} for score in plain["scores"]]
+        return summary | {"tasks": plain | {"scores": scores}}
+    return summary | {"evaluation": plain | {"data": without_path(plain["data"])}}
 
 
 def spent(summary: dict[str, Any]) -> dict[str, dict[str, int]]:

@@ -143,6 +143,21 @@ def test_card_of_a_model_with_record_and_evaluation(quantized, processor, tmp_pa
         "base_model": "someone/their-vlm",
         "base_model_relation": "quantized",
         "tags": ["sab_hf", "binarized", "1-bit", "quantized"],
+        "model-index": [
+            {
+                "name": "saved",
+                "results": [
+                    {
+                        "task": {"type": "image-text-to-text"},
+                        "dataset": {"name": "builtin", "type": "builtin"},
+                        "metrics": [
+                            {"type": "exact_match", "value": 0.5, "name": "exact match"},
+                            {"type": "nats_per_token", "value": 1.25, "name": "nats per token"},
+                        ],
+                    }
+                ],
+            }
+        ],
     }
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
     assert code.splitlines()[0].startswith("import sab_hf")
