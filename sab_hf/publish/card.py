@@ -79,7 +79,9 @@ def model_card(
         distillations=distillation_lines(record),
         license=license,
         opens=summary.get("opens_with") or {"class": summary["model_class"], "remote_code": False},
-        **{name: summary[name] for name in ("model_class", "device", "config", "versions", "format_version", "created")},
+        **{
+            name: summary[name] for name in ("model_class", "device", "config", "versions", "format_version", "created")
+        },
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 

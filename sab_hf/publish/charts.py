@@ -1,13 +1,14 @@
 """The charts that reports and cards need: heat maps, lines, bars. Geometry is here, markup in `templates/chart.svg.jinja`.
 
-Why no plotting library: a report is one file without scripts that is read on a phone and in the dark, and its pictures stand on the
-card of a repository, which runs no scripts. Plotly, Bokeh and Vega bring megabytes of JavaScript; Matplotlib draws at one width in
-one set of colours and brings more megabytes than the rest of the package; Pygal has no heat maps. These pictures take any width
-with letters that keep their size (places across are percentages), follow light and dark, and hold a tooltip for each value.
+Why no plotting library: a report is one file without scripts that is read on a phone and in the dark, and its pictures stand on
+the card of a repository, which runs no scripts. Plotly, Bokeh and Vega bring megabytes of JavaScript; Matplotlib draws at one
+width in one set of colours and brings more megabytes than the rest of the package; Pygal has no heat maps. These pictures take any
+width with letters that keep their size (places across are percentages), follow light and dark, and hold a tooltip for each value.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -158,19 +159,25 @@ def lines(title: str, x: Sequence[str], series: dict[str, Sequence[float | None]
     step = 100 / max(1, len(x))
     legend, top = _legend(list(series), "square")
     top += 30
-    chart = Chart(title, top + height + 46, left, right, [*legend, Mark("text", "4", top - 14, css="soft", text=y_label)])
+    chart = Chart(
+        title, top + height + 46, left, right, [*legend, Mark("text", "4", top - 14, css="soft", text=y_label)]
+    )
     for tick in ticks:
         y = top + height * (1 - tick / ticks[-1])
         chart.plot.append(Mark("line", "0%", y, "100%", y, "rule"))
         chart.around.append(Mark("text", str(left - 8), y + 4, text=f"{tick:.4g}", anchor="end"))
     for number, (name, values) in enumerate(series.items()):
         points = [
-            (_percent((i + 0.5) * step), top + height * (1 - value / ticks[-1]), f"{name}, {x_label} {x[i]}: {value:.4g}")
+            (
+                _percent((i + 0.5) * step),
+                top + height * (1 - value / ticks[-1]),
+                f"{name}, {x_label} {x[i]}: {value:.4g}",
+            )
             for i, value in enumerate(values)
             if value is not None
         ]
         css = f"series-{number % NUM_SERIES}"
-        for (a, b, _), (c, d, _) in zip(points, points[1:], strict=False):
+        for (a, b, _), (c, d, _) in itertools.pairwise(points):
             chart.plot.append(Mark("line", a, b, c, d, f"line {css}"))
         chart.plot += [Mark("square" if number % 2 else "dot", a, b, css=css, text=label) for a, b, label in points]
     chart.plot += _column_labels(x, left + right, top + height + 18)
@@ -265,7 +272,9 @@ def _column_labels(labels: Sequence[str], beside: float, y: float) -> list[Mark]
     for i, label in enumerate(labels):
         for since, width in ((0, _NARROW), *((width, width) for width in WIDTHS)):
             fit = max(1, int((width - beside) / room)) if room else len(labels)
-            every = 1 << max(0, math.ceil(math.log2(len(labels) / fit)))  # doubled, so that fewer labels are some of more
+            every = 1 << max(
+                0, math.ceil(math.log2(len(labels) / fit))
+            )  # doubled, so that fewer labels are some of more
             if i % every == 0 and label:
                 middle = _percent(100 * (i + 0.5) / len(labels))
                 marks.append(Mark("text", middle, y, text=label, anchor="middle", since=since))

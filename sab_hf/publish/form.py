@@ -196,9 +196,7 @@ def _anything(value: Any, place: str) -> None:
 
 
 _SPEED = _object(device=_text, prompt_tokens=_count, first_token_ms=_number, token_ms=_number)
-_SCORES = _object(
-    {"speed": _optional(_SPEED)}, metrics=_mapping(_text, _optional(_number)), nll=_optional(_number)
-)
+_SCORES = _object({"speed": _optional(_SPEED)}, metrics=_mapping(_text, _optional(_number)), nll=_optional(_number))
 _EXAMPLE = _object(
     {"given_by_original": _optional(_text), "original_right": _optional(_truth)},
     question=_text,
@@ -256,7 +254,12 @@ _RECORD = _object(
     stages=_mapping(_text, _object(seconds=_number)),
 )
 SUMMARY = _object(
-    {"evaluation": _optional(EVALUATION), "tasks": _optional(TASKS), "record": _optional(_RECORD), "base_model": _optional(_text)}
+    {
+        "evaluation": _optional(EVALUATION),
+        "tasks": _optional(TASKS),
+        "record": _optional(_RECORD),
+        "base_model": _optional(_text),
+    }
     | {"pipeline_tag": _optional(_choice("image-text-to-text", "text-generation")), "device": _optional(_text)},
     created=_text,
     versions=_mapping(_text, _text),

@@ -237,6 +237,21 @@ def _scores(summary: dict[str, Any]) -> dict[str, charts.Chart]:
     return found
 
 
+def scores_picture(evaluation: dict[str, Any]) -> str:
+    """Return the picture of model and original side by side as SVG.
+
+    Args:
+        evaluation: `to_dict()` of what `sab_hf.evaluate.evaluate` or `evaluate_tasks` returned.
+    Raises:
+        ValueError: it holds no scores: data without answers.
+    """
+    tasks = "scores" in evaluation
+    found = _scores({"tasks": evaluation if tasks else None, "evaluation": None if tasks else evaluation})
+    if not found:
+        raise ValueError("there is nothing to draw: the data has no answers, so no share of right ones is known")
+    return next(iter(found.values())).svg(alone=True)
+
+
 def _tasks(summary: dict[str, Any]) -> dict[str, Any] | None:
     found = summary.get("tasks")
     if not found:
@@ -287,7 +302,9 @@ def _evaluation(summary: dict[str, Any]) -> dict[str, Any] | None:
         "about": f"{found['num_samples']} samples of {found['data']}, seed {found['seed']}, greedy",
         "picture": Markup(picture.svg()) if picture else "",
         "rows": evaluation_rows(found),
-        "examples": [{**example, "format": picture_format(example["picture"])} for example in found.get("examples") or []],
+        "examples": [
+            {**example, "format": picture_format(example["picture"])} for example in found.get("examples") or []
+        ],
     }
 
 
@@ -328,4 +345,3 @@ def distillation_lines(record: dict[str, Any]) -> list[str]:
         for result in record.get("distillations") or []
         if None not in result.values()  # NaN
     ]
-

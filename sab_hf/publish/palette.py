@@ -37,9 +37,7 @@ class Theme(NamedTuple):
         """Return the shades of a scale from low to high, each with the colour of text on it."""
         low, high = (rgb(colour) for colour in self.scales[scale])
         shares = [i / (NUM_STEPS - 1) for i in range(NUM_STEPS)]
-        fills = [
-            "#" + "".join(f"{round(a + (b - a) * s):02x}" for a, b in zip(low, high, strict=True)) for s in shares
-        ]
+        fills = ["#" + "".join(f"{round(a + (b - a) * s):02x}" for a, b in zip(low, high, strict=True)) for s in shares]
         return [(fill, max(("#000000", "#ffffff"), key=lambda text: contrast(text, fill))) for fill in fills]
 
 

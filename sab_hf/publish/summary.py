@@ -47,7 +47,7 @@ def summarize(
     summary = {
         "created": datetime.date.today().isoformat(),
         "versions": {"sab_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
-        "device": _device(model),
+        "device": device_of(model),
         "model_class": type(model).__name__,
         "opens_with": _opens_with(model),
         "pipeline_tag": _pipeline_tag(model),
@@ -155,7 +155,8 @@ def _opens_with(model: nn.Module) -> dict[str, Any]:
     return {"class": name if native or own is None else own, "remote_code": not native and own is not None}
 
 
-def _device(model: nn.Module) -> str:
+def device_of(model: nn.Module) -> str:
+    """Return what a model runs on, in words."""
     if model.device.type == "cuda":
         return torch.cuda.get_device_name(model.device)
     return f"CPU, {os.cpu_count()} cores" if model.device.type == "cpu" else str(model.device)

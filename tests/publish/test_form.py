@@ -29,9 +29,20 @@ EVIL = (
 def summary(vlm_dir, make_config):
     speed = {"device": "CPU", "prompt_tokens": 9, "first_token_ms": 2.5, "token_ms": 1.5}
     scores = {"metrics": {"exact_match": 0.5}, "nll": 1.25, "speed": speed}
-    example = {"question": "Q", "accepted": ["A"], "given": "A", "given_by_original": "B", "right": True, "original_right": False}
+    example = {
+        "question": "Q",
+        "accepted": ["A"],
+        "given": "A",
+        "given_by_original": "B",
+        "right": True,
+        "original_right": False,
+    }
     evaluation = {"data": "builtin", "seed": 1, "num_samples": 9, "model": scores, "original": scores, "kl": 0.125}
-    evaluation |= {"answer_agreement": 0.5, "num_questions": 9, "examples": [example | {"picture": png_base64((9, 9, 9))}]}
+    evaluation |= {
+        "answer_agreement": 0.5,
+        "num_questions": 9,
+        "examples": [example | {"picture": png_base64((9, 9, 9))}],
+    }
     score = {"task": "chartqa", "dataset": "a/b", "metric": "acc", "num_samples": 9, "model": 0.5, "original": 0.75}
     score |= {"model_error": 0.1, "original_error": 0.1, "higher_is_better": True}
     tasks = {"harness": "lmms-eval", "seed": 1, "num_samples": None, "scores": [score]}
@@ -176,7 +187,12 @@ def test_names_and_strings_are_text_on_card_and_page(summary):
     evil["evaluation"]["data"] = EVIL
     evil["evaluation"]["model"]["metrics"] = {EVIL: 0.5}
     evil["evaluation"]["model"]["speed"]["device"] = EVIL
-    evil["evaluation"]["examples"][0] |= {"question": EVIL, "accepted": [EVIL], "given": EVIL, "given_by_original": EVIL}
+    evil["evaluation"]["examples"][0] |= {
+        "question": EVIL,
+        "accepted": [EVIL],
+        "given": EVIL,
+        "given_by_original": EVIL,
+    }
     evil["tasks"]["harness"] = EVIL
     evil["tasks"]["scores"][0] |= {"task": EVIL, "dataset": EVIL, "metric": EVIL}
     evil["modules"][0]["name"] = f"model.layers.0.{EVIL}"

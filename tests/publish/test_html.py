@@ -35,7 +35,14 @@ EVALUATION = {
     "data": "<builtin>", "seed": 1, "num_samples": 9, "num_questions": 9, "model": SCORES, "original": SCORES, "kl": 0.125,
     "answer_agreement": 1.0, "examples": [EXAMPLE, EXAMPLE | {"right": True, "given": "three"}],
 }  # fmt: skip
-TASK = {"task": "chartqa", "dataset": "a/b", "metric": "relaxed_overall", "num_samples": 500, "model": 0.6, "original": 0.8}
+TASK = {
+    "task": "chartqa",
+    "dataset": "a/b",
+    "metric": "relaxed_overall",
+    "num_samples": 500,
+    "model": 0.6,
+    "original": 0.8,
+}
 TASKS = {
     "harness": "lmms-eval 1.0", "seed": 1, "num_samples": 500,
     "scores": [
@@ -181,7 +188,10 @@ def test_first_screen_answers_good_big_and_fast(summary):
     assert fast.figure == "250 tokens/s"
     assert "The original takes 4 ms (1.0×)" in fast.sentences[0]
     page = html_report(summary)
-    places = [page.index(question) for question in ("Is it still good?", "How big is it?", "How fast is it?", "Scores by task")]
+    places = [
+        page.index(question)
+        for question in ("Is it still good?", "How big is it?", "How fast is it?", "Scores by task")
+    ]
     assert places == sorted(places)
 
 
@@ -253,8 +263,8 @@ def test_contrast_is_that_of_the_guidelines():
 
 def chromium(page, tmp_path, *options: str) -> str:
     command = [
-        CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}",
-        *options, page.as_uri(),
+        CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}", *options, page.as_uri(),
     ]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120).stdout
 
