@@ -2,7 +2,7 @@
 
 Why no plotting library: a report is one file without scripts that is read on a phone and in the dark, and its pictures stand on
 the card of a repository, which runs no scripts. Plotly, Bokeh and Vega bring megabytes of JavaScript; Matplotlib draws at one
-width in one set of colours and brings more megabytes than the rest of the package; Pygal has no heat maps. These pictures take any
+width in one set of colours and brings more megabytes than all of this package; Pygal has no heat maps. These pictures take any
 width with letters that keep their size (places across are percentages), follow light and dark, and hold a tooltip for each value.
 """
 

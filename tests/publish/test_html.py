@@ -291,7 +291,7 @@ const done = [390, 1280].map(width => new Promise(resolve => {
   frame.srcdoc = PAGE;
   frame.onload = () => {
     const inner = frame.contentDocument, view = frame.contentWindow;
-    const outside = [], texts = [], faint = [];
+    const outside = [], texts = [], faint = [], broken = [];
     const channels = colour => colour.match(/[\\d.]+/g).map(Number);
     const light = colour => {
       const [r, g, b] = channels(colour).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -306,6 +306,8 @@ const done = [390, 1280].map(width => new Promise(resolve => {
       const box = range.getBoundingClientRect();
       if (!box.width) continue;
       texts.push(node.textContent);
+      if (node.classList.contains("number") && !/ /.test(node.textContent.trim()) && range.getClientRects().length > 1)
+        broken.push(node.textContent);
       if (box.left < 0 || box.right > width || node.scrollWidth > node.clientWidth + 1 && style.overflowX !== "visible")
         outside.push(`${node.textContent}: ${box.left} to ${box.right}`);
       if (node.namespaceURI.endsWith("svg")) continue;
@@ -316,7 +318,7 @@ const done = [390, 1280].map(width => new Promise(resolve => {
     }
     const shown = inner.scrollingElement;
     const plots = [...inner.querySelectorAll(".chart")].map(chart => chart.getBoundingClientRect().width);
-    found[width] = {scroll: shown.scrollWidth, outside, faint, count: texts.length, paper: view.getComputedStyle(
+    found[width] = {scroll: shown.scrollWidth, outside, faint, broken, count: texts.length, paper: view.getComputedStyle(
       inner.querySelector("main")).backgroundColor, plots: Math.min(...plots),
       screen: inner.querySelector(".verdicts").getBoundingClientRect().bottom};
     resolve();
@@ -348,6 +350,7 @@ def test_report_fits_phone_and_desk(summary, dark, tmp_path):
         seen = found[str(width)]
         assert seen["outside"] == []
         assert seen["faint"] == []
+        assert seen["broken"] == []
         assert seen["scroll"] == width
         assert seen["count"] > 100
         assert seen["paper"] == "rgb({}, {}, {})".format(*rgb(theme.paper))
