@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from ..config import without_path
+from ..packed.names import tied
 from ..packing import unpack_bits
 from ..version import __version__
 from .open import remote_auto_class
@@ -141,10 +142,10 @@ def _num_parameters(model: nn.Module, sizes: Any) -> int:
     packed = {
         id(tensor) for module in sizes.modules for tensor in model.get_submodule(module.name).packed_tensors().values()
     }
-    dense = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(module.num_weights for module in sizes.modules) + sum(
-        size for key, size in dense.items() if key not in packed
-    )
+    state = model.state_dict(keep_vars=True)
+    again = tied(state)
+    dense = [tensor.numel() for name, tensor in state.items() if id(tensor) not in packed and name not in again]
+    return sum(module.num_weights for module in sizes.modules) + sum(dense)
 
 
 def _opens_with(model: nn.Module) -> dict[str, Any]:
