@@ -158,8 +158,9 @@ def evaluate_tasks(
             chosen = {name: _load(manager, name, data, num_samples, seed) for name in names}
             results = _run(lmms_eval, chosen, _adapter(opened, encoder, batch_size), scratch)
             found.append([score for name, task in chosen.items() for score in _of_task(name, task, results, data)])
-            del opened
-            gc.collect()
+            if opened is not which:
+                del opened
+                gc.collect()
     scores = found[0]
     if original is not None:
         before = {(score.task, score.metric): score for score in found[1]}
@@ -374,6 +375,9 @@ def _adapter(model: nn.Module, encoder: ChatEncoder, batch_size: int) -> Any:
                 [stops] if isinstance(stops, str) else list(stops),
                 int(limit),
             )
+
+        def clean(self) -> None:
+            """Do nothing: the model is not lmms-eval's to remove, and collecting garbage takes seconds."""
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             raise NotImplementedError("only tasks that ask for answers are run")

@@ -134,6 +134,7 @@ def test_harnesses_score_as_the_package_does(program, module, changes, materials
     assert float(found[1]) == pytest.approx(expected.model.metrics["exact_match"], abs=1e-4)
 
 
+@pytest.mark.slow  # lmms-eval reads all its tasks first
 def test_tasks_of_the_page_are_asked(materials, tmp_path, monkeypatch, capfd):
     """The command of the page, with copies of the data on this machine."""
     pytest.importorskip("lmms_eval")
