@@ -157,6 +157,8 @@ def evaluate(
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if num_examples < 0:
+        raise ValueError(f"`num_examples` must be at least 0, got {num_examples}")
     check_seed(seed)
     model, processor = open_model(model, processor, load_kwargs)
     models = [model] if original is None else [model, open_model(original, processor, elsewhere(load_kwargs))[0]]

@@ -190,6 +190,8 @@ def test_errors_say_what_to_do(models):
     model, _ = models
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         evaluate(model, build_processor(), build_samples(1), batch_size=0)
+    with pytest.raises(ValueError, match="`num_examples` must be at least 0, got -1"):
+        evaluate(model, build_processor(), build_samples(1), num_examples=-1)
     with pytest.raises(ValueError, match="must hold at least one sample"):
         evaluate(model, build_processor(), [])
     with pytest.raises(
