@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import struct
@@ -125,6 +127,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def png_base64(colour: tuple[int, int, int], size: tuple[int, int] = (24, 16)) -> str:
+    """Return a picture of one colour as evaluations hold it."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def build_processor() -> LlavaProcessor:

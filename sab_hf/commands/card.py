@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..publish.card import find_license
     from ..publish.form import read_evaluation
     from ..publish.save import check_login, publish_folder, read_summary, write_pages
-    from ..publish.summary import plain_evaluation
+    from ..publish.summary import with_evaluation
 
     folder = Path(args.checkpoint)
     if not folder.is_dir():
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     if args.base_model:
         summary["base_model"] = args.base_model
     if evaluation:
-        summary["evaluation"] = plain_evaluation(evaluation)
+        summary = with_evaluation(summary, evaluation)
     license = args.license or find_license(str(folder)) or find_license(summary["base_model"])
     write_pages(folder, summary, repo_id, license)
     plain = {"card": str(folder / "README.md"), "report": str(folder / "report.html")}

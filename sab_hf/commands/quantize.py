@@ -42,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
-    from transformers import AutoProcessor
-
+    from ..processors import processor_of
     from ..publish.folders import check_target
     from ..publish.inspect import empty_model
     from ..publish.locate import quantization_method, read_config
@@ -61,7 +60,8 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     method = quantization_method(model_config)
     if method is not None:
         raise ValueError(f"`{args.model}` is quantized already, with {method!r}; name the dense original")
-    config.processor = processor = AutoProcessor.from_pretrained(args.model, revision=args.revision)
+    remedy = "save it beside the weights: `AutoProcessor.from_pretrained(ORIGINAL).save_pretrained(FOLDER)`"
+    config.processor = processor = processor_of(args.model, None, "calibration needs", remedy, revision=args.revision)
     with log_to_stderr():
         empty_model(model_config, args.model)  # what is wrong with the config is said here
         model = opening_class(model_config).from_pretrained(

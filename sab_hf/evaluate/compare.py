@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,14 +17,11 @@ from transformers.utils.logging import tqdm
 
 from ..calibration.chat import ChatEncoder, borrowed
 from ..config import check_seed
-from ..processors import processor_of
-from ..publish.locate import read_config
-from ..publish.open import hub_options, opening_class
 from ..publish.report import finite
-from .questions import QuestionBatch, encode_questions, read_questions
+from .answering import Speed, elsewhere, greedy, measure_speed, on_device, open_model, training_off
+from .examples import Example, example, has_picture
+from .questions import Question, QuestionBatch, encode_questions, read_questions
 from .scorers import SCORERS
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,10 +31,12 @@ class Scores:
     Attributes:
         metrics: scorer name → mean over the questions, 0 to 1; empty if the data has no answers.
         nll: nats per token of the right answers (what ends the turn included) and of passages, given all before it.
+        speed: how fast it answers the first question; None if it was not measured.
     """
 
     metrics: dict[str, float]
     nll: float
+    speed: Speed | None = field(default=None, compare=False)
 
     @property
     def perplexity(self) -> float:
@@ -68,6 +66,7 @@ class Evaluation:
         token_agreement: share of the predicted tokens for which both find the same token most likely.
         kl: mean KL(original ‖ model) of the next-token distributions at the predicted tokens, nats.
         answers: every question with its answers.
+        examples: the first questions with a picture, in the order of the seed.
     """
 
     data: str
@@ -81,6 +80,7 @@ class Evaluation:
     token_agreement: float | None = None
     kl: float | None = None
     answers: list[Answer] = field(default_factory=list, repr=False)
+    examples: list[Example] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         plain = dataclasses.asdict(self)
@@ -102,6 +102,10 @@ class Evaluation:
         for name, value in (("same answer", self.answer_agreement), ("same likeliest token", self.token_agreement)):
             if value is not None:
                 lines.append(f"{name:<22}{value:>10.1%}")
+        if self.model.speed:
+            for name, key in (("first token, ms", "first_token_ms"), ("further token, ms", "token_ms")):
+                values = [getattr(column.speed, key) for column in columns if column.speed]
+                lines.append(f"{name:<22}" + "".join(f"{value:>10.4g}" for value in values))
         if self.kl is not None:
             lines.append(f"{'KL to original, nats':<22}{self.kl:>10.4f}")
         about = f"{self.num_questions} questions and {self.num_samples - self.num_questions} passages"
@@ -121,6 +125,8 @@ def evaluate(
     max_image_pixels: int | None = 1024 * 1024,
     allow_urls: bool = False,
     scorers: dict[str, Callable[[str, Sequence[str]], float]] | None = None,
+    num_examples: int = 0,
+    speed: bool = True,
     **load_kwargs: Any,
 ) -> Evaluation:
     """Ask a model questions, and compare it with its original token by token. Greedy, in a fixed order.
@@ -141,6 +147,8 @@ def evaluate(
         max_image_pixels: larger images are shrunk to this many pixels; None keeps them.
         allow_urls: whether files that samples name by URL are fetched.
         scorers: name → (answer, accepted answers) → 0 to 1; None: exact match, ANLS, relaxed accuracy.
+        num_examples: most questions with pictures that are kept for card and report, which publish them.
+        speed: whether to time one answer of each model as well, some seconds' work.
         load_kwargs: arguments of `from_pretrained`, where a path or id is given: `device_map`, `dtype`, `token`, …; `revision`
             and `subfolder` are those of `model` alone.
     Raises:
@@ -149,44 +157,33 @@ def evaluate(
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if num_examples < 0:
+        raise ValueError(f"`num_examples` must be at least 0, got {num_examples}")
     check_seed(seed)
-    model, processor = _open(model, processor, load_kwargs)
-    models = [model] if original is None else [model, _open(original, processor, _elsewhere(load_kwargs))[0]]
+    model, processor = open_model(model, processor, load_kwargs)
+    models = [model] if original is None else [model, open_model(original, processor, elsewhere(load_kwargs))[0]]
     scorers = SCORERS if scorers is None else scorers
     encoder = ChatEncoder(processor, max_image_pixels, allow_urls)
     questions = read_questions(data, num_samples, seed, with_images=not encoder.text_only)
-    modes = [each.training for each in models]
     tally = _Tally(len(models))
-    try:
-        for each in models:
-            each.eval()
-        with torch.inference_mode(), borrowed(encoder.tokenizer), tqdm(total=len(questions), desc="evaluating") as bar:
-            for batch in encode_questions(questions, encoder, model.config, batch_size):
-                tally.add_tokens([_log_probabilities(each, batch) for each in models], batch)
-                if batch.prompts is not None:
-                    tally.add_answers([_greedy(each, encoder, batch, max_new_tokens) for each in models], batch)
-                bar.update(len(batch.questions))
-    finally:
-        for each, mode in zip(models, modes, strict=True):
-            each.train(mode)
+    with (
+        torch.inference_mode(),
+        borrowed(encoder.tokenizer),
+        training_off(*models),
+        tqdm(total=len(questions), desc="evaluating") as bar,
+    ):
+        for batch in encode_questions(questions, encoder, model.config, batch_size):
+            tally.add_tokens([_log_probabilities(each, batch) for each in models], batch)
+            if batch.prompts is not None:
+                tally.add_answers([greedy(each, encoder, batch.prompts, max_new_tokens) for each in models], batch)
+            bar.update(len(batch.questions))
+        asked = next((question for question in questions if question.accepted), None)
+        if speed and asked is not None:
+            prompt = encoder([asked.prompt], reply=True)
+            tally.speeds = [measure_speed(each, encoder, prompt) for each in models]
     name = str(data) if isinstance(data, (str, os.PathLike)) else "samples in memory"
-    return tally.result(name, seed, len(questions), scorers)
-
-
-def _open(model: Any, processor: Any, load_kwargs: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """Load what is given as a path or id; a model in memory needs a processor, or a name to load one from."""
-    hub = hub_options(load_kwargs)
-    if isinstance(model, (str, os.PathLike)):
-        name = model
-        model = opening_class(read_config(name, **hub)).from_pretrained(name, **load_kwargs)
-    else:
-        name = getattr(model, "name_or_path", "")
-    return model, processor_of(name, processor, "evaluation needs", "pass `processor`", **hub)
-
-
-def _elsewhere(load_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return keyword arguments of `from_pretrained` without those that hold for one repository only."""
-    return {name: value for name, value in load_kwargs.items() if name not in ("revision", "subfolder")}
+    examples = tally.examples(questions, num_examples, scorers, allow_urls)
+    return tally.result(name, seed, len(questions), scorers, examples)
 
 
 class _Tally:
@@ -196,6 +193,8 @@ class _Tally:
         self.nll, self.num_tokens = [0.0] * num_models, 0
         self.kl, self.same_tokens = 0.0, 0
         self.answers: list[Answer] = []
+        self.asked: list[Question] = []
+        self.speeds: list[Speed | None] = [None] * num_models
 
     def add_tokens(self, log_probabilities: list[Tensor], batch: QuestionBatch) -> None:
         """Count the tokens of a batch; log_probabilities: [targets, vocabulary] of each model."""
@@ -216,56 +215,48 @@ class _Tally:
         for row, question in enumerate(batch.questions):
             by_original = given[1][row] if len(given) == 2 else None
             self.answers.append(Answer(question.text, question.accepted, given[0][row], by_original))
+            self.asked.append(question)
 
-    def result(self, data: str, seed: int, num_samples: int, scorers: dict[str, Callable]) -> Evaluation:
+    def examples(
+        self, questions: list[Question], most: int, scorers: dict[str, Callable], allow_urls: bool
+    ) -> list[Example]:
+        """Return the first questions that show a picture, with what was answered."""
+        scorer = next(iter(scorers.values()), None)
+        said = {
+            id(question): (answer.given, answer.given_by_original)
+            for question, answer in zip(self.asked, self.answers, strict=True)
+        }
+        shown = [question for question in questions if scorer and question.accepted and has_picture(question)]
+        return [example(question, *said[id(question)], scorer, allow_urls) for question in shown[:most]]
+
+    def result(
+        self, data: str, seed: int, num_samples: int, scorers: dict[str, Callable], examples: list[Example]
+    ) -> Evaluation:
         said = [[(answer.given, answer.given_by_original)[i] for answer in self.answers] for i in range(len(self.nll))]
         scores = []
-        for texts, nll in zip(said, self.nll, strict=True):
+        for texts, nll, speed in zip(said, self.nll, self.speeds, strict=True):
             metrics = {
                 name: sum(scorer(text, answer.accepted) for text, answer in zip(texts, self.answers, strict=True))
                 / len(texts)
                 for name, scorer in scorers.items()
                 if texts
             }
-            scores.append(Scores(metrics, nll / max(1, self.num_tokens)))
+            scores.append(Scores(metrics, nll / max(1, self.num_tokens), speed))
         counts = (num_samples, len(self.answers), self.num_tokens)
         if len(scores) == 1:
-            return Evaluation(data, seed, *counts, scores[0], answers=self.answers)
+            return Evaluation(data, seed, *counts, scores[0], answers=self.answers, examples=examples)
         same = sum(a == b for a, b in zip(*said, strict=True)) / len(self.answers) if self.answers else None
         num_tokens = max(1, self.num_tokens)
-        return Evaluation(
-            data, seed, *counts, *scores, same, self.same_tokens / num_tokens, self.kl / num_tokens, self.answers
-        )
+        agreement = (same, self.same_tokens / num_tokens, self.kl / num_tokens)
+        return Evaluation(data, seed, *counts, *scores, *agreement, self.answers, examples)
 
 
 def _log_probabilities(model: nn.Module, batch: QuestionBatch) -> Tensor:
     """Return the log probabilities, [targets, vocabulary] float32, that predict the target tokens of a batch."""
     before = batch.targets.roll(-1, dims=1)  # token t is predicted at t − 1
-    inputs = _on(model, batch.whole)
+    inputs = on_device(model, batch.whole)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:  # logits of whole prompts can be gigabytes
         kept = before.any(0).nonzero().squeeze(1)
         inputs["logits_to_keep"], before = kept.to(model.device), before[:, kept]
     logits = model(**inputs).logits
     return logits[before.to(logits.device)].float().log_softmax(-1)
-
-
-def _greedy(model: nn.Module, encoder: ChatEncoder, batch: QuestionBatch, max_new_tokens: int) -> list[str]:
-    """Return the greedy answers to a batch's questions."""
-    inputs = _on(model, batch.prompts)
-    tokenizer = encoder.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad)
-    length = inputs["input_ids"].shape[1]
-    if torch.equal(out[:, :length], inputs["input_ids"]):  # generation from embeddings returns the answer alone
-        out = out[:, length:]
-    return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
-
-
-def _on(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return inputs on the device of a model, pixel values in its dtype."""
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in inputs.items()
-    }

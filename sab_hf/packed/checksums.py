@@ -36,7 +36,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..dotted import block_of
-from .names import names_when_saved, settle_names, tail
+from .names import names_when_saved, settle_names, tail, tied
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def seal(model: nn.Module) -> dict[str, Tensor] | None:
         return None
     state[mark] = empty
     stored = settle_names(model, state, config.modules, mark)
-    aliases = _aliases(stored)
+    aliases = tied({name: stored[name] for name in sorted(stored)})
     digests = _digest_all((name, tensor) for name, tensor in stored.items() if name not in aliases)
     config.checksums = {"tensors": _by_group(digests), "aliases": aliases, "config": ""}
     config.checksums["config"] = config_digest(_config_to_be_saved(model))
@@ -283,19 +283,6 @@ def _config_to_be_saved(model: nn.Module) -> dict[str, Any]:
             setattr(config, name, None)
     vars(config).pop("transformers_weights", None)
     return json.loads(config.to_json_string(use_diff=True))
-
-
-def _aliases(state: dict[str, Tensor]) -> dict[str, str]:
-    """Return the tied tensors of a state dict: every further name → the first one."""
-    first: dict[tuple, str] = {}
-    aliases = {}
-    for name in sorted(state):
-        tensor = state[name]
-        if tensor.numel():
-            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device)
-            if first.setdefault(key, name) != name:
-                aliases[name] = first[key]
-    return aliases
 
 
 def _digest_all(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

@@ -25,6 +25,23 @@ def is_packed_name(name: str) -> bool:
     return name.rpartition(".")[2] in PACKED_NAMES
 
 
+def tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the tied tensors of a state dict, which a file holds once: every further name → the first.
+
+    Args:
+        state: tensors by name. On the meta device they have no place in memory: there the parameters themselves are
+            needed, `model.state_dict(keep_vars=True)`.
+    """
+    first: dict[Any, str] = {}
+    again = {}
+    for name, tensor in state.items():
+        if tensor.numel():
+            place = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device)
+            if first.setdefault(place, name) != name:
+                again[name] = first[place]
+    return again
+
+
 def tail(name: str) -> str:
     """Return `name` from its first number on (the block's), or its last two parts: most loaders rename only what is before."""
     split = at_number(name)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import html
+import base64
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from yaml import YAMLError
 
-from .html import distillation_lines, evaluation_rows
+from .form import picture_format
+from .html import TASK_COLUMNS, distillation_lines, evaluation_rows, role_rows, task_rows, tasks_about
 from .report import size_in_words
+from .templating import MARKDOWN
+from .verdicts import verdicts
 
-TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ("sab_hf", "binarized", "1-bit", "quantized")
-_ON_THE_CARD = ("bits", "budget", "loss")
+_ON_THE_CARD = ("scores", "bits", "budget", "loss")
 """Pictures that the card shows, by the first word of their names."""
 
 
@@ -38,6 +39,8 @@ def model_card(
     """
     base = summary["base_model"]
     on_hub = base if base and _is_repo_id(base) else None
+    title = repo_id.rpartition("/")[2]
+    results = eval_results(summary)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=summary["pipeline_tag"],
@@ -45,33 +48,82 @@ def model_card(
         base_model=on_hub,
         base_model_relation="quantized" if on_hub else None,
         tags=list(TAGS),
+        model_name=title if results else None,
+        eval_results=results or None,
     )
-    record, evaluation = summary["record"] or {}, summary["evaluation"]
+    record, evaluation, tasks = summary["record"] or {}, summary["evaluation"], summary.get("tasks")
     steps = summary["config"].get("refine_steps")
-    return ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        text=as_text,
-        code=as_code,
-        title=repo_id.rpartition("/")[2],
+    text = MARKDOWN.get_template("model_card.md.jinja").render(
+        title=title,
         repo_id=json.dumps(repo_id, ensure_ascii=False),
-        base_sentence=f"This is {_link(summary)}, binarized.",
+        base=base,
+        on_hub=on_hub,
         bits=f"{summary['bits']:.3f}",
-        roles=_role_rows(summary),
+        roles=role_rows(summary),
         total=size_in_words(summary["total_bytes"]),
         at_16_bits=size_in_words(summary["bytes_at_16_bits"]),
         ratio=f"{summary['bytes_at_16_bits'] / summary['total_bytes']:.1f}",
-        plots=[name for name in plots if name.split("_")[0] in _ON_THE_CARD],
-        evaluation=evaluation_rows(evaluation) if evaluation else None,
-        evaluation_about=_about(evaluation) if evaluation else None,
+        scores=[name for name in plots if name.split("_")[0] == "scores"],
+        plots=[name for name in plots if name.split("_")[0] in _ON_THE_CARD and not name.startswith("scores")],
+        verdicts=verdicts(summary),
+        evaluation=evaluation,
+        evaluation_rows=evaluation_rows(evaluation) if evaluation else None,
+        examples=examples(summary),
+        tasks=tasks,
+        tasks_about=tasks_about(tasks) if tasks else None,
+        task_columns=TASK_COLUMNS,
+        task_rows=task_rows(tasks) if tasks else None,
         calibration=record.get("calibration"),
         seconds=f"{record['seconds']:,.0f}" if record else None,
         refine_steps="400 a block on a GPU, 50 on a CPU (the defaults)" if steps is None else steps,
         distillations=distillation_lines(record),
         license=license,
         opens=summary.get("opens_with") or {"class": summary["model_class"], "remote_code": False},
-        **{name: summary[name] for name in ("device", "config", "versions", "format_version", "created")},
+        **{
+            name: summary[name] for name in ("model_class", "device", "config", "versions", "format_version", "created")
+        },
     )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def eval_results(summary: dict[str, Any]) -> list[EvalResult]:
+    """Return what was measured as the `model-index` of the metadata, which the Hub shows beside the card."""
+    evaluation, tasks = summary["evaluation"], summary.get("tasks")
+    kind = summary["pipeline_tag"] or "other"
+    found = []
+    for score in tasks["scores"] if tasks else ():
+        if score["model"] is not None:
+            found.append(_eval_result(kind, score["dataset"], score["task"], score["metric"], score["model"]))
+    if evaluation:
+        measured = evaluation["model"]["metrics"] | {"nats_per_token": evaluation["model"]["nll"]}
+        for metric, value in measured.items():
+            if value is not None:
+                found.append(_eval_result(kind, evaluation["data"], evaluation["data"], metric, value))
+    return found
+
+
+def _eval_result(kind: str, dataset: str, name: str, metric: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type=kind,
+        dataset_type=dataset or "unknown",
+        dataset_name=name or "unknown",
+        metric_type=metric or "unknown",
+        metric_name=metric.replace("_", " ") or "unknown",
+        metric_value=round(value, 6),
+    )
+
+
+def examples(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the examples of an evaluation, each with the name of its picture's file in the folder `plots`, and its bytes."""
+    found = (summary["evaluation"] or {}).get("examples") or []
+    return [
+        example
+        | {
+            "file": f"example_{i}.{picture_format(example['picture'])}",
+            "content": base64.b64decode(example["picture"]),
+        }
+        for i, example in enumerate(found)
+    ]
 
 
 def find_license(base_model: str | None) -> str | None:
@@ -96,42 +148,3 @@ def _is_repo_id(name: str) -> bool:
     except HFValidationError:
         return False
     return name.count("/") == 1 and not Path(name).exists()
-
-
-def as_text(value: Any) -> str:
-    """Return a value as text of Markdown, on one line: nothing in it is markup, HTML or the end of a table's cell."""
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
-
-
-def as_code(value: Any) -> str:
-    """Return a value as inline code of Markdown, on one line, delimited by more backticks than it holds."""
-    text = " ".join(str(value).split())
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
-
-
-def _link(summary: dict[str, Any]) -> str:
-    base = summary["base_model"]
-    if base and _is_repo_id(base):
-        return f"[{as_code(base)}](https://huggingface.co/{base})"
-    return f"a {as_code(summary['model_class'])}"
-
-
-def _role_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        (
-            name,
-            f"{role['num_quantized']:,}",
-            "–" if role["bits"] is None else f"{role['bits']:.3f}",
-            size_in_words(role["quantized_bytes"]),
-            size_in_words(role["dense_bytes"]),
-        )
-        for name, role in summary["roles"].items()
-    ]
-
-
-def _about(evaluation: dict[str, Any]) -> str:
-    return (
-        f"{evaluation['num_samples']} samples of {as_code(evaluation['data'])}, seed {evaluation['seed']}, greedy; "
-        "`sab-hf eval` repeats it."
-    )

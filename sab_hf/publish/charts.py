@@ -1,21 +1,94 @@
-"""The few charts that reports need, drawn as SVG text: heat maps, lines, stacked bars. No plotting library."""
+"""The charts that reports and cards need: heat maps, lines, bars. Geometry is here, markup in `templates/chart.svg.jinja`.
+
+Why no plotting library: a report is one file without scripts that is read on a phone and in the dark, and its pictures stand on
+the card of a repository, which runs no scripts. Plotly, Bokeh and Vega bring megabytes of JavaScript; Matplotlib draws at one
+width in one set of colours and brings more megabytes than all of this package; Pygal has no heat maps. These pictures take any
+width with letters that keep their size (places across are percentages), follow light and dark, and hold a tooltip for each value.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from html import escape
+from dataclasses import dataclass, field
 
-COLOURS = ("#2f6f9f", "#d9822b", "#4f9d69", "#9467a8", "#b5495b", "#7f7f7f")
-"""Of series, told apart also without colour by their order in legend and stack."""
-BLUES = ((247, 251, 255), (8, 69, 132))
-ORANGES = ((255, 247, 236), (166, 54, 3))
-GREENS = ((247, 252, 245), (0, 90, 50))
-PURPLES = ((252, 251, 253), (74, 20, 134))
+from .palette import DARK, LIGHT, NUM_STEPS
+from .templating import MARKUP
 
-_INK, _FAINT, _EMPTY = "#222", "#d0d0d0", "#f1f1f1"
-_FONT = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
-_LETTER = 6.6  # width of a letter of the 12-pixel font, pixels
+ALONE = 560
+"""Width of a picture in a file of its own, pixels; on a page its width is what there is."""
+WIDTHS = (440, 560, 700, 820)
+"""Widths, pixels, from which on a picture shows more of its labels; `templates/chart.css.jinja` knows them too."""
+NUM_SERIES = len(LIGHT.series)
+
+_NARROW = 330  # the least width that pictures are laid out for, pixels
+_LETTER = 7.0  # width of a letter of the 12-pixel font, pixels; of wide ones, such as DejaVu
+_MOST_LETTERS = 20  # of a label beside the plot
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One element of a chart. Places across may be pixels ("12") or a share of the plot ("12.5%"); those down are pixels.
+
+    Attributes:
+        kind: "text", "box", "line", "dot" or "square".
+        x, y: where it is, or starts.
+        x2, y2: where a line ends; width and height of a box.
+        css: classes of `templates/chart.css.jinja`.
+        text: the text; of other kinds the tooltip.
+        anchor: of a text: "start", "middle" or "end".
+        dx: pixels added to `x` of a text.
+        since: least width of the picture that shows it, pixels.
+    """
+
+    kind: str
+    x: str
+    y: float
+    x2: str = "0"
+    y2: float = 0
+    css: str = ""
+    text: str = ""
+    anchor: str = "start"
+    dx: float = 0
+    since: int = 0
+
+
+@dataclass
+class Chart:
+    """A chart that can be drawn at any width.
+
+    Attributes:
+        title: over the picture.
+        height: pixels, without the title.
+        left, right: pixels beside the plot.
+        around: marks whose places across are those of the whole picture.
+        plot: marks whose places across are those of the plot.
+    """
+
+    title: str
+    height: float
+    left: float
+    right: float
+    around: list[Mark] = field(default_factory=list)
+    plot: list[Mark] = field(default_factory=list)
+
+    def svg(self, alone: bool = False) -> str:
+        """Return the picture as SVG: for a page that has the charts' style, or `alone`, as a file with style and title."""
+        return MARKUP.get_template("chart.svg.jinja").render(chart=self, alone=alone, width=ALONE, **_STYLE)
+
+
+_STYLE = {"light": LIGHT, "dark": DARK, "num_series": NUM_SERIES, "num_steps": NUM_STEPS, "widths": WIDTHS}
+
+
+def style() -> str:
+    """Return the charts' style sheet, which sets the colours of a page too."""
+    return MARKUP.get_template("chart.css.jinja").render(_STYLE)
+
+
+def hatchings() -> str:
+    """Return the SVG that holds the hatchings of series, which a page with charts has once."""
+    return MARKUP.get_template("hatchings.svg.jinja").render(_STYLE)
 
 
 def heat_map(
@@ -24,11 +97,11 @@ def heat_map(
     columns: Sequence[str],
     values: Sequence[Sequence[float | None]],
     show: Callable[[float], str],
-    scale: tuple[tuple[int, int, int], tuple[int, int, int]] = BLUES,
+    scale: str = "blue",
     bounds: tuple[float, float] | None = None,
     x_label: str = "block",
-    cell: tuple[int, int] | None = None,
-) -> str:
+    cell: int = 26,
+) -> Chart:
     """Draw one cell for each value, with its number where there is room; a value of None leaves a grey cell.
 
     Args:
@@ -36,39 +109,43 @@ def heat_map(
         rows, columns: labels.
         values: [rows][columns].
         show: how to write a value.
-        scale: colours of the lowest and the highest value, RGB 0 to 255.
-        bounds: values of the two colours; None: the least and greatest there are.
+        scale: name of a scale of the palette.
+        bounds: values of the lowest and the highest shade; None: the least and greatest there are.
         x_label: under the columns.
-        cell: width and height of a cell in pixels; None: what fits.
+        cell: height of a row, pixels.
     """
     known = [value for row in values for value in row if value is not None]
     low, high = bounds or (min(known, default=0.0), max(known, default=1.0))
-    width, height = cell or (max(5, min(64, 640 // max(1, len(columns)))), 26)
-    left, top = _margin(rows), 42
-    parts = [_text(left, 22, title, 15, weight="600")]
+    left, right, step = _margin(rows), 6, 100 / max(1, len(columns))
+    chart = Chart(title, len(rows) * cell + 68, left, right)
     for i, row in enumerate(values):
-        y = top + i * height
-        parts.append(_text(left - 8, y + height / 2 + 4, rows[i], anchor="end"))
+        y = i * cell
+        chart.around.append(_label(rows[i], left, y + cell / 2 + 4))
         for j, value in enumerate(row):
-            share = 0.0 if value is None or high <= low else (value - low) / (high - low)
-            share = min(1.0, max(0.0, share))
-            fill = _EMPTY if value is None else _blend(scale, share)
+            share = 0.0 if value is None or high <= low else min(1.0, max(0.0, (value - low) / (high - low)))
+            shade = "empty" if value is None else f"{scale}-{round(share * (NUM_STEPS - 1))}"
             label = f"{rows[i]}, {x_label} {columns[j]}: {'not known' if value is None else show(value)}"
-            parts.append(_rectangle(left + j * width, y, width - 1, height - 1, fill, label))
-            if value is not None and len(show(value)) * _LETTER < width - 4:
-                ink = "#fff" if share > 0.55 else _INK
-                parts.append(_text(left + (j + 0.5) * width, y + height / 2 + 4, show(value), 11, "middle", ink))
-    bottom = top + len(rows) * height
-    parts += _column_labels(columns, left, width, bottom + 16)
-    parts.append(_text(left + len(columns) * width / 2, bottom + 34, x_label, anchor="middle"))
+            chart.plot.append(Mark("box", _percent(j * step), y, _percent(step), cell, f"cell {shade}", label))
+            if value is not None and cell >= 20:
+                since = _since(left + right + len(columns) * (len(show(value)) * _LETTER + 6))
+                if since is not None:
+                    middle = _percent((j + 0.5) * step)
+                    chart.plot.append(
+                        Mark("text", middle, y + cell / 2 + 4, css=f"on-{shade}", text=show(value), anchor="middle", since=since)
+                    )  # fmt: skip
+    bottom = len(rows) * cell
+    chart.plot += _column_labels(columns, left + right, bottom + 16)
+    chart.plot.append(Mark("text", "50%", bottom + 34, text=x_label, anchor="middle"))
     if known:
-        parts.append(_legend_of_scale(left, bottom + 46, scale, show(low), show(high)))
-    total = max(left + len(columns) * width + 16, left + 280, 40 + len(title) * 8 + left)
-    return _svg(total, bottom + 74, parts, title)
+        for i in range(NUM_STEPS):
+            chart.around.append(Mark("box", str(4 + 10 * i), bottom + 46, "10", 12, f"{scale}-{i}"))
+        words = f"{show(low)} to {show(high)}"
+        chart.around.append(Mark("text", str(12 + 10 * NUM_STEPS), bottom + 56, text=words))
+    return chart
 
 
-def lines(title: str, x: Sequence[str], series: dict[str, Sequence[float | None]], x_label: str, y_label: str) -> str:
-    """Draw one line with dots for each series over common places.
+def lines(title: str, x: Sequence[str], series: dict[str, Sequence[float | None]], x_label: str, y_label: str) -> Chart:
+    """Draw one line with marks for each series over common places.
 
     Args:
         title: over the chart.
@@ -76,31 +153,41 @@ def lines(title: str, x: Sequence[str], series: dict[str, Sequence[float | None]
         series: name → a value for each place, None where there is none.
         x_label, y_label: labels of the axes.
     """
-    left, top, width, height = 76, 70, 640, 240
+    left, right, height = 62, 12, 220
     known = [value for values in series.values() for value in values if value is not None]
     ticks = _ticks(max(known, default=1.0))
-    step = width / max(1, len(x))
-
-    def place(i: int, value: float) -> tuple[float, float]:
-        return left + (i + 0.5) * step, top + height * (1 - value / ticks[-1])
-
-    parts = [_text(left, 22, title, 15, weight="600"), *_legend(list(series), left, 40)]
-    parts += _value_axis(ticks, left, top, width, height, y_label)
-    for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
-        points = [(*place(i, value), i, value) for i, value in enumerate(values) if value is not None]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b, _, _ in points)
-        parts.append(f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'/>")
-        for a, b, i, value in points:
-            label = escape(f"{name}, {x_label} {x[i]}: {value:.4g}")
-            parts.append(f"<circle cx='{a:.1f}' cy='{b:.1f}' r='3.5' fill='{colour}'><title>{label}</title></circle>")
-    parts += _column_labels(x, left, step, top + height + 18)
-    parts.append(_text(left + width / 2, top + height + 38, x_label, anchor="middle"))
-    return _svg(left + width + 20, top + height + 52, parts, title)
+    step = 100 / max(1, len(x))
+    legend, top = _legend(list(series), "square")
+    top += 30
+    chart = Chart(
+        title, top + height + 46, left, right, [*legend, Mark("text", "4", top - 14, css="soft", text=y_label)]
+    )
+    for tick in ticks:
+        y = top + height * (1 - tick / ticks[-1])
+        chart.plot.append(Mark("line", "0%", y, "100%", y, "rule"))
+        chart.around.append(Mark("text", str(left - 8), y + 4, text=f"{tick:.4g}", anchor="end"))
+    for number, (name, values) in enumerate(series.items()):
+        points = [
+            (
+                _percent((i + 0.5) * step),
+                top + height * (1 - value / ticks[-1]),
+                f"{name}, {x_label} {x[i]}: {value:.4g}",
+            )
+            for i, value in enumerate(values)
+            if value is not None
+        ]
+        css = f"series-{number % NUM_SERIES}"
+        for (a, b, _), (c, d, _) in itertools.pairwise(points):
+            chart.plot.append(Mark("line", a, b, c, d, f"line {css}"))
+        chart.plot += [Mark("square" if number % 2 else "dot", a, b, css=css, text=label) for a, b, label in points]
+    chart.plot += _column_labels(x, left + right, top + height + 18)
+    chart.plot.append(Mark("text", "50%", top + height + 38, text=x_label, anchor="middle"))
+    return chart
 
 
 def stacked_bars(
     title: str, bars: Sequence[str], series: dict[str, Sequence[float]], show: Callable[[float], str]
-) -> str:
+) -> Chart:
     """Draw one horizontal bar for each label, made of one piece for each series, with the sum behind it.
 
     Args:
@@ -109,88 +196,116 @@ def stacked_bars(
         series: name → a value for each bar.
         show: how to write a value.
     """
-    left, width, height = _margin(bars), 520, 30
     sums = [sum(values[i] for values in series.values()) for i in range(len(bars))]
-    unit = width / (max(sums, default=0.0) or 1.0)
-    names = list(series) if len(series) > 1 else []
-    top = 62 if names else 38
-    parts = [_text(left, 22, title, 15, weight="600"), *_legend(names, left, 40)]
+    most = max(sums, default=0.0) or 1.0
+    legend, top = _legend(list(series), "box") if len(series) > 1 else ([], 0)
+    right = 14 + max((len(show(value)) for value in sums), default=0) * _LETTER
+    chart = Chart(title, top + len(bars) * 30 + 4, _margin(bars), right, legend)
     for i, bar in enumerate(bars):
-        y, x = top + i * height, float(left)
-        parts.append(_text(left - 8, y + height / 2 + 4, bar, anchor="end"))
-        for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
-            label = f"{bar}, {name}: {show(values[i])}"
-            parts.append(_rectangle(x, y + 3, values[i] * unit, height - 8, colour, label))
-            x += values[i] * unit
-        parts.append(_text(x + 8, y + height / 2 + 4, show(sums[i])))
-    return _svg(left + width + 110, top + len(bars) * height + 10, parts, title)
+        y, x = top + i * 30, 0.0
+        chart.around.append(_label(bar, chart.left, y + 19))
+        for number, (name, values) in enumerate(series.items()):
+            share = 100 * (values[i] / most)
+            chart.plot += _bar(x, y + 3, share, 22, number, f"{bar}, {name}: {show(values[i])}")
+            x += share
+        chart.plot.append(Mark("text", _percent(x), y + 19, text=show(sums[i]), dx=8))
+    return chart
 
 
-def _svg(width: float, height: float, parts: list[str], title: str) -> str:
-    head = (
-        f"<svg xmlns='http://www.w3.org/2000/svg' role='img' aria-label='{escape(title, quote=True)}' "
-        f"viewBox='0 0 {width:.0f} {height:.0f}' width='{width:.0f}' height='{height:.0f}' {_FONT}>"
-    )
-    ground = f"<rect width='{width:.0f}' height='{height:.0f}' fill='#fff'/>"
-    return "\n".join([head, ground, *parts, "</svg>"]) + "\n"
+def paired_bars(
+    title: str, groups: Sequence[str], series: dict[str, Sequence[float | None]], show: Callable[[float], str]
+) -> Chart:
+    """Draw one horizontal bar for each series under each label, with its value behind it.
+
+    Each group has a scale of its own, from 0 to 1 or to the greatest of its values: groups are measures of different kinds.
+
+    Args:
+        title: over the chart.
+        groups: labels.
+        series: name → a value for each group, None where there is none.
+        show: how to write a value.
+    """
+    legend, top = _legend(list(series), "box")
+    words = [show(value) for values in series.values() for value in values if value is not None]
+    right = 14 + max(map(len, words), default=0) * _LETTER
+    height = 18 * len(series) + 32
+    chart = Chart(title, top + len(groups) * height, 4, right, legend)
+    for i, group in enumerate(groups):
+        y = top + i * height + 16
+        chart.around.append(Mark("text", "4", y, css="strong", text=_shortened(group, 48)))
+        most = max([1.0, *(values[i] for values in series.values() if values[i] is not None)])
+        for number, (name, values) in enumerate(series.items()):
+            value, row = values[i], y + 6 + 18 * number
+            if value is None:
+                chart.plot.append(Mark("text", "0%", row + 12, css="soft", text="not measured"))
+                continue
+            share = max(0.0, 100 * (value / most))
+            chart.plot += _bar(0, row, share, 16, number, f"{group}, {name}: {show(value)}")
+            chart.plot.append(Mark("text", _percent(share), row + 12, text=show(value), dx=8))
+    return chart
 
 
-def _text(
-    x: float, y: float, text: str, size: int = 12, anchor: str = "start", fill: str = _INK, weight: str = "400"
-) -> str:
-    return (
-        f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' text-anchor='{anchor}' fill='{fill}' "
-        f"font-weight='{weight}'>{escape(text)}</text>"
-    )
-
-
-def _rectangle(x: float, y: float, width: float, height: float, fill: str, label: str) -> str:
-    return (
-        f"<rect x='{x:.1f}' y='{y:.1f}' width='{max(0, width):.2f}' height='{height:.1f}' fill='{fill}'>"
-        f"<title>{escape(label)}</title></rect>"
-    )
-
-
-def _column_labels(labels: Sequence[str], left: float, step: float, y: float) -> list[str]:
-    """Label the columns, as many as fit; where some labels are empty, the others fit."""
-    room = 0 if "" in labels else max((len(label) for label in labels), default=1) * _LETTER + 6
-    every = max(1, math.ceil(room / step))
+def _bar(x: float, y: float, width: float, height: float, number: int, label: str) -> list[Mark]:
+    """Return a piece of a bar: its fill, and over it its hatching, which tells series apart without colour."""
+    number %= NUM_SERIES
+    across = (_percent(x), y, _percent(width), height)
     return [
-        _text(left + (i + 0.5) * step, y, label, anchor="middle")
-        for i, label in enumerate(labels)
-        if label and i % every == 0
+        Mark("box", *across, css=f"series-{number}", text=label),
+        *([Mark("box", *across, css=f"hatched-{number}", text=label)] if number else []),
     ]
 
 
-def _legend(names: list[str], left: float, y: float) -> list[str]:
-    parts, x = [], left
-    for colour, name in zip(COLOURS, names, strict=False):
-        parts.append(_rectangle(x, y, 12, 12, colour, name))
-        parts.append(_text(x + 17, y + 10, name))
-        x += 36 + len(name) * _LETTER
-    return parts
+def _label(text: str, left: float, y: float) -> Mark:
+    return Mark("text", f"{left - 8:.0f}", y, text=_shortened(text, _MOST_LETTERS), anchor="end")
 
 
-def _legend_of_scale(left: float, y: float, scale: tuple, low: str, high: str) -> str:
-    steps = [_rectangle(left + 8 * i, y, 8, 10, _blend(scale, i / 15), "") for i in range(16)]
-    labels = [_text(left + 134, y + 9, f"{low} to {high}")]
-    return "\n".join(steps + labels)
+def _shortened(text: str, most: int) -> str:
+    """Return a text of at most `most` letters; what is left out of a longer one is its middle."""
+    head = most // 3
+    return text if len(text) <= most else f"{text[:head]}…{text[head + 1 - most :]}"
 
 
-def _value_axis(ticks: list[float], left: float, top: float, width: float, height: float, label: str) -> list[str]:
-    parts = []
-    for tick in ticks:
-        y = top + height * (1 - tick / ticks[-1])
-        parts.append(
-            f"<line x1='{left}' x2='{left + width}' y1='{y:.1f}' y2='{y:.1f}' stroke='{_FAINT}' stroke-width='1'/>"
-        )
-        parts.append(_text(left - 8, y + 4, f"{tick:.4g}", anchor="end"))
-    middle = top + height / 2
-    parts.append(
-        f"<text transform='translate(18 {middle:.0f}) rotate(-90)' font-size='12' text-anchor='middle' fill='{_INK}'>"
-        f"{escape(label)}</text>"
-    )
-    return parts
+def _column_labels(labels: Sequence[str], beside: float, y: float) -> list[Mark]:
+    """Label the columns, as many as fit each width; where some labels are empty, the others fit."""
+    room = 0 if "" in labels else max((len(label) for label in labels), default=1) * _LETTER + 6
+    marks = []
+    for i, label in enumerate(labels):
+        for since, width in ((0, _NARROW), *((width, width) for width in WIDTHS)):
+            fit = max(1, int((width - beside) / room)) if room else len(labels)
+            every = 1 << max(
+                0, math.ceil(math.log2(len(labels) / fit))
+            )  # doubled, so that fewer labels are some of more
+            if i % every == 0 and label:
+                middle = _percent(100 * (i + 0.5) / len(labels))
+                marks.append(Mark("text", middle, y, text=label, anchor="middle", since=since))
+                break
+    return marks
+
+
+def _legend(names: list[str], kind: str) -> tuple[list[Mark], float]:
+    """Return the legend of the series in as many rows as the narrowest picture needs, and its height."""
+    marks, x, y = [], 4.0, 4
+    for number, name in enumerate(names):
+        name = _shortened(name, 40)
+        width = 34 + len(name) * _LETTER
+        if x > 4 and x + width > _NARROW:
+            x, y = 4.0, y + 20
+        css = f"series-{number % NUM_SERIES}"
+        if kind == "box":
+            marks.append(Mark("box", f"{x:.0f}", y, "14", 14, css))
+            if number % NUM_SERIES:
+                marks.append(Mark("box", f"{x:.0f}", y, "14", 14, f"hatched-{number % NUM_SERIES}"))
+        else:
+            marks.append(Mark("line", f"{x:.0f}", y + 7, f"{x + 18:.0f}", y + 7, f"line {css}"))
+            marks.append(Mark("square" if number % 2 else "dot", f"{x + 9:.0f}", y + 7, css=css))
+        marks.append(Mark("text", f"{x:.0f}", y + 11, text=name, dx=22))
+        x += width
+    return marks, y + 24.0
+
+
+def _since(width: float) -> int | None:
+    """Return the width from which on something that needs `width` pixels is shown; None: never."""
+    return 0 if width <= _NARROW else next((known for known in WIDTHS if width <= known), None)
 
 
 def _ticks(most: float) -> list[float]:
@@ -203,9 +318,8 @@ def _ticks(most: float) -> list[float]:
 
 
 def _margin(labels: Sequence[str]) -> float:
-    return 24 + max((len(label) for label in labels), default=0) * _LETTER
+    return 14 + min(_MOST_LETTERS, max((len(label) for label in labels), default=0)) * _LETTER
 
 
-def _blend(scale: tuple[tuple[int, int, int], tuple[int, int, int]], share: float) -> str:
-    low, high = scale
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))
+def _percent(share: float) -> str:
+    return f"{share:.2f}%"

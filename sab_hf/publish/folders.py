@@ -31,7 +31,8 @@ HIDDEN = ".sab_hf."
 OWN = (
     *("config.json", "generation_config.json", "README.md", "report.json", "report.html"),
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
-    *(f"plots/{kind}_*.svg" for kind in ("bits", "budget", "error", "loss", "significance", "time")),
+    *(f"plots/{kind}_*.svg" for kind in ("bits", "budget", "error", "loss", "scores", "significance", "time")),
+    *(f"plots/example_*.{ending}" for ending in ("png", "jpeg")),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -124,7 +125,7 @@ def cut_off(path: Path) -> Path | None:
     return next((file.parent for file in sorted(path.glob(f"{HIDDEN}{_RANDOM}{_OLD}/{_NAMES}"))), None)
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write a file in one step; a link in its place is replaced, not followed.
 
     Raises:
@@ -134,7 +135,7 @@ def write_file(path: Path, text: str) -> None:
         raise OSError(f"`{path.parent}` is a link, and files are not written through it; remove it")
     temporary = path.with_name(f"{HIDDEN}{path.name}")
     temporary.unlink(missing_ok=True)
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     temporary.replace(path)
 
 

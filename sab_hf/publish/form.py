@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import re
 from collections.abc import Callable
@@ -11,6 +13,9 @@ from typing import Any
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Characters that move a terminal's cursor, change its state or the order of the text; new lines and tabs are none."""
 
+_PICTURES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
+"""Formats of pictures that pages show, and the bytes that their files begin with."""
+_MOST_PICTURE = 500_000  # letters of base64
 _ROLES = ("language", "vision", "projector", "embedding", "head")
 _MODALITIES = ("text", "image", "video", "audio")
 
@@ -38,14 +43,15 @@ def read_json(file: Path) -> Any:
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
-    """Read what `sab-hf eval --output` wrote.
+    """Read what `sab-hf eval --output` wrote: an evaluation, or scores of tasks.
 
     Raises:
         ValueError: it holds something else; names file and place.
     """
     try:
         content = read_json(file)
-        EVALUATION(content, f"{file}: the evaluation")
+        form = TASKS if isinstance(content, dict) and "scores" in content else EVALUATION
+        form(content, f"{file}: the evaluation")
     except ValueError as error:
         raise ValueError(f"{error}; it must be a file that `sab-hf eval --output` wrote") from error
     return content
@@ -143,6 +149,42 @@ def _object(optional: dict[str, Form] | None = None, **required: Form) -> Form:
     return check
 
 
+def picture_format(encoded: str) -> str:
+    """Return the format of a picture in base64, "png" or "jpeg".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        content = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"a picture must be base64, got {encoded[:20]!r}…") from error
+    for name, beginning in _PICTURES.items():
+        if content.startswith(beginning):
+            return name
+    raise ValueError(f"a picture must be one of {list(_PICTURES)}, got a file that begins with {content[:8]!r}")
+
+
+def _picture(value: Any, place: str) -> None:
+    if not isinstance(value, str) or len(value) > _MOST_PICTURE:
+        _refuse(f"a picture in at most {_MOST_PICTURE:,} letters of base64", value, place)
+    try:
+        picture_format(value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _truth(value: Any, place: str) -> None:
+    if not isinstance(value, bool):
+        _refuse("true or false", value, place)
+
+
+def _share(value: Any, place: str) -> None:
+    _number(value, place)
+    if not 0 <= value <= 1:
+        _refuse("a number from 0 to 1", value, place)
+
+
 def _anything(value: Any, place: str) -> None:
     """Accept plain data, whose text is escaped where it is shown."""
     if isinstance(value, dict):
@@ -153,14 +195,39 @@ def _anything(value: Any, place: str) -> None:
         _text(value, place)
 
 
-_SCORES = _object(metrics=_mapping(_text, _optional(_number)), nll=_optional(_number))
+_SPEED = _object(device=_text, prompt_tokens=_count, first_token_ms=_number, token_ms=_number)
+_SCORES = _object({"speed": _optional(_SPEED)}, metrics=_mapping(_text, _optional(_number)), nll=_optional(_number))
+_EXAMPLE = _object(
+    {"given_by_original": _optional(_text), "original_right": _optional(_truth)},
+    question=_text,
+    accepted=_list(_text),
+    given=_text,
+    right=_truth,
+    picture=_picture,
+)
 EVALUATION = _object(
-    {name: _optional(_number) for name in ("answer_agreement", "token_agreement", "kl")}
-    | {"original": _optional(_SCORES)},
+    {name: _optional(_number) for name in ("token_agreement", "kl")}
+    | {"answer_agreement": _optional(_share), "num_questions": _optional(_count)}
+    | {"original": _optional(_SCORES), "examples": _optional(_list(_EXAMPLE))},
     data=_text,
     seed=_count,
     num_samples=_count,
     model=_SCORES,
+)
+_TASK_SCORE = _object(
+    {name: _optional(_number) for name in ("original", "model_error", "original_error")}
+    | {"higher_is_better": _optional(_truth)},
+    task=_text,
+    dataset=_text,
+    metric=_text,
+    num_samples=_count,
+    model=_optional(_number),
+)
+TASKS = _object(
+    harness=_text,
+    seed=_count,
+    num_samples=_optional(_count),
+    scores=_list(_TASK_SCORE, least=1),
 )
 _ROLE = _object(num_quantized=_count, quantized_bytes=_count, dense_bytes=_count, bits=_optional(_number))
 _MODULE = _object(
@@ -187,7 +254,12 @@ _RECORD = _object(
     stages=_mapping(_text, _object(seconds=_number)),
 )
 SUMMARY = _object(
-    {"evaluation": _optional(EVALUATION), "record": _optional(_RECORD), "base_model": _optional(_text)}
+    {
+        "evaluation": _optional(EVALUATION),
+        "tasks": _optional(TASKS),
+        "record": _optional(_RECORD),
+        "base_model": _optional(_text),
+    }
     | {"pipeline_tag": _optional(_choice("image-text-to-text", "text-generation")), "device": _optional(_text)},
     created=_text,
     versions=_mapping(_text, _text),

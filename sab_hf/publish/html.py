@@ -1,34 +1,34 @@
-"""A report to look at: one HTML file without anything outside of it, and its pictures as SVG."""
+"""A report to look at: one HTML file without anything outside of it, and its pictures as SVG. Markup is in `templates/`."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from html import escape
 from typing import Any
+
+from markupsafe import Markup
 
 from ..dotted import at_number
 from . import charts
+from .form import picture_format
 from .report import size_in_words
 from .summary import NOT_SHOWN, spent
+from .templating import MARKUP
+from .verdicts import verdicts
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; color: #222; background: #f6f7f8;
-       margin: 0; }
-main { max-width: 900px; margin: 0 auto; padding: 28px 24px 60px; background: #fff; }
-h1 { font-size: 26px; margin: 0 0 4px; }
-h2 { font-size: 19px; margin: 36px 0 6px; border-top: 1px solid #ddd; padding-top: 18px; }
-p.lead { color: #555; margin: 0 0 18px; }
-figure { margin: 14px 0; overflow-x: auto; }
-table { border-collapse: collapse; margin: 10px 0; }
-td, th { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; }
-th { border-bottom: 1px solid #ccc; font-weight: 600; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-.figures { display: flex; flex-wrap: wrap; gap: 12px; }
-.figures div { background: #f1f5f9; border-radius: 6px; padding: 10px 16px; }
-.figures b { display: block; font-size: 21px; }
-"""
+_SECTIONS = (
+    ("bits", "Bits by layer", "Stored bits per weight: signs, scales, masks, everything."),
+    ("budget", "Where the budget went", "Bytes in the file."),
+    ("error", "Error by layer", "Squared error of a layer's output after its fit, relative to the output, under the calibration "
+     "data; refinement comes after it."),
+    ("significance", "Significance map", "Which input features have a residual plane, and which modality they matter to. Grey: "
+     "none has one."),
+    ("loss", "Loss by stage", "Squared error of a block's output relative to the full-precision block's, before and after "
+     "refinement."),
+    ("time", "Time by stage", ""),
+)  # fmt: skip
+"""First word of the names of pictures, title of their section, text under it."""
 
 
 def html_report(summary: dict[str, Any], title: str | None = None) -> str:
@@ -38,53 +38,38 @@ def html_report(summary: dict[str, Any], title: str | None = None) -> str:
         summary: result of `summary.summarize`, or the JSON report of a checkpoint.
         title: title of the page; None: one after the original.
     """
-    title = title or f"{summary['base_model'] or summary['model_class']}, binarized"
-    pictures = plots(summary)
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f"<p class='lead'>{escape(_lead(summary))}</p>",
-        _figures(summary),
-        "<h2>Parts of the model</h2>",
-        role_table(summary),
-        *_section("Bits by layer", pictures, "bits", "Stored bits per weight: signs, scales, masks, everything."),
-        *_section("Where the budget went", pictures, "budget", "Bytes in the file."),
-        *_section("Error by layer", pictures, "error", "Squared error of a layer's output after its fit, relative to "
-                  "the output, under the calibration data; refinement comes after it."),
-        *_section("Significance map", pictures, "significance", "Which input features have a residual plane, and which "
-                  "modality they matter to. Grey: none has one."),
-        *_section("Loss by stage", pictures, "loss", "Squared error of a block's output relative to the "
-                  "full-precision block's, before and after refinement."),
-        *_section("Time by stage", pictures, "time", ""),
-        *_evaluation(summary),
-        "<h2>Settings</h2>",
-        _settings(summary),
-    ]  # fmt: skip
-    return (
-        f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>\n"
-        f"<style>{_STYLE}</style></head>\n<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
+    pictures = _model_charts(summary)
+    return MARKUP.get_template("report.html.jinja").render(
+        title=title or f"{summary['base_model'] or summary['model_class']}, binarized",
+        style=Markup(charts.style()),
+        hatchings=Markup(charts.hatchings()),
+        lead=_lead(summary),
+        verdicts=verdicts(summary),
+        tasks=_tasks(summary),
+        evaluation=_evaluation(summary),
+        roles=role_rows(summary),
+        sections=[section for prefix, *words in _SECTIONS if (section := _section(pictures, prefix, *words))],
+        settings=_settings(summary),
     )
+
+
+def _section(pictures: dict[str, charts.Chart], prefix: str, title: str, text: str) -> dict[str, Any] | None:
+    own = [
+        {"title": chart.title, "picture": Markup(chart.svg())}
+        for name, chart in pictures.items()
+        if name.split("_")[0] == prefix
+    ]
+    return {"title": title, "text": text, "charts": own} if own else None
 
 
 def plots(summary: dict[str, Any]) -> dict[str, str]:
     """Return the pictures of a report, file name without ending → SVG; what is not known is left out."""
-    found: dict[str, str] = {}
-    roles = list(dict.fromkeys(module["role"] for module in summary["modules"]))
-    for role in roles:
-        own = [module for module in summary["modules"] if module["role"] == role]
-        found[f"bits_{role}"] = _by_layer(f"Bits per weight, {role}", own, lambda m: m["bits"], "{:.2f}", charts.BLUES)
-        if any(module["error"] is not None for module in own):
-            found[f"error_{role}"] = _by_layer(
-                f"Relative output error of the fit, {role}", own, lambda m: m["error"], "{:.3f}", charts.ORANGES
-            )
-    found |= _budget(summary)
-    for role in roles:
-        found |= _significance(role, [module for module in summary["modules"] if module["role"] == role])
-    return found | _stages(summary)
+    return {name: chart.svg(alone=True) for name, chart in (_scores(summary) | _model_charts(summary)).items()}
 
 
-def role_table(summary: dict[str, Any]) -> str:
-    """Return the table of roles in HTML."""
-    rows = [
+def role_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return part, binarized weights, bits per weight, packed and dense bytes of each part of a model, in words."""
+    return [
         (
             name,
             f"{role['num_quantized']:,}" if role["num_quantized"] else "–",
@@ -94,7 +79,22 @@ def role_table(summary: dict[str, Any]) -> str:
         )
         for name, role in summary["roles"].items()
     ]
-    return _table(("part", "binarized weights", "bits per weight", "packed", "dense"), rows, numbers=True)
+
+
+def _model_charts(summary: dict[str, Any]) -> dict[str, charts.Chart]:
+    found: dict[str, charts.Chart] = {}
+    roles = list(dict.fromkeys(module["role"] for module in summary["modules"]))
+    for role in roles:
+        own = [module for module in summary["modules"] if module["role"] == role]
+        found[f"bits_{role}"] = _by_layer(f"Bits per weight, {role}", own, lambda m: m["bits"], "{:.2f}", "blue")
+        if any(module["error"] is not None for module in own):
+            found[f"error_{role}"] = _by_layer(
+                f"Relative output error of the fit, {role}", own, lambda m: m["error"], "{:.3f}", "orange"
+            )
+    found |= _budget(summary)
+    for role in roles:
+        found |= _significance(role, [module for module in summary["modules"] if module["role"] == role])
+    return found | _stages(summary)
 
 
 def _lead(summary: dict[str, Any]) -> str:
@@ -104,27 +104,9 @@ def _lead(summary: dict[str, Any]) -> str:
     return f"{summary['model_class']}, quantized{took}; written {summary['created']} by {versions}"
 
 
-def _figures(summary: dict[str, Any]) -> str:
-    whole = summary["bytes_at_16_bits"]
-    figures = [
-        (f"{summary['bits']:.3f}", "bits per binarized weight"),
-        (size_in_words(summary["total_bytes"]), "whole checkpoint"),
-        (size_in_words(whole), "the same model with 16-bit weights"),
-        (f"{whole / summary['total_bytes']:.1f}×", "smaller"),
-    ]
-    return "<div class='figures'>" + "".join(f"<div><b>{a}</b>{b}</div>" for a, b in figures) + "</div>"
-
-
-def _section(title: str, pictures: dict[str, str], prefix: str, text: str) -> list[str]:
-    own = [svg for name, svg in pictures.items() if name.split("_")[0] == prefix]
-    if not own:
-        return []
-    return [f"<h2>{title}</h2>", f"<p>{text}</p>", *(f"<figure>{svg}</figure>" for svg in own)]
-
-
 def _by_layer(
-    title: str, modules: list[dict[str, Any]], value: Callable, form: str, scale: Any, bounds: Any = None
-) -> str:
+    title: str, modules: list[dict[str, Any]], value: Callable, form: str, scale: str, bounds: Any = None
+) -> charts.Chart:
     """Draw a heat map with a row for each kind of layer and a column for each block; alike layers of a block are averaged."""
     sums: dict[tuple[str, str], list[float]] = defaultdict(list)
     rows, columns = {}, {}
@@ -155,7 +137,7 @@ def _split(name: str) -> tuple[str, str, str]:
     return blocks, number, re.sub(r"\.\d+(?=\.|$)", "", kind)
 
 
-def _budget(summary: dict[str, Any]) -> dict[str, str]:
+def _budget(summary: dict[str, Any]) -> dict[str, charts.Chart]:
     by_role = spent(summary)
     kinds = list(dict.fromkeys(kind for sizes in by_role.values() for kind in sizes))
     quantized = charts.stacked_bars(
@@ -173,7 +155,7 @@ def _budget(summary: dict[str, Any]) -> dict[str, str]:
     return {"budget_kinds": quantized, "budget_parts": whole}
 
 
-def _significance(role: str, modules: list[dict[str, Any]]) -> dict[str, str]:
+def _significance(role: str, modules: list[dict[str, Any]]) -> dict[str, charts.Chart]:
     found = {}
     if any(module["num_significant"] for module in modules):
         shown = [module for module in modules if module["num_significant"]]
@@ -182,23 +164,23 @@ def _significance(role: str, modules: list[dict[str, Any]]) -> dict[str, str]:
         found[f"significance_columns_{role}"] = _columns(role, same)
         found[f"significance_share_{role}"] = _by_layer(
             f"Share of columns with a residual plane, {role}", modules,
-            lambda m: m["num_significant"] / m["in_features"], "{:.2f}", charts.GREENS,
+            lambda m: m["num_significant"] / m["in_features"], "{:.2f}", "green",
         )  # fmt: skip
     modalities = sorted({name for module in modules for name in module["column_share"] or {}})
     for modality in modalities if len(modalities) > 1 else []:
         found[f"significance_{modality}_{role}"] = _by_layer(
             f"Share of {modality} in the loss at stake in the significant columns, {role}", modules,
-            lambda m, name=modality: (m["column_share"] or {}).get(name), "{:.2f}", charts.PURPLES, (0.0, 1.0),
+            lambda m, name=modality: (m["column_share"] or {}).get(name), "{:.2f}", "purple", (0.0, 1.0),
         )  # fmt: skip
     if any(module["unimodal_share"] is not None for module in modules):
         found[f"significance_unimodal_{role}"] = _by_layer(
             f"Share of the sensitivity that is unimodal, {role}", modules,
-            lambda m: m["unimodal_share"], "{:.2f}", charts.PURPLES, (0.0, 1.0),
+            lambda m: m["unimodal_share"], "{:.2f}", "purple", (0.0, 1.0),
         )  # fmt: skip
     return found
 
 
-def _columns(role: str, modules: list[dict[str, Any]]) -> str:
+def _columns(role: str, modules: list[dict[str, Any]]) -> charts.Chart:
     """Draw where in its input features each layer has significant columns, from the first feature to the last."""
     shown = modules[:200]
     labels = [" ".join(place) for place in _places(shown)]
@@ -209,13 +191,13 @@ def _columns(role: str, modules: list[dict[str, Any]]) -> str:
         [f"{4 * i // count * 25}%" if i % max(1, count // 4) == 0 else "" for i in range(count)],
         [module["significant_columns"] for module in shown],
         "{:.0%}".format,
-        charts.GREENS,
+        "green",
         x_label="input features, first to last",
-        cell=(max(6, 620 // count), 14),
+        cell=14,
     )
 
 
-def _stages(summary: dict[str, Any]) -> dict[str, str]:
+def _stages(summary: dict[str, Any]) -> dict[str, charts.Chart]:
     record, found = summary["record"], {}
     if record and record["refinements"]:
         blocks = [str(i) for i in range(len(record["refinements"]))]
@@ -234,13 +216,96 @@ def _stages(summary: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _evaluation(summary: dict[str, Any]) -> list[str]:
+def _scores(summary: dict[str, Any]) -> dict[str, charts.Chart]:
+    """Return the pictures of model and original side by side."""
+    found = {}
+    if summary.get("tasks"):
+        scores = summary["tasks"]["scores"]
+        series: dict[str, list] = {"model": [score["model"] for score in scores]}
+        if any(score.get("original") is not None for score in scores):
+            series["original"] = [score.get("original") for score in scores]
+        names = [f"{score['task']}: {score['metric'].replace('_', ' ')}" for score in scores]
+        found["scores_tasks"] = charts.paired_bars("Scores by task", names, series, "{:.4g}".format)
     evaluation = summary["evaluation"]
-    if not evaluation:
-        return []
-    rows = evaluation_rows(evaluation)
-    about = f"{evaluation['num_samples']} samples of {evaluation['data']}, seed {evaluation['seed']}"
-    return ["<h2>Evaluation</h2>", f"<p>{escape(about)}</p>", _table(("", "model", "original"), rows, numbers=True)]
+    if evaluation and evaluation["model"]["metrics"]:
+        metrics = evaluation["model"]["metrics"]
+        series = {"model": list(metrics.values())}
+        if evaluation.get("original"):
+            series["original"] = [evaluation["original"]["metrics"].get(name) for name in metrics]
+        names = [name.replace("_", " ") for name in metrics]
+        found["scores_answers"] = charts.paired_bars("Answers to questions", names, series, "{:.1%}".format)
+    return found
+
+
+def scores_picture(evaluation: dict[str, Any]) -> str:
+    """Return the picture of model and original side by side as SVG.
+
+    Args:
+        evaluation: `to_dict()` of what `sab_hf.evaluate.evaluate` or `evaluate_tasks` returned.
+    Raises:
+        ValueError: it holds no scores: data without answers.
+    """
+    tasks = "scores" in evaluation
+    found = _scores({"tasks": evaluation if tasks else None, "evaluation": None if tasks else evaluation})
+    if not found:
+        raise ValueError("there is nothing to draw: the data has no answers, so no share of right ones is known")
+    return next(iter(found.values())).svg(alone=True)
+
+
+def _tasks(summary: dict[str, Any]) -> dict[str, Any] | None:
+    found = summary.get("tasks")
+    if not found:
+        return None
+    picture = _scores(summary)["scores_tasks"]
+    return {
+        "about": tasks_about(found),
+        "picture": Markup(picture.svg()),
+        "head": TASK_COLUMNS,
+        "rows": task_rows(found),
+    }
+
+
+TASK_COLUMNS = ("task", "measure", "samples", "model", "original")
+
+
+def tasks_about(found: dict[str, Any]) -> str:
+    """Return what was run, in a sentence."""
+    part = "all samples" if found["num_samples"] is None else f"at most {found['num_samples']:,} samples each"
+    return f"By {found['harness']}, {part}, seed {found['seed']}, greedy; ± is a standard error."
+
+
+def task_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the scores of tasks as rows of `TASK_COLUMNS`."""
+
+    def written(score: dict[str, Any], who: str) -> str:
+        value, error = score.get(who), score.get(f"{who}_error")
+        return "–" if value is None else f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+    return [
+        (
+            score["task"],
+            score["metric"].replace("_", " ") + ("" if score.get("higher_is_better", True) else " (lower is better)"),
+            f"{score['num_samples']:,}",
+            written(score, "model"),
+            written(score, "original"),
+        )
+        for score in found["scores"]
+    ]
+
+
+def _evaluation(summary: dict[str, Any]) -> dict[str, Any] | None:
+    found = summary["evaluation"]
+    if not found:
+        return None
+    picture = _scores(summary).get("scores_answers")
+    return {
+        "about": f"{found['num_samples']} samples of {found['data']}, seed {found['seed']}, greedy",
+        "picture": Markup(picture.svg()) if picture else "",
+        "rows": evaluation_rows(found),
+        "examples": [
+            {**example, "format": picture_format(example["picture"])} for example in found.get("examples") or []
+        ],
+    }
 
 
 def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -265,12 +330,12 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _settings(summary: dict[str, Any]) -> str:
+def _settings(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [(name, str(value)) for name, value in summary["config"].items() if name not in NOT_SHOWN]
     if summary["record"]:
         rows[:0] = [("distillation", line) for line in distillation_lines(summary["record"])]
         rows.insert(0, ("calibration set", summary["record"]["calibration"].removeprefix("calibration set: ")))
-    return _table(("setting", "value"), rows)
+    return rows
 
 
 def distillation_lines(record: dict[str, Any]) -> list[str]:
@@ -280,13 +345,3 @@ def distillation_lines(record: dict[str, Any]) -> list[str]:
         for result in record.get("distillations") or []
         if None not in result.values()  # NaN
     ]
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], numbers: bool = False) -> str:
-    def cells(tag: str, row: tuple[str, ...]) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if numbers and i else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(row)
-        )
-
-    body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table><tr>{cells('th', head)}</tr>\n{body}</table>"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoProcessor
 from transformers.models.auto import modeling_auto
 
+from ..processors import processor_of
 from .locate import read_config, require_packed
 
 _BY_CONFIG = {
@@ -47,10 +47,10 @@ def load(path_or_id: str | os.PathLike, **kwargs: Any) -> tuple[Any, Any]:
     require_packed(config, path_or_id)
     model = opening_class(config).from_pretrained(path_or_id, **kwargs)
     try:
-        processor = AutoProcessor.from_pretrained(path_or_id, **hub)
-    except (OSError, ValueError) as error:
+        processor = processor_of(path_or_id, None, "a checkpoint needs", "save one beside the weights", **hub)
+    except ValueError as error:
         raise OSError(
-            f"`{path_or_id}` has no processor beside its weights ({error}); save one there: "
+            f"`{path_or_id}` has no processor beside its weights ({error.__cause__}); save one there: "
             f"`AutoProcessor.from_pretrained(<base model>).save_pretrained({str(Path(path_or_id))!r})`"
         ) from error
     return model.eval(), processor

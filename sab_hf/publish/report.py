@@ -13,6 +13,7 @@ from torch import nn
 from ..anatomy.roles import LANGUAGE, Roles, find_roles
 from ..anatomy.selection import Coverage, coverage
 from ..packed.linear import SABModule
+from ..packed.names import tied
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,10 @@ def report(model: nn.Module) -> Report:
     ]
     packed = {id(t) for m in model.modules() if isinstance(m, SABModule) for t in m.packed_tensors().values()}
     dense: dict[str, int] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in packed | seen:
-            seen.add(id(tensor))
+    state = model.state_dict(keep_vars=True)
+    again = tied(state)
+    for name, tensor in state.items():
+        if id(tensor) not in packed and name not in again:
             dense[roles.of(name)] = dense.get(roles.of(name), 0) + tensor.nbytes
     by_role = {}
     for role in sorted(dense.keys() | {module.role for module in modules}):

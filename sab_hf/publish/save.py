@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from ..anatomy.adapters import refuse_adapters
 from ..packed.checksums import seal_files
 from ..processors import processor_of
-from .card import find_license, model_card
+from .card import examples, find_license, model_card
 from .folders import HIDDEN, atomic_folder, write_file
 from .form import check_summary, read_json
 from .html import html_report, plots
@@ -63,7 +63,7 @@ def save(
         path_or_repo: a folder, or with `push` a Hub repository, "name" or "owner/name".
         push: publish; needs to be logged in (`hf auth login`) or a token.
         record: what `sab_hf.quantize` returned; None: the one that the model carries since it was quantized, if any.
-        evaluation: what `sab_hf.evaluate.evaluate` returned, for card and report.
+        evaluation: what `sab_hf.evaluate.evaluate` or `evaluate_tasks` returned, for card and report.
         base_model: Hub id of the original for the card; None: where the model came from, if known.
         license: license for the card; None: that in the card of the original.
         max_shard_size: most bytes of one weights file.
@@ -233,6 +233,8 @@ def write_pages(folder: Path, summary: dict[str, Any], repo_id: str, license: st
     (folder / "plots").mkdir(exist_ok=True)
     for name, svg in pictures.items():
         write_file(folder / "plots" / f"{name}.svg", svg)
+    for example in examples(summary):
+        write_file(folder / "plots" / example["file"], example["content"])
     write_file(folder / REPORT, json.dumps(summary, indent=1))
     write_file(folder / "report.html", html_report(summary, repo_id.rpartition("/")[2]))
     write_file(folder / "README.md", str(model_card(summary, repo_id, license, tuple(pictures))))

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from ..config import without_path
+from ..packed.names import tied
 from ..packing import unpack_bits
 from ..version import __version__
 from .open import remote_auto_class
@@ -31,7 +32,8 @@ def summarize(
     Args:
         model: the packed model.
         record: what `sab_hf.quantize` returned; None: the one that the model carries since it was quantized, if any.
-        evaluation: what `sab_hf.evaluate.evaluate` returned, or its `to_dict()`; None: no evaluation was run.
+        evaluation: what `sab_hf.evaluate.evaluate` or `evaluate_tasks` returned, or its `to_dict()`; None: no evaluation was
+            run.
         base_model: Hub id or path of the original; None: where the model came from, if it was quantized in this process.
     Returns:
         JSON data: strings, numbers, lists and dicts, None where something is not known.
@@ -43,10 +45,10 @@ def summarize(
         base_model = model.config._name_or_path or None
     sizes = report(model)
     config = model.config.quantization_config.to_dict()
-    return {
+    summary = {
         "created": datetime.date.today().isoformat(),
         "versions": {"sab_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
-        "device": _device(model),
+        "device": device_of(model),
         "model_class": type(model).__name__,
         "opens_with": _opens_with(model),
         "pipeline_tag": _pipeline_tag(model),
@@ -59,16 +61,24 @@ def summarize(
         "roles": {name: dataclasses.asdict(role) | {"bits": role.bits} for name, role in sizes.roles.items()},
         "modules": _modules(model, sizes, record),
         "record": _record(record),
-        "evaluation": plain_evaluation(evaluation),
+        "evaluation": None,
+        "tasks": None,
     }
+    return summary if evaluation is None else with_evaluation(summary, evaluation)
 
 
-def plain_evaluation(evaluation: Any) -> dict[str, Any] | None:
-    """Return an evaluation, or its `to_dict()`, as it stands in a summary."""
-    if evaluation is None:
-        return None
-    plain = evaluation.to_dict() if hasattr(evaluation, "to_dict") else evaluation
-    return finite(plain) | {"data": without_path(plain["data"])}
+def with_evaluation(summary: dict[str, Any], evaluation: Any) -> dict[str, Any]:
+    """Return a summary with an evaluation, or scores of tasks, in place of those that it has; the others stay.
+
+    Args:
+        summary: as `summarize` returns it.
+        evaluation: what `sab_hf.evaluate.evaluate` or `evaluate_tasks` returned, or its `to_dict()`.
+    """
+    plain = finite(evaluation.to_dict() if hasattr(evaluation, "to_dict") else evaluation)
+    if "scores" in plain:
+        scores = [score | {"dataset": without_path(score["dataset"])} for score in plain["scores"]]
+        return summary | {"tasks": plain | {"scores": scores}}
+    return summary | {"evaluation": plain | {"data": without_path(plain["data"])}}
 
 
 def spent(summary: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -132,10 +142,10 @@ def _num_parameters(model: nn.Module, sizes: Any) -> int:
     packed = {
         id(tensor) for module in sizes.modules for tensor in model.get_submodule(module.name).packed_tensors().values()
     }
-    dense = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(module.num_weights for module in sizes.modules) + sum(
-        size for key, size in dense.items() if key not in packed
-    )
+    state = model.state_dict(keep_vars=True)
+    again = tied(state)
+    dense = [tensor.numel() for name, tensor in state.items() if id(tensor) not in packed and name not in again]
+    return sum(module.num_weights for module in sizes.modules) + sum(dense)
 
 
 def _opens_with(model: nn.Module) -> dict[str, Any]:
@@ -146,7 +156,8 @@ def _opens_with(model: nn.Module) -> dict[str, Any]:
     return {"class": name if native or own is None else own, "remote_code": not native and own is not None}
 
 
-def _device(model: nn.Module) -> str:
+def device_of(model: nn.Module) -> str:
+    """Return what a model runs on, in words."""
     if model.device.type == "cuda":
         return torch.cuda.get_device_name(model.device)
     return f"CPU, {os.cpu_count()} cores" if model.device.type == "cpu" else str(model.device)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import task_data
 import torch
 from docs_reader import ALL_PAGES, DOCS, PAGES, ROOT, Block, anchors, links, read_page
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -28,6 +29,7 @@ NOT_RUN = (
     "python -m sab_hf.run transformers serve",
     "python -m sab_hf.run lm_eval ",
     "python -m sab_hf.run -m lmms_eval ",
+    "sab-hf eval packed --tasks ",
     "PYTHONPATH=examples python -m tiny_vlm.export ",
     "hf auth login",
 )
@@ -130,6 +132,29 @@ def test_harnesses_score_as_the_package_does(program, module, changes, materials
     found = re.search(r"^\|tiny_world *\|.*\|exact_match\|↑ *\| *([\d.]+)\|", done.stdout, re.MULTILINE)
     expected = evaluate(str(materials / "packed"), data=str(materials / "questions.jsonl"), dtype=torch.float32)
     assert float(found[1]) == pytest.approx(expected.model.metrics["exact_match"], abs=1e-4)
+
+
+@pytest.mark.slow  # lmms-eval reads all its tasks first
+def test_tasks_of_the_page_are_asked(materials, tmp_path, monkeypatch, capfd):
+    """The command of the page, with copies of the data on this machine."""
+    pytest.importorskip("lmms_eval")
+    for item in materials.iterdir():
+        (tmp_path / item.name).symlink_to(item)
+    task_data.write(tmp_path / "copies")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    blocks = read_page("evaluate.md")[0]
+    command = next(
+        line for block in blocks for line in block.code.splitlines() if line.startswith("sab-hf eval packed --tasks ")
+    )
+    assert cli.main([*shlex.split(command)[1:], "--data", "copies"]) == 0
+    table = capfd.readouterr().out
+    assert [line.split()[0] for line in table.splitlines() if line.split()[1] in ("anls", "average", "exact_match")] == [
+        "docvqa_val", "textvqa_val", "mmstar",
+    ]  # fmt: skip
+    assert {"chartqa", "ocrbench"} <= {score["task"] for score in json.loads(Path("tasks.json").read_text())["scores"]}
+    assert Path("tasks.svg").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import shutil
@@ -9,8 +11,11 @@ import shutil
 import pytest
 import torch
 from helpers import build_llama, build_llava, build_processor, build_samples, build_tokenizer, load
+from PIL import Image
 
 from sab_hf.evaluate.compare import Evaluation, Scores, evaluate
+from sab_hf.evaluate.questions import read_questions
+from sab_hf.evaluate.scorers import normalize
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +102,60 @@ def test_options_of_the_hub_hold_for_config_and_processor_and_not_for_the_origin
 def test_json_has_null_for_what_is_no_number():
     result = Evaluation("mine", 1, 1, 0, 1, Scores({}, math.nan), Scores({}, 1e9), kl=math.inf)
     plain = json.loads(result.to_json(), parse_constant=pytest.fail)
-    assert plain["model"] == {"metrics": {}, "nll": None, "perplexity": None}
+    assert plain["model"] == {"metrics": {}, "nll": None, "perplexity": None, "speed": None}
     assert (plain["original"]["perplexity"], plain["kl"]) == (None, None)
+
+
+def test_speed_is_that_of_one_answer(models, samples, monkeypatch):
+    """A model whose time is counted in tokens: 5 ms before the first, 2 ms for each."""
+    clock, lengths = [0.0], []
+    generate = type(models[0]).generate
+
+    def timed(self, *args, max_new_tokens, **kwargs):
+        if "min_new_tokens" in kwargs:
+            lengths.append((kwargs["input_ids"].shape[0], max_new_tokens, kwargs["min_new_tokens"]))
+            clock[0] += 0.005 + 0.002 * max_new_tokens
+        return generate(self, *args, max_new_tokens=1, **{k: v for k, v in kwargs.items() if k != "min_new_tokens"})
+
+    monkeypatch.setattr(type(models[0]), "generate", timed)
+    monkeypatch.setattr("sab_hf.evaluate.answering.time.perf_counter", lambda: clock[0])
+    result = evaluate(models[0], build_processor(), samples[:2], original=models[1], max_new_tokens=1)
+    for speed in (result.model.speed, result.original.speed):
+        assert (speed.first_token_ms, speed.token_ms) == (pytest.approx(7), pytest.approx(2))
+        assert speed.prompt_tokens > 4
+        assert speed.device.startswith("CPU")
+    assert set(lengths) == {(1, 1, 1), (1, 17, 17)}
+    assert "further token, ms" in str(result)
+    assert evaluate(models[0], build_processor(), samples[:2], max_new_tokens=1, speed=False).model.speed is None
+
+
+def test_examples_are_the_first_questions_with_pictures(models, samples, tmp_path):
+    said = evaluate(models[0], build_processor(), samples[:4], max_new_tokens=4, speed=False, seed=3).answers
+    text = "Who has no picture?"
+    rows = [
+        {"image": s[0]["content"][0]["image"], "question": s[0]["content"][1]["text"], "answer": given}
+        for s in samples[:4]
+        for given in [next(a.given for a in said if a.question == s[0]["content"][1]["text"]) or "nothing"]
+    ]
+    rows[1]["answer"] = "something else"
+    result = evaluate(
+        models[0], build_processor(), [{"question": text, "answer": "I"}, *rows], max_new_tokens=4, num_examples=3, seed=3,
+        original=models[1], speed=False,
+    )  # fmt: skip
+    assert len(result.examples) == 3
+    by_question = {row["question"]: row for row in rows}
+    for example in result.examples:
+        row = by_question[example.question]
+        assert example.right == (normalize(example.given) == normalize(row["answer"]))
+        assert example.original_right is not None
+        picture = Image.open(io.BytesIO(base64.b64decode(example.picture))).convert("RGB")
+        assert picture.size == row["image"].size
+    assert [example.question for example in result.examples] == [
+        question.text
+        for question in read_questions([{"question": text, "answer": "I"}, *rows], 200, 3, with_images=True)
+        if question.text != text
+    ][:3]
+    assert evaluate(models[0], build_processor(), rows, max_new_tokens=1, speed=False).examples == []
 
 
 def test_passages_count_for_perplexity_only():
@@ -133,6 +190,8 @@ def test_errors_say_what_to_do(models):
     model, _ = models
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         evaluate(model, build_processor(), build_samples(1), batch_size=0)
+    with pytest.raises(ValueError, match="`num_examples` must be at least 0, got -1"):
+        evaluate(model, build_processor(), build_samples(1), num_examples=-1)
     with pytest.raises(ValueError, match="must hold at least one sample"):
         evaluate(model, build_processor(), [])
     with pytest.raises(

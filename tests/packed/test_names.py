@@ -6,13 +6,14 @@ import pickle
 
 import pytest
 import torch
-from helpers import V5, build_llama, build_tokenizer, load, logits, packed_linears
+from helpers import V5, build_llama, build_llava, build_tokenizer, load, logits, packed_linears
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
 from sab_hf.packed.linear import SABModule
+from sab_hf.packed.names import tied
 from sab_hf.publish.inspect import inspect
 
 FAST = {"calibration": ["some text", "more"] * 4, "num_samples": 4, "refine_steps": 0, "alternations": 1}
@@ -201,3 +202,18 @@ def _with_quantization(config, path):
 
     config.quantization_config = AutoConfig.from_pretrained(path).quantization_config
     return config
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tied_tensors_are_found_by_what_they_share(device):
+    model = build_llava(tied=True, tie_word_embeddings=True).to(device)
+    model.tie_weights()
+    found = tied(model.state_dict(keep_vars=True))
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in [*found, *found.values()]} == {
+        "embed_tokens",
+        "lm_head",
+    }
+    assert tied(build_llava().to(device).state_dict(keep_vars=True)) == {}
+    whole = torch.zeros(4, 4)
+    state = {"b": whole, "a": whole.view(4, 4), "part": whole[:2], "other": torch.zeros(4, 4), "empty": torch.empty(0)}
+    assert tied(state | {"nothing": torch.empty(0)}) == {"a": "b"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import shutil
@@ -9,13 +10,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers import load
+from helpers import load, png_base64
+from huggingface_hub import ModelCard
 
 from sab_hf.cli import main
-from sab_hf.publish.card import as_code, as_text, find_license, model_card
-from sab_hf.publish.form import check_summary, printable, read_evaluation
+from sab_hf.publish.card import find_license, model_card
+from sab_hf.publish.form import check_summary, picture_format, printable, read_evaluation
 from sab_hf.publish.html import html_report, plots
-from sab_hf.publish.summary import summarize
+from sab_hf.publish.summary import summarize, with_evaluation
+from sab_hf.publish.templating import as_code, as_text
 
 EVIL = (
     "</td><script>alert(1)</script> ![x](http://a.b/c.png) [l](js:1) `code` | cell\n# head\n<img src=x onerror=y> _i_"
@@ -24,10 +27,27 @@ EVIL = (
 
 @pytest.fixture(scope="module")
 def summary(vlm_dir, make_config):
-    scores = {"metrics": {"exact_match": 0.5}, "nll": 1.25}
+    speed = {"device": "CPU", "prompt_tokens": 9, "first_token_ms": 2.5, "token_ms": 1.5}
+    scores = {"metrics": {"exact_match": 0.5}, "nll": 1.25, "speed": speed}
+    example = {
+        "question": "Q",
+        "accepted": ["A"],
+        "given": "A",
+        "given_by_original": "B",
+        "right": True,
+        "original_right": False,
+    }
     evaluation = {"data": "builtin", "seed": 1, "num_samples": 9, "model": scores, "original": scores, "kl": 0.125}
+    evaluation |= {
+        "answer_agreement": 0.5,
+        "num_questions": 9,
+        "examples": [example | {"picture": png_base64((9, 9, 9))}],
+    }
+    score = {"task": "chartqa", "dataset": "a/b", "metric": "acc", "num_samples": 9, "model": 0.5, "original": 0.75}
+    score |= {"model_error": 0.1, "original_error": 0.1, "higher_is_better": True}
+    tasks = {"harness": "lmms-eval", "seed": 1, "num_samples": None, "scores": [score]}
     model = load(vlm_dir, quantization_config=make_config(refine_steps=1))
-    return json.loads(json.dumps(summarize(model, evaluation=evaluation)))
+    return json.loads(json.dumps(with_evaluation(summarize(model, evaluation=evaluation), tasks)))
 
 
 @pytest.fixture
@@ -78,6 +98,14 @@ WRONG = {
     ("config",): ([1], r"the report\.config must be an object, got \[1\]"),
     ("record", "refinements"): ([[1]], r"the report\.record\.refinements\[0\] must be a list of 2, got \[1\]"),
     ("evaluation", "model"): ({}, r"the report\.evaluation\.model must have the key 'metrics'"),
+    ("evaluation", "examples", 0, "picture"): (
+        png_base64((9, 9, 9)) + '" onload="alert(1)',
+        r"the report\.evaluation\.examples\[0\]\.picture: a picture must be base64",
+    ),
+    ("evaluation", "examples", 0, "right"): ("yes", r"examples\[0\]\.right must be true or false, got 'yes'"),
+    ("evaluation", "model", "speed"): ({}, r"model\.speed must have the key 'device'"),
+    ("tasks", "scores"): ([], r"the report\.tasks\.scores must be a list of at least 1"),
+    ("tasks", "scores", 0, "model"): ("all", r"the report\.tasks\.scores\[0\]\.model must be a number"),
     ("versions", "torch"): (None, r"the report\.versions\.torch must be text"),
 }
 
@@ -158,6 +186,15 @@ def test_names_and_strings_are_text_on_card_and_page(summary):
     evil["base_model"] = f"owner/{EVIL}"
     evil["evaluation"]["data"] = EVIL
     evil["evaluation"]["model"]["metrics"] = {EVIL: 0.5}
+    evil["evaluation"]["model"]["speed"]["device"] = EVIL
+    evil["evaluation"]["examples"][0] |= {
+        "question": EVIL,
+        "accepted": [EVIL],
+        "given": EVIL,
+        "given_by_original": EVIL,
+    }
+    evil["tasks"]["harness"] = EVIL
+    evil["tasks"]["scores"][0] |= {"task": EVIL, "dataset": EVIL, "metric": EVIL}
     evil["modules"][0]["name"] = f"model.layers.0.{EVIL}"
     card = str(model_card(evil, f'me/{EVIL}"); import os', None, tuple(plots(evil))))
     body = card.split("---\n", 2)[2]
@@ -167,18 +204,30 @@ def test_names_and_strings_are_text_on_card_and_page(summary):
     links = {token.attrGet("href") or token.attrGet("src") for token in flat if token.type in ("link_open", "image")}
     assert all(link.startswith(("plots/", "https://arxiv.org/")) for link in links)
     assert sum(token.type == "heading_open" for token in tokens) == 6
+    assert sum(token.type == "table_open" for token in tokens) == 4
+    assert ModelCard(card).data.eval_results[0].dataset_type == EVIL
     code = next(token.content for token in tokens if token.type == "fence")
     compile(code, "card", "exec")
     assert len(code.strip().splitlines()) == 5
 
     class Tags(HTMLParser):
         found: set[str] = set()  # noqa: RUF012
+        sources: set[str] = set()  # noqa: RUF012
 
         def handle_starttag(self, tag, attributes):
             self.found |= {tag, *(f"on:{name}" for name, _ in attributes if name.startswith("on"))}
+            self.sources |= {value for name, value in attributes if name in ("src", "href")}
 
-    Tags().feed(html_report(evil, EVIL))
-    assert not {tag for tag in Tags.found if tag in ("script", "img") or tag.startswith("on:")}
+    for page in (html_report(evil, EVIL), *plots(evil).values()):
+        Tags().feed(page)
+    assert not {tag for tag in Tags.found if tag in ("script", "a") or tag.startswith("on:")}
+    assert Tags.sources == {f"data:image/png;base64,{png_base64((9, 9, 9))}"}
+
+
+@pytest.mark.parametrize("content", [b"<svg onload='alert(1)'/>", b"GIF89a", b""])
+def test_pictures_of_other_formats_are_refused(content):
+    with pytest.raises(ValueError, match=r"must be one of \['png', 'jpeg'\]"):
+        picture_format(base64.b64encode(content).decode())
 
 
 def test_text_and_code_of_markdown():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import build_llava, build_processor, load, logits
+from helpers import build_llava, build_processor, load, logits, png_base64
 from huggingface_hub import ModelCard
 from transformers import AutoProcessor
 
@@ -132,6 +133,14 @@ def test_quantizing_in_memory_leaves_the_record_too(processor, make_config):
 def test_card_of_a_model_with_record_and_evaluation(quantized, processor, tmp_path):
     scores = {"metrics": {"exact_match": 0.5}, "nll": 1.25}
     evaluation = {"data": "builtin", "seed": 1, "num_samples": 9, "model": scores, "original": scores, "kl": 0.125}
+    example = {
+        "question": "What | is it?",
+        "accepted": ["red"],
+        "given": "blue",
+        "given_by_original": "red",
+        "right": False,
+    }
+    evaluation["examples"] = [example | {"original_right": True, "picture": png_base64((250, 0, 0))}]
     sab_hf.save(
         quantized, processor, tmp_path / "saved", evaluation=evaluation, base_model="someone/their-vlm", license="mit"
     )
@@ -143,11 +152,37 @@ def test_card_of_a_model_with_record_and_evaluation(quantized, processor, tmp_pa
         "base_model": "someone/their-vlm",
         "base_model_relation": "quantized",
         "tags": ["sab_hf", "binarized", "1-bit", "quantized"],
+        "model-index": [
+            {
+                "name": "saved",
+                "results": [
+                    {
+                        "task": {"type": "image-text-to-text"},
+                        "dataset": {"name": "builtin", "type": "builtin"},
+                        "metrics": [
+                            {"type": "exact_match", "value": 0.5, "name": "exact match"},
+                            {"type": "nats_per_token", "value": 1.25, "name": "nats per token"},
+                        ],
+                    }
+                ],
+            }
+        ],
     }
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
     assert code.splitlines()[0].startswith("import sab_hf")
     assert "| exact match | 50.0% | 50.0% |" in card.text
     assert "| KL to the original, nats | 0.1250 | – |" in card.text
+    shown = "![The picture of question 1](plots/example_0.png)\n\n- question: What \\| is it?\n- accepted: red\n"
+    assert f"{shown}- ✗ wrong, this model: `blue`\n- ✓ right, the original: `red`\n" in card.text
+    assert (tmp_path / "saved/plots/example_0.png").read_bytes() == base64.b64decode(png_base64((250, 0, 0)))
+    assert (
+        "| Is it still good? | ✓ **50.0%** | right answers (exact match, 9 questions); the original gives 50.0%."
+        in card.text
+    )
+    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [
+        ("exact_match", 0.5),
+        ("nats_per_token", 1.25),
+    ]
     assert quantized.hf_quantizer.record.calibration in card.text
     assert f"**{sab_hf.report(quantized).bits:.3f} bits each**" in card.text
     assert "seed 0" in card.text
