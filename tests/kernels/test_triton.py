@@ -267,25 +267,29 @@ def test_sweep_chooses_as_the_specification_on_a_gpu(rows, columns, planes, star
     compare_sweeps(rows, columns, planes, start, end, "cuda")
 
 
-def compare_levels(rows, columns, planes, device, state_dtype):
+def compare_levels(rows, columns, planes, device, state_dtype, gradient_dtype):
+    """The specification runs on the CPU: on a GPU it would be the kernels."""
     latent, scales = level_problem(rows, columns, planes)
-    latent, scales = latent.to(device, state_dtype), levels.Scales(*(part.to(device) for part in scales))
+    latent = latent.to(state_dtype)
     kernel = importlib.import_module("sab_hf.method.kernels.levels")
-    mine, expected = (
-        module.nearest_level(latent, scales, torch.empty(rows, columns, device=device)) for module in (kernel, levels)
-    )
+    there = latent.to(device), levels.Scales(*(part.to(device) for part in scales))
+    mine = kernel.nearest_level(*there, torch.empty(rows, columns, device=device)).cpu()
+    expected = levels.nearest_level(latent, scales, torch.empty(rows, columns))
     close = (mine - expected).abs() <= 1e-5 * expected.abs()  # a tie may go either way by rounding
     assert close.float().mean() > 0.999
-    downstream = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)).to(device)
+    downstream = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)).to(gradient_dtype)
     downstream[~close] = 0
-    numbers = torch.tensor([0.03, 1 / (1 - levels.BETAS[0]), 1 / (1 - levels.BETAS[1]), 1.0], device=device)
+    numbers = torch.tensor([0.03, 1 / (1 - levels.BETAS[0]), 1 / (1 - levels.BETAS[1]), 1.0])
     results = []
-    for module in (kernel, levels, kernel):
-        own, moments = latent.clone(), (torch.zeros_like(latent), torch.zeros_like(latent))
-        at_scales, gradient = (torch.zeros_like(scales.r), torch.zeros_like(scales.c)), downstream.clone()
-        module.descend(gradient, own, moments, scales, at_scales, numbers)
+    for descend, place in ((kernel.descend, device), (levels.descend, "cpu"), (kernel.descend, device)):
+        own, gradient, own_numbers = (t.to(place, copy=True) for t in (latent, downstream, numbers))
+        own_scales = levels.Scales(*(part.to(place) for part in scales))
+        moments = torch.zeros_like(own), torch.zeros_like(own)
+        at_scales = torch.zeros_like(own_scales.r), torch.zeros_like(own_scales.c)
+        descend(gradient, own, moments, own_scales, at_scales, own_numbers)
         assert not gradient.any()
-        results.append([own, *moments, at_scales[0], at_scales[1].where(scales.c != 0, 0)])
+        results.append([t.cpu() for t in (own, *moments, *at_scales)])
+        results[-1][-1][scales.c == 0] = 0
     step = 0.1 if state_dtype == torch.bfloat16 else 1e-4  # rounded at random, each in its own way
     assert ((results[0][0] - results[1][0]).abs() <= step).float().mean() > 0.999
     for name, mine, expected in zip(("first", "second", "r", "c"), results[0][1:], results[1][1:], strict=True):
@@ -299,15 +303,16 @@ def compare_levels(rows, columns, planes, device, state_dtype):
     ("rows", "columns", "planes", "state_dtype"), [(5, 70, 1, torch.bfloat16), (33, 21, 3, torch.float32)]
 )
 def test_nearest_levels_and_steps_are_as_specified(rows, columns, planes, state_dtype):
-    compare_levels(rows, columns, planes, "cpu", state_dtype)
+    compare_levels(rows, columns, planes, "cpu", state_dtype, torch.bfloat16)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("planes", [1, 2, 4])
 @pytest.mark.parametrize(("rows", "columns"), [(5, 70), (701, 301), (3584, 1024)])
-def test_nearest_levels_and_steps_are_as_specified_on_a_gpu(rows, columns, planes, state_dtype):
-    compare_levels(rows, columns, planes, "cuda", state_dtype)
+def test_nearest_levels_and_steps_are_as_specified_on_a_gpu(rows, columns, planes, state_dtype, gradient_dtype):
+    compare_levels(rows, columns, planes, "cuda", state_dtype, gradient_dtype)
 
 
 def compare_divergences(vocabulary, device, dtype):

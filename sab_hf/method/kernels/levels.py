@@ -84,7 +84,6 @@ def descend_kernel(
     here = (row < rows)[:, None] & (column < columns)[None, :]
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     gradient = tl.load(gradient_ptr + at, mask=here, other=0.0).to(tl.float32)
-    tl.store(gradient_ptr + at, tl.zeros([ROWS, COLUMNS], tl.float32).to(gradient_ptr.dtype.element_ty), mask=here)
     unit = _unit(row, column, r_start_ptr, c_start_ptr, rows, columns, PLANES, ROWS, COLUMNS)
     latent = tl.load(latent_ptr + at, mask=here, other=0.0).to(tl.float32)
     value = latent * unit
@@ -112,6 +111,8 @@ def descend_kernel(
         bits = latent.to(tl.int32, bitcast=True) + (random & 0xFFFF)
         latent = (bits & -65536).to(tl.float32, bitcast=True)
     tl.store(latent_ptr + at, latent.to(latent_ptr.dtype.element_ty), mask=here)
+    tl.debug_barrier()  # threads may store in another order than they load, so all must have loaded
+    tl.store(gradient_ptr + at, tl.zeros([ROWS, COLUMNS], tl.float32).to(gradient_ptr.dtype.element_ty), mask=here)
 
 
 def nearest_level(latent: Tensor, scales: levels.Scales, W: Tensor) -> Tensor:
