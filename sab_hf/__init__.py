@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what is imported on first use, for editors and type checker
 
     from .make.binarize import estimate, quantize
     from .packed.decoding import decode_ahead
+    from .publish.gguf import export_gguf
     from .publish.open import load
     from .publish.save import save
 
@@ -26,6 +27,7 @@ __all__ = [
     "SABQuantizationConfig",
     "decode_ahead",
     "estimate",
+    "export_gguf",
     "load",
     "quantize",
     "report",
@@ -37,6 +39,7 @@ __all__ = [
 _ON_FIRST_USE = {
     "decode_ahead": ".packed.decoding",
     "estimate": ".make.binarize",
+    "export_gguf": ".publish.gguf",
     "load": ".publish.open",
     "quantize": ".make.binarize",
     "save": ".publish.save",

@@ -33,6 +33,7 @@ _CHOICES = {
     "significance": ("gradient", "paper", "none"),
     "budget": ("sensitivity", "uniform"),
     "refine_loss": ("balanced", "gradient"),
+    "portable": (None, "gguf"),
 }
 
 _OF_THE_MACHINE = (
@@ -76,6 +77,9 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             accuracy and makes the whole checkpoint small.
         vision_bits, projector_bits, embedding_bits, head_bits: the same for one of them; None: `rest_bits`. Tied embeddings
             are one matrix and are stored once.
+        portable: `"gguf"` makes a model that llama.cpp and Ollama can run after `sab-hf export gguf`: one plane whose column scales
+            are folded into the norms and projections before it, at 1.125 bits there. Leave `bits` and the bits of other parts
+            out then (docs/gguf.md). None: what transformers runs best.
         modules_to_not_convert: modules that stay dense: each entry is a module name, or a part of one between
             dots (`"layers.0"`, `"down_proj"`). An entry that matches nothing is an error.
         allow_low_coverage: permit that less than 90 % of the language weights are quantized.
@@ -157,6 +161,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     projector_bits: int | None = None
     embedding_bits: int | None = None
     head_bits: int | None = None
+    portable: str | None = None
     modules_to_not_convert: list[str] | None = None
     allow_low_coverage: bool = False
     language_blocks: list[str] | None = None
@@ -230,8 +235,23 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}")
+        self._check_portable()
         self._check_machine()
         self._check_modules()
+
+    def _check_portable(self) -> None:
+        if self.portable is None:
+            return
+        if self.bits is not None:
+            raise ValueError(
+                f'`bits` must be left out with portable="gguf", which has one plane and no residual plane, got {self.bits!r}'
+            )
+        for name in ("rest_bits", *(f"{role}_bits" for role in REST_ROLES)):
+            if getattr(self, name) not in (None, DENSE):
+                raise ValueError(
+                    f'`{name}` must be left out with portable="gguf", which leaves everything outside the language blocks dense, '
+                    f"got {getattr(self, name)!r}; `sab-hf export gguf --embedding` makes embedding and head small"
+                )
 
     def _check_machine(self) -> None:
         for name in ("compute_device", "checkpoint_dir", "offload_dir"):

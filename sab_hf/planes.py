@@ -57,6 +57,11 @@ class SignPlanes:
         return 0 if self.residual_col_scale is None else self.residual_col_scale.numel()
 
     @property
+    def has_unit_columns(self) -> bool:
+        """Whether all column scales are 1, as in portable models: training then leaves them alone."""
+        return not self.num_significant and bool((self.col_scale == 1).all())
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.signs.shape[1], self.signs.shape[2]
 

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from . import card, demo, dequantize, evaluation, inspection, quantize, run
+from . import card, demo, dequantize, evaluation, export, inspection, quantize, run
 
 COMMANDS = {
     "quantize": quantize,
     "inspect": inspection,
     "eval": evaluation,
     "dequantize": dequantize,
+    "export": export,
     "card": card,
     "demo": demo,
     "run": run,

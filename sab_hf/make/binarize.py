@@ -36,6 +36,7 @@ from ..passes.order import in_running_order
 from ..passes.routing import with_fallback
 from ..planes import SignPlanes
 from .distil import distil_window, plan_windows
+from .fold import fold_block
 from .plan import Plan, make_plan, plan_with_weights
 from .preflight import Estimate, estimate_run, log_estimate
 from .records import QuantizationRecord
@@ -105,6 +106,11 @@ def binarize(
                             with measure("targets"):
                                 inputs.advance_targets(block, index)
                                 written.advance_targets(block, index)
+                        if name in plan.folds:
+                            folded = fold_block(model, name, index, plan.folds[name], inputs)
+                            weights |= {
+                                key: folded[key].to(weights[key].device) for key in folded.keys() & weights.keys()
+                            }
                         work = partial(
                             _binarize_block, model, block, name, index, inputs, own, sensitivity, refine, config, record
                         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..anatomy.adapters import refuse_adapters
+from ..anatomy.folds import Fold, find_folds
 from ..anatomy.roles import Roles, find_roles
 from ..anatomy.selection import Coverage, coverage, language_linears
 from ..calibration import CalibrationSet, holds_batches, prepare_calibration
@@ -40,6 +41,7 @@ class Plan:
         coverage: the share of the language weights that `modules` is.
         refine: numbers of block refinement.
         distil: numbers of distillation.
+        folds: name of a block → where the column scales of its Linears go; empty unless the model is to be portable.
     """
 
     roles: Roles
@@ -50,6 +52,7 @@ class Plan:
     coverage: Coverage
     refine: RefineSettings
     distil: DistilSettings
+    folds: dict[str, tuple[Fold, ...]] = field(default_factory=dict)
 
     def linears_of(self, block: str) -> dict[str, list[int]]:
         """Return `modules`, those in one block."""
@@ -88,12 +91,13 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     covered.check(config.allow_low_coverage)
     logger.info(covered.summary())
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-    modules = allocate(shapes, config.bits)
+    folds = find_folds(model, roles, linears) if config.portable else {}
+    modules = {name: [1, 0] for name in shapes} if config.portable else allocate(shapes, config.bits)
     with plain_torch():
         calibration = _calibration(model, config, processor, samples)
     device = compute_device(model, config.compute_device)
     settings = RefineSettings.of(config, device), DistilSettings.of(config, device)
-    return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered, *settings)
+    return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered, *settings, folds)
 
 
 def plan_with_weights(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Plan:

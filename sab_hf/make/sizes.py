@@ -70,7 +70,7 @@ def find_sensitivity(
 def spend_budget(model: nn.Module, plan: Plan, sensitivity: Sensitivity, config: SABQuantizationConfig) -> Plan:
     """Return the plan with the sizes of all Linears of the language blocks: its own, or those that the sensitivity asks for."""
     modules, shapes = plan.modules, plan.shapes
-    if config.budget == "sensitivity" and sensitivity.linears:
+    if config.budget == "sensitivity" and sensitivity.linears and not config.portable:
         scores = {name: torch.zeros(width) for name, (_, width) in shapes.items()}  # stays 0 where no token came
         for name, weight in iter_weights(model, [name for name in shapes if name in sensitivity.linears]):
             for by_modality in sensitivity.linears[name].column_scores(weight).values():

@@ -11,7 +11,7 @@ update is exact under H (method §4).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ class PlaneState:
         c: [K, in_features] float32 column scales.
         free: [K, in_features] bool, the columns that a plane covers; elsewhere its c stays 0.
         has_residual: whether the last plane is the residual plane.
+        unit_columns: whether c stays 1 everywhere.
     """
 
     B: Tensor
@@ -48,13 +49,14 @@ class PlaneState:
     c: Tensor
     free: Tensor
     has_residual: bool = False
+    unit_columns: bool = False
 
     def dense(self) -> Tensor:
         """Return Ŵ [out_features, in_features]."""
         return torch.einsum("kn,knm,km->nm", self.r, self.B, self.c)
 
     def copy(self) -> PlaneState:
-        return PlaneState(self.B.clone(), self.r.clone(), self.c.clone(), self.free, self.has_residual)
+        return replace(self, B=self.B.clone(), r=self.r.clone(), c=self.c.clone())
 
 
 class FitResult(NamedTuple):
@@ -71,6 +73,7 @@ def fit_planes(
     significant_columns: Tensor | None = None,
     *,
     row_weight: Tensor | None = None,
+    unit_columns: bool = False,
     alternations: int = 15,
     block_size: int = 128,
 ) -> FitResult:
@@ -83,12 +86,13 @@ def fit_planes(
         significant_columns: [in_features] bool, columns with a residual plane; None for none.
         row_weight: [out_features] positive, w, how much the error of each output feature counts; None: all alike. Rows
             only compete for the column scales; signs and row scales are each row's own.
+        unit_columns: keep all column scales at 1.
         alternations: most rounds of sweep and refit; ends earlier when a round gains less than 0.1 %. The best round by
             objective is returned.
         block_size: columns of the sweep between two matrix products.
     """
     w = torch.ones_like(W[:, 0]) if row_weight is None else row_weight / row_weight.mean()
-    state = initial_state(W, num_planes, significant_columns)
+    state = initial_state(W, num_planes, significant_columns, unit_columns)
     refit_scales(W, H, state, w)
     best, least = state.copy(), output_error(W - state.dense(), H, w)
     U = feedback_factor(H)
@@ -150,6 +154,7 @@ def fit_planes_elementwise(
     num_planes: int,
     significant_columns: Tensor | None = None,
     *,
+    unit_columns: bool = False,
     alternations: int = 15,
 ) -> FitResult:
     """Fit sign planes under `Σ v ⊙ (W − Ŵ)²` with the closed forms of the paper (orders 1 and 2, any order here).
@@ -157,11 +162,11 @@ def fit_planes_elementwise(
     Args:
         W: [out_features, in_features] float32.
         weight: v = Λ², [out_features, in_features] or [in_features], positive.
-        num_planes, significant_columns: the sizes, as in `fit_planes`.
+        num_planes, significant_columns, unit_columns: as in `fit_planes`.
         alternations: rounds; each step is exact, so the last is the best.
     """
     v = weight.expand_as(W)
-    state = initial_state(W, num_planes, significant_columns)
+    state = initial_state(W, num_planes, significant_columns, unit_columns)
     for _ in range(alternations):
         update_scales_elementwise(W, v, state)
         state.B = nearest_signs(W, state)
@@ -170,8 +175,10 @@ def fit_planes_elementwise(
     return FitResult(to_sign_planes(state), float(error))
 
 
-def initial_state(W: Tensor, num_planes: int, significant_columns: Tensor | None) -> PlaneState:
-    """Start each plane from what the planes before it leave: B = sign, r = row mean of |·|, c = column mean of |·|/r."""
+def initial_state(
+    W: Tensor, num_planes: int, significant_columns: Tensor | None, unit_columns: bool = False
+) -> PlaneState:
+    """Start each plane from what the planes before it leave: B = sign, r = row mean of |·|, c = column mean of |·|/r or 1."""
     free = torch.ones(num_planes, W.shape[1], dtype=torch.bool, device=W.device)
     has_residual = significant_columns is not None and bool(significant_columns.any())
     if has_residual:
@@ -180,10 +187,12 @@ def initial_state(W: Tensor, num_planes: int, significant_columns: Tensor | None
     for covered in free:
         B = torch.where(rest >= 0, 1.0, -1.0)
         r = (rest.abs() * covered).sum(1) / covered.sum()
-        c = (rest.abs() / torch.where(r > 0, r, 1)[:, None]).mean(0) * covered
+        c = (rest.abs() / torch.where(r > 0, r, 1)[:, None]).mean(0) if not unit_columns else torch.ones_like(rest[0])
+        c = c * covered
         rest = rest - r[:, None] * B * c
         signs.append(B), rows.append(r), columns.append(c)
-    return PlaneState(torch.stack(signs), torch.stack(rows), torch.stack(columns), free, has_residual)
+    scales = torch.stack(rows), torch.stack(columns)
+    return PlaneState(torch.stack(signs), *scales, free, has_residual, unit_columns)
 
 
 def output_error(E: Tensor, H: Tensor, row_weight: Tensor) -> float:
@@ -194,8 +203,9 @@ def output_error(E: Tensor, H: Tensor, row_weight: Tensor) -> float:
 def refit_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor) -> None:
     """Minimize the output error over row, column and again row scales, each exactly; it never rises."""
     update_row_scales(W, H, state)
-    update_column_scales(W, H, state, row_weight)
-    update_row_scales(W, H, state)
+    if not state.unit_columns:
+        update_column_scales(W, H, state, row_weight)
+        update_row_scales(W, H, state)
 
 
 def update_row_scales(W: Tensor, H: Tensor, state: PlaneState) -> None:
@@ -276,6 +286,8 @@ def update_scales_elementwise(W: Tensor, v: Tensor, state: PlaneState) -> None:
     """
     D = (state.B * state.c[:, None]).transpose(0, 1)  # [n, K, m]
     state.r += _solve((D * v[:, None]) @ D.mT, torch.einsum("nkm,nm->nk", D, v * (W - state.dense()))).T
+    if state.unit_columns:
+        return
     A = (state.B * state.r[:, :, None] * state.free[:, None]).permute(2, 0, 1)  # [m, K, n]
     change = _solve((A * v.T[:, None]) @ A.mT, torch.einsum("mkn,nm->mk", A, v * (W - state.dense())))
     state.c += change.T
@@ -289,7 +301,7 @@ def nearest_signs(W: Tensor, state: PlaneState) -> Tensor:
 
 def to_sign_planes(state: PlaneState) -> SignPlanes:
     """Convert the state of a fit: make scales of each plane balanced (so that float16 holds them) and columns compact."""
-    r, c = _balance(state.r, state.c)
+    r, c = (state.r, state.c) if state.unit_columns else _balance(state.r, state.c)
     if not state.has_residual:
         return SignPlanes(state.B > 0, r, c)
     columns = state.free[-1]
@@ -308,6 +320,7 @@ def from_sign_planes(planes: SignPlanes) -> PlaneState:
     """Invert `to_sign_planes`; scales in float32."""
     free = torch.ones_like(planes.col_scale, dtype=torch.bool)
     state = PlaneState(signs_to(torch.float32, planes.signs), planes.row_scale.float(), planes.col_scale.float(), free)
+    state.unit_columns = planes.has_unit_columns
     if not planes.num_significant:
         return state
     columns = planes.significant_columns

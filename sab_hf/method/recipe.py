@@ -84,7 +84,9 @@ def fit_linear(
     columns = significant_columns(W if row_weight is None else W * row_weight.sqrt()[:, None], H, sizes[1])
     if config.fit == "elementwise":
         v = torch.ones_like(W) if config.significance == "none" else significance.Lambda.square()
-        fit = fit_planes_elementwise(W, v, sizes[0], columns, alternations=config.alternations)
+        fit = fit_planes_elementwise(
+            W, v, sizes[0], columns, unit_columns=config.portable is not None, alternations=config.alternations
+        )
     else:
         fit = fit_planes(
             W,
@@ -92,6 +94,7 @@ def fit_linear(
             sizes[0],
             columns,
             row_weight=row_weight,
+            unit_columns=config.portable is not None,
             alternations=config.alternations,
             block_size=config.block_size,
         )

@@ -29,7 +29,7 @@ class TrainablePlanes(nn.Module):
 
     Behind each weight is a latent one; the weight is the level `Σ_k ±r_k c_k` nearest to it, and gradients go straight
     through to the latent, except where it lies outside all levels. With one plane the level is the latent's sign. Passes add
-    up their gradient at the weight in `gradient`; `PlanesAdam` hands it on.
+    up their gradient at the weight in `gradient`; `PlanesAdam` hands it on. Column scales that are all 1 stay so.
 
     Args:
         planes: where to start.
@@ -41,7 +41,7 @@ class TrainablePlanes(nn.Module):
     def __init__(self, planes: SignPlanes, W: Tensor, bias: Tensor | None, compact: bool = False):
         super().__init__()
         state = from_sign_planes(planes)
-        self.free, self.has_residual = state.free, state.has_residual
+        self.free, self.has_residual, self.unit_columns = state.free, state.has_residual, state.unit_columns
         self.scales = Scales(state.r, state.c, state.r.clone(), state.c.clone())
         self.latent = _latent_start(W, state).to(torch.bfloat16 if compact else torch.float32)
         self.moments = torch.zeros_like(self.latent), torch.zeros_like(self.latent)
@@ -76,7 +76,7 @@ class TrainablePlanes(nn.Module):
     def planes(self) -> SignPlanes:
         """Return the trained planes."""
         scales = self.scales
-        state = PlaneState(torch.empty(0), scales.r, scales.c, self.free, self.has_residual)
+        state = PlaneState(torch.empty(0), scales.r, scales.c, self.free, self.has_residual, self.unit_columns)
         state.B = nearest_signs(self.latent.float() * unit_of(scales.r_start, scales.c_start), state)
         return to_sign_planes(state)
 
@@ -139,6 +139,9 @@ class PlanesAdam:
         scales = [scale for module in modules for scale in module.scales[:2]]
         starts = [scale.flatten() for scale in scales] + [p.detach().flatten() for p in parameters]
         sizes = starts[: len(scales)] + [torch.full_like(p, _size(p)) for p in starts[len(scales) :]]
+        for i, module in enumerate(modules):
+            if module.unit_columns:
+                sizes[2 * i + 1] = torch.zeros_like(sizes[2 * i + 1])  # a change of no size
         self._start, self._size = torch.cat(starts), torch.cat(sizes)
         self._values, self._gradient = self._start.clone(), torch.zeros_like(self._start)
         self.change = nn.Parameter(torch.zeros_like(self._start))

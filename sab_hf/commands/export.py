@@ -1,0 +1,30 @@
+"""`sab-hf export`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+SUMMARY = "write a portable checkpoint for other runtimes: gguf for llama.cpp and Ollama"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("format", choices=("gguf",), help="format of the file")
+    parser.add_argument("checkpoint", help='packed checkpoint made with portable="gguf": a folder or Hub id')
+    parser.add_argument("output", help="the file to write; nothing may be there")
+    parser.add_argument(
+        "--like", metavar="FILE",
+        help="F16 or BF16 GGUF file of the same model: tokenizer, chat template and metadata are taken from it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--embedding", choices=("q8_0", "q4_0", "f16"), default="q8_0",
+        help="type of input embedding and output head (default q8_0)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> tuple[Any, str]:
+    from ..publish.gguf import export_gguf
+
+    result = export_gguf(args.checkpoint, args.output, like=args.like, embedding=args.embedding)
+    return asdict(result), str(result)
