@@ -63,6 +63,8 @@ def serving(path: Path, mmproj: Path | None = None) -> Iterator[LlamaCpp]:
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup, params.fit_params = 512, 1, False, False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     if mmproj is not None:
         params.mmproj.path, params.mmproj_use_gpu = str(mmproj), False

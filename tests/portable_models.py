@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-SPLITS = {
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
-    r"|\s+",
-}
+_AFTER_NUMBERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+SPLITS = {"qwen2": _WORDS + r"\p{N}" + _AFTER_NUMBERS, "llama-bpe": _WORDS + r"\p{N}{1,3}" + _AFTER_NUMBERS}
 TEXTS = (
     "The quick brown fox isn't here, it's 12345 miles away.",
     "  two spaces,\ttabs\n\n\nand   lines \n",
@@ -93,8 +93,6 @@ def build_tokenizer(kind: str = "gpt-2") -> PreTrainedTokenizerFast:
 
 def _without_bytes_as_special(content: str) -> str:
     """Return a tokenizer whose byte tokens are no added tokens, as in SentencePiece's."""
-    import json
-
     plain = json.loads(content)
     plain["added_tokens"] = [token for token in plain["added_tokens"] if not token["content"].startswith("<0x")]
     return json.dumps(plain)

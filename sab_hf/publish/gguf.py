@@ -1,8 +1,8 @@
 """A portable checkpoint as a GGUF file, for llama.cpp and what is built on it.
 
-The planes of a model that was made with `portable="gguf"` have row scales alone, and Q1_0 holds them as they are: each group of 128
-weights has its row's scale, and the sign bits lie in the order of `packing.py`. So the file is the model; nothing is quantized
-again but embedding and output head.
+The planes of a model that was made with `portable="gguf"` have row scales alone, and Q1_0 holds them as they are: each group of
+128 weights has its row's scale, and the sign bits lie in the order of `packing.py`. So the file is the model; nothing is
+quantized again but embedding and output head.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a GGUF file says beside its weights: architecture, sizes of the model, rotary positions, tokenizer.
 
-Written anew for the architectures of `ARCHITECTURES`; for others, or with a tokenizer of another kind, an existing GGUF file of the
+Written anew for the architectures of `ARCHITECTURES`; with other rotary positions or tokenizers, an existing GGUF file of the
 model says it (`export_gguf(..., like=...)`). The keys are those of llama.cpp's own converter.
 """
 
@@ -150,7 +150,7 @@ def _add_gemma(writer: Any, config: Any, width: int) -> None:
 
 
 def _rotary_of(config: Any, layer_type: str) -> tuple[float, str, dict[str, Any]]:
-    """Return base, kind and details of the rotary positions of one type of layer; versions of transformers name them differently."""
+    """Return base, kind and details of the rotary positions of a type of layer; versions of transformers name them differently."""
     found = getattr(config, "rope_parameters", None)
     if found:
         details = found.get(layer_type, found)

@@ -1,0 +1,388 @@
+"""GGUF files of portable checkpoints: their bytes against ggml's quantizer, what llama.cpp computes from them, and bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from llama_cpp import serving
+from portable_models import FAMILIES, SPLITS, TEXTS, build_portable, build_tokenizer
+from safetensors.torch import load_file, save_file
+
+import sab_hf
+from sab_hf import SABQuantizationConfig, cli
+from sab_hf.publish.gguf import export_gguf, q1_0
+
+gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+Q1_0, F16, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q1_0", "F16", "F32"))
+IDS = torch.randint(0, 400, (12,), generator=torch.Generator().manual_seed(2)).tolist()
+TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""Names in a file → in a block, written down here once more."""
+
+
+def quantize(model, **changes):
+    ids = torch.randint(0, 400, (4, 16), generator=torch.Generator().manual_seed(3))
+    values = {"fit": "elementwise", "significance": "none", "budget": "uniform", "alternations": 2, "num_samples": 4}
+    config = SABQuantizationConfig(**{"portable": "gguf", "refine_steps": 0, "distil_steps": 0} | values | changes)
+    sab_hf.quantize(model, None, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], config)
+    return model
+
+
+def save(model, folder: Path, kind: str = "gpt-2") -> Path:
+    model.save_pretrained(folder)
+    build_tokenizer(kind).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Return a function that gives the packed checkpoint of a family and its file with an embedding in float16."""
+    known = {}
+
+    def of(family: str) -> tuple[Path, Path]:
+        if family not in known:
+            folder = tmp_path_factory.mktemp(family)
+            save(quantize(build_portable(family)), folder / "packed")
+            export_gguf(folder / "packed", folder / "model.gguf", embedding="f16")
+            known[family] = folder / "packed", folder / "model.gguf"
+        return known[family]
+
+    return of
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Return all tensors of a file as float32, with a reading of Q1_0 that is written down here once more."""
+    found = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        if tensor.tensor_type == Q1_0:
+            groups = np.asarray(tensor.data).reshape(len(tensor.data), -1, 18)
+            scale = np.ascontiguousarray(groups[..., :2]).view(np.float16).astype(np.float32)
+            bits = np.unpackbits(groups[..., 2:], axis=-1, bitorder="little").astype(np.float32)
+            found[tensor.name] = ((2 * bits - 1) * scale).reshape(len(groups), -1)
+        else:
+            found[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    return found
+
+
+def rewrite(path: Path, output: Path, tensors: dict[str, np.ndarray], **fields) -> Path:
+    """Write a file with the metadata of another, and further strings."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(output, fields.pop("architecture", reader.get_field("general.architecture").contents()))
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    for name, value in fields.items():
+        writer.add_string(name, value)
+    for name, value in tensors.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+    return output
+
+
+def as_converted(model, family: str) -> dict[str, np.ndarray]:
+    """Return the dense tensors of a model as llama.cpp's converter writes them in F16."""
+    state = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
+    tensors = {"token_embd.weight": state["model.embed_tokens.weight"], "output_norm.weight": state["model.norm.weight"]}
+    if "lm_head.weight" in state and not model.config.tie_word_embeddings:
+        tensors["output.weight"] = state["lm_head.weight"]
+    own = dict(TENSORS, ffn_norm="post_attention_layernorm")
+    if family == "qwen3":
+        own |= {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+    for i in range(2):
+        for name, inner in own.items():
+            for kind in ("weight", "bias"):
+                value = state.get(f"model.layers.{i}.{inner}.{kind}")
+                if value is None:
+                    continue
+                if family == "llama" and name in ("attn_q", "attn_k"):
+                    heads = 4 if name == "attn_q" else 2
+                    value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+                tensors[f"blk.{i}.{name}.{kind}"] = value
+    return {name: np.ascontiguousarray(v, np.float32 if v.ndim == 1 else np.float16) for name, v in tensors.items()}
+
+
+@torch.no_grad()
+def log_probabilities(folder: Path, ids: list[int]) -> torch.Tensor:
+    model, _ = sab_hf.load(folder, dtype=torch.float32)
+    return model(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+def divergence(llama, wanted: torch.Tensor, ids: list[int]) -> float:
+    """Return the largest divergence of llama.cpp's distributions after some of the tokens from the wanted ones, in nats."""
+    places = (0, len(ids) // 2, len(ids) - 1)
+    found = torch.stack([llama.log_probabilities(ids[: i + 1], wanted.shape[1]) for i in places])
+    wanted = wanted[list(places)]
+    return float((wanted.exp() * (wanted - found)).sum(-1).max())
+
+
+# ---- bytes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_plane_has_the_bytes_that_ggml_makes_of_the_dense_weight(exported, family):
+    libgguf = pytest.importorskip("libgguf", reason="needs the package libgguf")
+    packed, path = exported(family)
+    model, _ = sab_hf.load(packed, dtype=torch.float32)
+    dense = as_converted(model.dequantize(), "llama" if family == "llama" else "other")
+    compared = 0
+    for tensor in gguf.GGUFReader(path).tensors:
+        if tensor.tensor_type == Q1_0:
+            W = dense[tensor.name].astype(np.float32)
+            assert np.asarray(tensor.data).tobytes() == libgguf.quantize_rows_raw(Q1_0, W, *W.shape)
+            compared += 1
+    assert compared == 14
+
+
+def test_negative_and_zero_scales_keep_the_weight():
+    libgguf = pytest.importorskip("libgguf", reason="needs the package libgguf")
+    signs = torch.randint(0, 256, (3, 32), dtype=torch.uint8)
+    scale = torch.tensor([0.5, -0.25, 0.0], dtype=torch.float16)
+    bits = np.unpackbits(signs.numpy(), axis=1, bitorder="little").astype(np.float32)
+    W = (2 * bits - 1) * scale.float().numpy()[:, None]
+    assert q1_0(signs, scale).tobytes() == libgguf.quantize_rows_raw(Q1_0, W, *W.shape)
+
+
+# ---- what llama.cpp computes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_what_transformers_does(exported, family, tmp_path):
+    """With weights in float32 to rounding; with packed ones as near as activations of 8 bits come."""
+    packed, path = exported(family)
+    wanted = log_probabilities(packed, IDS)
+    with serving(rewrite(path, tmp_path / "float.gguf", read(path))) as llama:
+        assert divergence(llama, wanted, IDS) < 1e-5
+        model, _ = sab_hf.load(packed, dtype=torch.float32)
+        answer = model.generate(torch.tensor([IDS]), max_new_tokens=12, do_sample=False, use_cache=True)
+        assert llama.greedy(IDS, 12) == answer[0, len(IDS) :].tolist()
+    with serving(path) as llama:
+        assert divergence(llama, wanted, IDS) < 5e-3
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=["linear", "llama3"],
+)  # fmt: skip
+def test_scaled_rotary_positions(scaling, tmp_path):
+    from helpers import V5
+
+    changes = {"rope_parameters": scaling | {"rope_theta": 5000.0}} if V5 else {"rope_scaling": scaling, "rope_theta": 5000.0}
+    packed = save(quantize(build_portable("llama", **changes)), tmp_path / "packed")
+    export_gguf(packed, tmp_path / "a.gguf", embedding="f16")
+    ids = IDS * 4
+    with serving(rewrite(tmp_path / "a.gguf", tmp_path / "b.gguf", read(tmp_path / "a.gguf"))) as llama:
+        assert divergence(llama, log_probabilities(packed, ids), ids) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", *SPLITS, "pieces"])
+def test_llama_cpp_reads_text_as_the_tokenizer_does(exported, kind, tmp_path):
+    packed, _ = exported("qwen3")
+    shutil.copytree(packed, tmp_path / "packed")
+    tokenizer = build_tokenizer(kind)
+    tokenizer.save_pretrained(tmp_path / "packed")
+    export_gguf(tmp_path / "packed", tmp_path / "a.gguf")
+    with serving(tmp_path / "a.gguf") as llama:
+        for text in TEXTS:
+            assert llama.tokens(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+        assert llama.tokens(tokenizer.eos_token) == [tokenizer.eos_token_id]
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": "Hi!"}]
+            shown = llama.ask("apply-template", messages=messages)["prompt"]
+            assert shown == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize(("embedding", "most"), [("q8_0", 1e-2), ("q4_0", 1.0)])
+def test_embedding_and_head_are_stored_smaller(exported, embedding, most, tmp_path):
+    packed, path = exported("qwen2")
+    result = export_gguf(packed, tmp_path / "a.gguf", embedding=embedding)
+    assert result.num_bytes == (tmp_path / "a.gguf").stat().st_size < path.stat().st_size
+    assert result.bytes_by_type["Q1_0"] == sum(t.n_bytes for t in gguf.GGUFReader(path).tensors if t.tensor_type == Q1_0)
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == embedding.upper()
+    with serving(tmp_path / "a.gguf") as llama:
+        assert divergence(llama, log_probabilities(packed, IDS), IDS) < most
+
+
+def test_the_file_says_what_made_it(exported):
+    fields = gguf.GGUFReader(exported("qwen3")[1]).fields
+    said = {name: field.contents() for name, field in fields.items() if not name.startswith("tokenizer.")}
+    assert said["general.quantized_by"] == "sab_hf"
+    assert said["sab_hf.version"] == sab_hf.__version__
+    assert said["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q1_0
+    assert said["general.architecture"] == "qwen3"
+
+
+# ---- into a copy of an existing file
+
+
+@pytest.fixture(scope="module")
+def original(exported, tmp_path_factory):
+    """The dense model of a family as an F16 file, with a remark in its metadata."""
+
+    def of(family: str) -> Path:
+        path = tmp_path_factory.mktemp("original") / "f16.gguf"
+        return rewrite(exported(family)[1], path, as_converted(build_portable(family), family), remark="kept")
+
+    return of
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_tensors_are_put_into_a_copy_of_an_existing_file(exported, original, family, tmp_path):
+    packed, path = exported(family)
+    source = original(family)
+    before = source.read_bytes()
+    export_gguf(packed, tmp_path / "a.gguf", like=source, embedding="f16")
+    assert source.read_bytes() == before
+    new, anew = read(tmp_path / "a.gguf"), read(path)
+    assert list(new) == [tensor.name for tensor in gguf.GGUFReader(source).tensors]
+    assert new.keys() == anew.keys()
+    assert all(np.array_equal(new[name], anew[name]) for name in new)
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert fields["remark"].contents() == "kept"
+    assert fields["tokenizer.chat_template"].contents() == gguf.GGUFReader(source).fields["tokenizer.chat_template"].contents()
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q1_0
+    with serving(tmp_path / "a.gguf") as llama:
+        assert divergence(llama, log_probabilities(packed, IDS), IDS) < 5e-3
+
+
+def test_files_of_other_models_are_refused(exported, original, tmp_path):
+    packed, path = exported("llama")
+    dense, source = as_converted(build_portable("llama"), "llama"), original("llama")
+
+    def changed(name: str, **changes) -> Path:
+        return rewrite(source, tmp_path / f"{name}.gguf", {k: v for k, v in (dense | changes).items() if v is not None})
+
+    q, embedding = "blk.0.attn_q.weight", "token_embd.weight"
+    turned = dense[q].reshape(4, -1, 2, 128).swapaxes(1, 2).reshape(128, 128)
+    cases = [
+        (original("qwen2"), r"its architecture is 'qwen2', 'llama' is required"),
+        (changed("other", **as_converted(build_portable("llama", seed=1), "llama")), r"the values of `token_embd.weight` differ"),
+        (changed("weights", **{q: dense[q][::-1].copy()}), r"5\d % of the signs of `blk.0.attn_q.weight` are the same|4\d %"),
+        (changed("turned", **{q: np.ascontiguousarray(turned)}), r"% of the signs of `blk.0.attn_q.weight` are the same"),
+        (changed("shape", **{q: dense[q][:64]}), r"its `blk.0.attn_q.weight` is \[64, 128\], \[128, 128\] is required"),
+        (changed("less", **{q: None}), r"it lacks the tensor `blk.0.attn_q.weight`"),
+        (changed("more", **{"blk.0.attn_q_norm.weight": dense["output_norm.weight"]}), r"it has the tensor `blk.0.attn_q_norm"),
+        (changed("blocks", **{k.replace("blk.1", "blk.2"): v for k, v in dense.items()}), r"it has 3 blocks, 2 are required"),
+        (path, r"must be an F16, BF16 or F32 file, and its `blk.\d.\w+.weight` is Q1_0: it is quantized already"),
+        (packed / "config.json", r"config.json` is no complete GGUF file"),
+        (tmp_path / "none.gguf", r"there is no file `.*none.gguf`"),
+    ]
+    (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[:-5000])
+    cases.append((tmp_path / "cut.gguf", r"cut.gguf` is no complete GGUF file"))
+    assert embedding in dense
+    for like, message in cases:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            export_gguf(packed, tmp_path / "out.gguf", like=like)
+        assert not list(tmp_path.glob("*out.gguf*")), like
+
+
+# ---- bad input
+
+
+def test_checkpoints_that_are_not_portable_are_refused(exported, tmp_path):
+    free = save(quantize(build_portable("qwen2"), portable=None), tmp_path / "free")
+    cases = [(free, r"free` is not portable: `model.layers.0.self_attn.q_proj` has 1 planes and \d+ significant columns")]
+    altered = tmp_path / "altered"
+    shutil.copytree(exported("qwen2")[0], altered)
+    tensors = load_file(altered / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.col_scale"][0, 3] += 5
+    save_file(tensors, altered / "model.safetensors", metadata={"format": "pt"})
+    cases.append((altered, r"tensors of the checkpoint .* were altered"))
+    config = json.loads((altered / "config.json").read_text())
+    config["quantization_config"]["checksums"] = None
+    unchecked = tmp_path / "unchecked"
+    shutil.copytree(altered, unchecked)
+    (unchecked / "config.json").write_text(json.dumps(config))
+    cases.append((unchecked, r"unchecked` is not portable: `model.layers.1.mlp.down_proj` has column scales"))
+    dense = tmp_path / "dense"
+    save(build_portable("qwen2"), dense)
+    cases.append((dense, r"dense` holds dense weights"))
+    for folder, message in cases:
+        with pytest.raises(ValueError, match=message):
+            export_gguf(folder, tmp_path / "out.gguf")
+        assert not list(tmp_path.glob("*out.gguf*")), folder
+
+
+def test_models_that_cannot_be_written_anew_are_refused(tmp_path):
+    for family, changes, message in [
+        ("gemma2", {}, r"can be written for text models of the types .*, and this one is 'gemma2'"),
+        ("llama", {"hidden_act": "gelu"}, r"has the activation 'gelu' instead of 'silu', .* pass `like`"),
+        ("gemma3_text", {"query_pre_attn_scalar": 7}, r"has `query_pre_attn_scalar` 7 instead of 32"),
+    ]:
+        packed = save(quantize(build_portable(family, **changes)), tmp_path / family)
+        with pytest.raises(ValueError, match=message):
+            export_gguf(packed, tmp_path / "out.gguf")
+        assert not list(tmp_path.glob("*out.gguf*"))
+
+
+def test_tokenizers_that_llama_cpp_does_not_know_are_refused(exported, tmp_path):
+    packed = tmp_path / "packed"
+    shutil.copytree(exported("qwen3")[0], packed)
+    content = json.loads((packed / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, content["pre_tokenizer"]]}
+    (packed / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"the tokenizer splits texts in a way that is not known here, .* pass `like`"):
+        export_gguf(packed, tmp_path / "out.gguf")
+    assert not list(tmp_path.glob("*out.gguf*"))
+
+
+def test_nothing_is_overwritten_or_left_behind(exported, monkeypatch, tmp_path):
+    packed, _ = exported("qwen2")
+    (tmp_path / "there.gguf").write_text("mine")
+    with pytest.raises(ValueError, match=r"there.gguf` exists, and an export replaces nothing"):
+        export_gguf(packed, tmp_path / "there.gguf")
+    assert (tmp_path / "there.gguf").read_text() == "mine"
+    with pytest.raises(OSError, match="is no folder that can be written"):
+        export_gguf(packed, tmp_path / "none" / "a.gguf")
+    with pytest.raises(ValueError, match="`embedding` must be one of"):
+        export_gguf(packed, tmp_path / "a.gguf", embedding="q2")
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        export_gguf(packed, tmp_path / "a.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
+
+
+def test_a_missing_package_is_named(exported, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"need the package `gguf`: `pip install \"sab_hf\[gguf\]\"`"):
+        export_gguf("anything", tmp_path / "a.gguf")
+
+
+def test_the_command_writes_the_same_file(exported, original, capsys, tmp_path):
+    packed, path = exported("llama")
+    assert cli.main(["export", "gguf", str(packed), str(tmp_path / "a.gguf"), "--embedding", "f16", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "a.gguf").read_bytes() == path.read_bytes()
+    assert said["path"] == str(tmp_path / "a.gguf")
+    assert said["num_bytes"] == path.stat().st_size
+    assert cli.main(["export", "gguf", str(packed), str(tmp_path / "b.gguf"), "--like", str(original("llama"))]) == 0
+    assert "MiB Q1_0" in capsys.readouterr().out
+    assert cli.main(["export", "gguf", str(packed), str(tmp_path / "b.gguf")]) == 1
+    assert "exists, and an export replaces nothing" in capsys.readouterr().err
