@@ -5,8 +5,6 @@ The block computes what it did, and the planes that are fitted to it afterwards 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -44,11 +42,7 @@ def fold_block(
     piece = None if state is None else next(state.pieces(index))
     wanted = None if piece is None else block_output(block, index, piece, piece.hidden).float()
     for fold in folds:
-        readers = [model.get_submodule(reader) for reader in fold.readers]
-        c = column_scales([reader.weight for reader in readers], fold)
-        c = _multiply(model.get_submodule(fold.giver), fold.giver, c)
-        for reader in readers:
-            reader.weight.data = (reader.weight.float() / fold.spread(c)).to(reader.weight.dtype)
+        fold_columns(model, fold)
     weights = {reader: model.get_submodule(reader).weight.data for fold in folds for reader in fold.readers}
     if piece is None:
         return weights
@@ -62,7 +56,17 @@ def fold_block(
     return weights
 
 
-def column_scales(weights: Iterable[Tensor], fold: Fold) -> Tensor:
+@torch.no_grad()
+def fold_columns(model: nn.Module, fold: Fold) -> None:
+    """Give the column scales of some Linears to what makes their input."""
+    readers = [model.get_submodule(reader) for reader in fold.readers]
+    c = column_scales([reader.weight for reader in readers], fold)
+    c = _multiply(model.get_submodule(fold.giver), fold.giver, c)
+    for reader in readers:
+        reader.weight.data = (reader.weight.float() / fold.spread(c)).to(reader.weight.dtype)
+
+
+def column_scales(weights: list[Tensor], fold: Fold) -> Tensor:
     """Return the column scales that several matrices share, those that make all their rows most even.
 
     `|W| ≈ r c` is fitted by turns, `r_i = Σ_j c_j |W_ij| / Σ_j c_j²` and `c_j = mean_i |W_ij| / r_i`, all rows alike. Under

@@ -19,6 +19,7 @@ from sab_hf.packing import FORMAT_VERSION
 NO_INTEGER = [0, -1, 1.0, "1", None, True, 2**70]
 INVALID = {
     "bits": [0, -1, "1", True, math.nan, math.inf, MAX_PLANES + 1.5, [1.1]],
+    "portable": ["onnx", True, ""],
     "num_samples": NO_INTEGER,
     "written_samples": [-1, 2.0, True, "many"],
     "seed": [-1, 0.5, "0", None, False, 2**63, 2**70],

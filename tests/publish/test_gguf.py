@@ -98,7 +98,10 @@ def rewrite(path: Path, output: Path, tensors: dict[str, np.ndarray], **fields) 
 def as_converted(model, family: str) -> dict[str, np.ndarray]:
     """Return the dense tensors of a model as llama.cpp's converter writes them in F16."""
     state = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
-    tensors = {"token_embd.weight": state["model.embed_tokens.weight"], "output_norm.weight": state["model.norm.weight"]}
+    tensors = {
+        "token_embd.weight": state["model.embed_tokens.weight"],
+        "output_norm.weight": state["model.norm.weight"],
+    }
     if "lm_head.weight" in state and not model.config.tie_word_embeddings:
         tensors["output.weight"] = state["lm_head.weight"]
     own = dict(TENSORS, ffn_norm="post_attention_layernorm")
@@ -189,7 +192,9 @@ def test_llama_cpp_computes_what_transformers_does(exported, family, tmp_path):
 def test_scaled_rotary_positions(scaling, tmp_path):
     from helpers import V5
 
-    changes = {"rope_parameters": scaling | {"rope_theta": 5000.0}} if V5 else {"rope_scaling": scaling, "rope_theta": 5000.0}
+    changes = (
+        {"rope_parameters": scaling | {"rope_theta": 5000.0}} if V5 else {"rope_scaling": scaling, "rope_theta": 5000.0}
+    )
     packed = save(quantize(build_portable("llama", **changes)), tmp_path / "packed")
     export_gguf(packed, tmp_path / "a.gguf", embedding="f16")
     ids = IDS * 4
@@ -219,7 +224,9 @@ def test_embedding_and_head_are_stored_smaller(exported, embedding, most, tmp_pa
     packed, path = exported("qwen2")
     result = export_gguf(packed, tmp_path / "a.gguf", embedding=embedding)
     assert result.num_bytes == (tmp_path / "a.gguf").stat().st_size < path.stat().st_size
-    assert result.bytes_by_type["Q1_0"] == sum(t.n_bytes for t in gguf.GGUFReader(path).tensors if t.tensor_type == Q1_0)
+    assert result.bytes_by_type["Q1_0"] == sum(
+        t.n_bytes for t in gguf.GGUFReader(path).tensors if t.tensor_type == Q1_0
+    )
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert kinds["token_embd.weight"] == kinds["output.weight"] == embedding.upper()
     with serving(tmp_path / "a.gguf") as llama:
@@ -262,7 +269,10 @@ def test_tensors_are_put_into_a_copy_of_an_existing_file(exported, original, fam
     assert all(np.array_equal(new[name], anew[name]) for name in new)
     fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
     assert fields["remark"].contents() == "kept"
-    assert fields["tokenizer.chat_template"].contents() == gguf.GGUFReader(source).fields["tokenizer.chat_template"].contents()
+    assert (
+        fields["tokenizer.chat_template"].contents()
+        == gguf.GGUFReader(source).fields["tokenizer.chat_template"].contents()
+    )
     assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q1_0
     with serving(tmp_path / "a.gguf") as llama:
         assert divergence(llama, log_probabilities(packed, IDS), IDS) < 5e-3
@@ -279,13 +289,28 @@ def test_files_of_other_models_are_refused(exported, original, tmp_path):
     turned = dense[q].reshape(4, -1, 2, 128).swapaxes(1, 2).reshape(128, 128)
     cases = [
         (original("qwen2"), r"its architecture is 'qwen2', 'llama' is required"),
-        (changed("other", **as_converted(build_portable("llama", seed=1), "llama")), r"the values of `token_embd.weight` differ"),
-        (changed("weights", **{q: dense[q][::-1].copy()}), r"5\d % of the signs of `blk.0.attn_q.weight` are the same|4\d %"),
-        (changed("turned", **{q: np.ascontiguousarray(turned)}), r"% of the signs of `blk.0.attn_q.weight` are the same"),
+        (
+            changed("other", **as_converted(build_portable("llama", seed=1), "llama")),
+            r"the values of `token_embd.weight` differ",
+        ),
+        (
+            changed("weights", **{q: dense[q][::-1].copy()}),
+            r"5\d % of the signs of `blk.0.attn_q.weight` are the same|4\d %",
+        ),
+        (
+            changed("turned", **{q: np.ascontiguousarray(turned)}),
+            r"% of the signs of `blk.0.attn_q.weight` are the same",
+        ),
         (changed("shape", **{q: dense[q][:64]}), r"its `blk.0.attn_q.weight` is \[64, 128\], \[128, 128\] is required"),
         (changed("less", **{q: None}), r"it lacks the tensor `blk.0.attn_q.weight`"),
-        (changed("more", **{"blk.0.attn_q_norm.weight": dense["output_norm.weight"]}), r"it has the tensor `blk.0.attn_q_norm"),
-        (changed("blocks", **{k.replace("blk.1", "blk.2"): v for k, v in dense.items()}), r"it has 3 blocks, 2 are required"),
+        (
+            changed("more", **{"blk.0.attn_q_norm.weight": dense["output_norm.weight"]}),
+            r"it has the tensor `blk.0.attn_q_norm",
+        ),
+        (
+            changed("blocks", **{k.replace("blk.1", "blk.2"): v for k, v in dense.items()}),
+            r"it has 3 blocks, 2 are required",
+        ),
         (path, r"must be an F16, BF16 or F32 file, and its `blk.\d.\w+.weight` is Q1_0: it is quantized already"),
         (packed / "config.json", r"config.json` is no complete GGUF file"),
         (tmp_path / "none.gguf", r"there is no file `.*none.gguf`"),
@@ -304,7 +329,9 @@ def test_files_of_other_models_are_refused(exported, original, tmp_path):
 
 def test_checkpoints_that_are_not_portable_are_refused(exported, tmp_path):
     free = save(quantize(build_portable("qwen2"), portable=None), tmp_path / "free")
-    cases = [(free, r"free` is not portable: `model.layers.0.self_attn.q_proj` has 1 planes and \d+ significant columns")]
+    cases = [
+        (free, r"free` is not portable: `model.layers.0.self_attn.q_proj` has 1 planes and \d+ significant columns")
+    ]
     altered = tmp_path / "altered"
     shutil.copytree(exported("qwen2")[0], altered)
     tensors = load_file(altered / "model.safetensors")

@@ -1,0 +1,175 @@
+"""Designs of the portable mode, held against each other and against our own format on a real language model.
+
+    python benchmarks/portable.py smollm2 --text ../shared/real --jobs 4 --output portable.json
+
+`smollm2` is what `real_lm.py build` makes. Its rows have 576 and 1,536 weights, and Q1_0 takes multiples of 128: that rule is waived
+here, and only here. Bits are those of Q1_0, one float16 scale for 128 weights; "scales by group" has groups of `--group` weights,
+a width that divides all rows. See README.md.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "examples"), str(HERE.parent)]
+
+import real_lm  # noqa: E402
+import torch  # noqa: E402
+from methods import OURS, floor_bits  # noqa: E402
+from runner import Job, circumstances, run_jobs, write_json  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import sab_hf  # noqa: E402
+from sab_hf.anatomy import folds  # noqa: E402
+from sab_hf.anatomy.roles import find_roles  # noqa: E402
+from sab_hf.anatomy.selection import language_linears  # noqa: E402
+from sab_hf.make import fold, plan  # noqa: E402
+from sab_hf.packed.linear import replace_module  # noqa: E402
+
+OWN, FOLDED, ROWS, GROUPS = "our own format", "folded columns", "row scales alone", "folded columns, scales by group"
+DESIGNS = (OWN, FOLDED, ROWS, GROUPS)
+Q1_0_BITS = 1 + 16 / folds.GROUP
+
+
+@dataclass(frozen=True)
+class DesignSettings(real_lm.TextSettings):
+    """Settings of a language model; group: weights of a row that share a scale, where scales go by group."""
+
+    group: int = folds.GROUP
+
+
+class GroupedLinear(nn.Module):
+    """A Linear as the sum of Linears of `group` columns each, which get row scales of their own."""
+
+    def __init__(self, linear: nn.Linear, group: int):
+        super().__init__()
+        self.group, self.count = group, linear.in_features // group
+        for i, weight in enumerate(linear.weight.detach().split(group, 1)):
+            part = nn.Linear(group, linear.out_features, bias=False, device="meta")
+            part.weight = nn.Parameter(weight.clone())
+            self.add_module(f"part{i}", part)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.split(self.group, -1)
+        y = sum(getattr(self, f"part{i}")(parts[i]) for i in range(self.count))
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def fold_and_group(model: nn.Module, group: int) -> None:
+    """Fold the column scales of a model and take its language Linears apart, in place."""
+    roles = find_roles(model)
+    linears = language_linears(model, roles, [])
+    for one in (one for own in folds.find_folds(model, roles, linears).values() for one in own):
+        fold.fold_columns(model, one)
+    for name, linear in linears.items():
+        if linear.in_features % group:
+            raise ValueError(f"`--group` must divide {linear.in_features}, the columns of `{name}`, got {group}")
+        replace_module(model, name, GroupedLinear(linear, group))
+
+
+@contextmanager
+def design(name: str, group: int) -> Iterator[None]:
+    """Have `sab_hf.quantize` make models of a design for a while."""
+    quantize = sab_hf.quantize
+
+    def grouped(model: nn.Module, *args: Any) -> Any:
+        fold_and_group(model, group)
+        with patch.object(plan, "find_folds", lambda *_: {}):
+            return quantize(model, *args)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(folds, "GROUP", 1))
+        if name == ROWS:
+            ones = lambda weights, one: torch.ones_like(one.gather(weights[0][0].float()))  # noqa: E731
+            stack.enter_context(patch.object(fold, "column_scales", ones))
+        elif name == GROUPS:
+            stack.enter_context(patch.object(sab_hf, "quantize", grouped, create=True))
+        yield
+
+
+def do(job: Job, settings: DesignSettings) -> dict[str, Any]:
+    """Return the measures of one job, whose method is a design; see `real_lm.do`."""
+    with design(job.method, settings.group):
+        row = real_lm.do(replace(job, method=OURS), settings)
+    if job.method != OWN:
+        row["bits"] = 1 + 16 / settings.group if job.method == GROUPS else Q1_0_BITS
+    return row
+
+
+def list_jobs(floor: float, seeds: Sequence[int], options: dict[str, Any]) -> list[Job]:
+    """Return all rows, seed after seed.
+
+    floor: least bits/weight of our own format for the model; options: fields of `SABQuantizationConfig` for all rows
+    """
+    jobs = []
+    for seed in seeds:
+        budgets = dict.fromkeys((floor, max(floor, Q1_0_BITS)))
+        jobs += [Job(f"{OWN}, {bits:.4g} bits", OWN, seed, bits, dict(options)) for bits in budgets]
+        jobs += [Job(name, name, seed, None, {"portable": "gguf"} | options) for name in DESIGNS[1:]]
+    return jobs
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the model")
+    parser.add_argument("--text", required=True, help="folder of the WikiText-2 files")
+    parser.add_argument("--output", type=Path, default=Path("portable.json"), help="JSON")
+    parser.add_argument("--rows", nargs="+", help="run only rows whose label contains one of these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration")
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON: fields of SABQuantizationConfig")
+    parser.add_argument("--group", type=int, default=96, help="weights that share a scale; divides all rows")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--samples", type=int, default=0, help="calibration samples of 512 tokens; 0: the whole text")
+    parser.add_argument("--windows", type=int, default=96, help="stretches of 1,024 tokens that are measured")
+    parser.add_argument("--jobs", type=int, default=1, help="rows side by side, each a process")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of a process")
+    parser.add_argument(
+        "--deadline", type=float, default=float("inf"), help="seconds; what has not ended then is named"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict]:
+    """Run the script."""
+    args = arguments().parse_args(argv)
+    jobs = list_jobs(floor_bits(args.model), args.seeds, args.options)
+    chosen = [job for job in jobs if not args.rows or any(part in job.label for part in args.rows)]
+    settings = DesignSettings(
+        model=args.model,
+        device=args.device,
+        questions=len(real_lm.PROMPTS),
+        samples=args.samples,
+        batch_size=8,
+        eval_batch=8,
+        threads=args.threads,
+        gpus=max(1, torch.cuda.device_count()),
+        text=args.text,
+        windows=args.windows,
+        group=args.group,
+    )
+    head = circumstances(settings)
+    head["settings"]["text"] = Path(args.text).name  # folders of this machine mean nothing elsewhere
+    rows = run_jobs(
+        chosen,
+        settings,
+        do,
+        num_workers=args.jobs,
+        budget=args.deadline,
+        report=lambda rows: write_json(args.output, head, rows),
+    )
+    print(real_lm.markdown(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
