@@ -2,9 +2,9 @@
 
     python benchmarks/portable.py smollm2 --text ../shared/real --jobs 4 --output portable.json
 
-`smollm2` is what `real_lm.py build` makes. Its rows have 576 and 1,536 weights, and Q1_0 takes multiples of 128: that rule is waived
-here, and only here. Bits are those of Q1_0, one float16 scale for 128 weights; "scales by group" has groups of `--group` weights,
-a width that divides all rows. See README.md.
+`smollm2` is what `real_lm.py build` makes. Its rows have 576 and 1,536 weights, and Q1_0 takes multiples of 128: that rule is
+waived here, and only here. Bits are those of Q1_0, one float16 scale for 128 weights; "scales by group" has groups of `--group`
+weights, a width that divides all rows.
 """
 
 import argparse

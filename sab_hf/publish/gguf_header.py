@@ -150,7 +150,7 @@ def _add_gemma(writer: Any, config: Any, width: int) -> None:
 
 
 def _rotary_of(config: Any, layer_type: str) -> tuple[float, str, dict[str, Any]]:
-    """Return base, kind and details of the rotary positions of a type of layer; versions of transformers name them differently."""
+    """Return base, kind and details of the rotary positions of a type of layer; transformers 4 and 5 name them differently."""
     found = getattr(config, "rope_parameters", None)
     if found:
         details = found.get(layer_type, found)

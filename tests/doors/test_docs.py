@@ -10,12 +10,14 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import task_data
 import torch
 from docs_reader import ALL_PAGES, DOCS, PAGES, ROOT, Block, anchors, links, read_page
+from gguf_files import as_converted, write
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sab_hf import SABQuantizationConfig, cli
@@ -32,15 +34,18 @@ NOT_RUN = (
     "sab-hf eval packed --tasks ",
     "PYTHONPATH=examples python -m tiny_vlm.export ",
     "hf auth login",
+    "llama-cli ",
+    "llama-server ",
+    "ollama ",
 )
-NEEDS = {"fine_tune.md": "peft", "walk.md": "peft"}
+NEEDS = {"fine_tune.md": "peft", "gguf.md": "gguf", "walk.md": "peft"}
 ELSEWHERE = {"openai": "tests/doors/test_serving.py"}
 """Modules whose snippets another test runs, against a server."""
 
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
-    """A folder with what pages name: the dense model `tiny`, a packed one, questions about pictures."""
+    """A folder with what pages name: the dense model `tiny`, a packed one, questions about pictures, a GGUF file of `tiny`."""
     sys.path.insert(0, str(ROOT / "examples"))
     from tiny_vlm import world
 
@@ -57,6 +62,9 @@ def materials(tmp_path_factory) -> Path:
     model = AutoModelForImageTextToText.from_pretrained(TINY, quantization_config=config, dtype=torch.float32)
     model.save_pretrained(folder / "packed")
     AutoProcessor.from_pretrained(TINY).save_pretrained(folder / "packed")
+    if find_spec("gguf"):
+        dense = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
+        write(folder / "tiny-F16.gguf", as_converted(dense, "model.language_model."))
     return folder
 
 

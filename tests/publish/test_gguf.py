@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf_files import as_converted, read, write
 from llama_cpp import serving
 from portable_models import FAMILIES, SPLITS, TEXTS, build_portable, build_tokenizer
 from safetensors.torch import load_file, save_file
@@ -19,19 +20,8 @@ from sab_hf import SABQuantizationConfig, cli
 from sab_hf.publish.gguf import export_gguf, q1_0
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
-Q1_0, F16, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q1_0", "F16", "F32"))
+Q1_0 = gguf.GGMLQuantizationType.Q1_0
 IDS = torch.randint(0, 400, (12,), generator=torch.Generator().manual_seed(2)).tolist()
-TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-"""Names in a file → in a block, written down here once more."""
 
 
 def quantize(model, **changes):
@@ -64,62 +54,6 @@ def exported(tmp_path_factory):
     return of
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """Return all tensors of a file as float32, with a reading of Q1_0 that is written down here once more."""
-    found = {}
-    for tensor in gguf.GGUFReader(path).tensors:
-        if tensor.tensor_type == Q1_0:
-            groups = np.asarray(tensor.data).reshape(len(tensor.data), -1, 18)
-            scale = np.ascontiguousarray(groups[..., :2]).view(np.float16).astype(np.float32)
-            bits = np.unpackbits(groups[..., 2:], axis=-1, bitorder="little").astype(np.float32)
-            found[tensor.name] = ((2 * bits - 1) * scale).reshape(len(groups), -1)
-        else:
-            found[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    return found
-
-
-def rewrite(path: Path, output: Path, tensors: dict[str, np.ndarray], **fields) -> Path:
-    """Write a file with the metadata of another, and further strings."""
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(output, fields.pop("architecture", reader.get_field("general.architecture").contents()))
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-    for name, value in fields.items():
-        writer.add_string(name, value)
-    for name, value in tensors.items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
-    writer.close()
-    return output
-
-
-def as_converted(model, family: str) -> dict[str, np.ndarray]:
-    """Return the dense tensors of a model as llama.cpp's converter writes them in F16."""
-    state = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
-    tensors = {
-        "token_embd.weight": state["model.embed_tokens.weight"],
-        "output_norm.weight": state["model.norm.weight"],
-    }
-    if "lm_head.weight" in state and not model.config.tie_word_embeddings:
-        tensors["output.weight"] = state["lm_head.weight"]
-    own = dict(TENSORS, ffn_norm="post_attention_layernorm")
-    if family == "qwen3":
-        own |= {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-    for i in range(2):
-        for name, inner in own.items():
-            for kind in ("weight", "bias"):
-                value = state.get(f"model.layers.{i}.{inner}.{kind}")
-                if value is None:
-                    continue
-                if family == "llama" and name in ("attn_q", "attn_k"):
-                    heads = 4 if name == "attn_q" else 2
-                    value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
-                tensors[f"blk.{i}.{name}.{kind}"] = value
-    return {name: np.ascontiguousarray(v, np.float32 if v.ndim == 1 else np.float16) for name, v in tensors.items()}
-
-
 @torch.no_grad()
 def log_probabilities(folder: Path, ids: list[int]) -> torch.Tensor:
     model, _ = sab_hf.load(folder, dtype=torch.float32)
@@ -142,7 +76,7 @@ def test_every_plane_has_the_bytes_that_ggml_makes_of_the_dense_weight(exported,
     libgguf = pytest.importorskip("libgguf", reason="needs the package libgguf")
     packed, path = exported(family)
     model, _ = sab_hf.load(packed, dtype=torch.float32)
-    dense = as_converted(model.dequantize(), "llama" if family == "llama" else "other")
+    dense = as_converted(model.dequantize())
     compared = 0
     for tensor in gguf.GGUFReader(path).tensors:
         if tensor.tensor_type == Q1_0:
@@ -169,7 +103,7 @@ def test_llama_cpp_computes_what_transformers_does(exported, family, tmp_path):
     """With weights in float32 to rounding; with packed ones as near as activations of 8 bits come."""
     packed, path = exported(family)
     wanted = log_probabilities(packed, IDS)
-    with serving(rewrite(path, tmp_path / "float.gguf", read(path))) as llama:
+    with serving(write(tmp_path / "float.gguf", read(path), like=path)) as llama:
         assert divergence(llama, wanted, IDS) < 1e-5
         model, _ = sab_hf.load(packed, dtype=torch.float32)
         answer = model.generate(torch.tensor([IDS]), max_new_tokens=12, do_sample=False, use_cache=True)
@@ -198,7 +132,7 @@ def test_scaled_rotary_positions(scaling, tmp_path):
     packed = save(quantize(build_portable("llama", **changes)), tmp_path / "packed")
     export_gguf(packed, tmp_path / "a.gguf", embedding="f16")
     ids = IDS * 4
-    with serving(rewrite(tmp_path / "a.gguf", tmp_path / "b.gguf", read(tmp_path / "a.gguf"))) as llama:
+    with serving(write(tmp_path / "b.gguf", read(tmp_path / "a.gguf"), like=tmp_path / "a.gguf")) as llama:
         assert divergence(llama, log_probabilities(packed, ids), ids) < 1e-5
 
 
@@ -251,12 +185,12 @@ def original(exported, tmp_path_factory):
 
     def of(family: str) -> Path:
         path = tmp_path_factory.mktemp("original") / "f16.gguf"
-        return rewrite(exported(family)[1], path, as_converted(build_portable(family), family), remark="kept")
+        return write(path, as_converted(build_portable(family)), like=exported(family)[1], remark="kept")
 
     return of
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_are_put_into_a_copy_of_an_existing_file(exported, original, family, tmp_path):
     packed, path = exported(family)
     source = original(family)
@@ -280,17 +214,18 @@ def test_tensors_are_put_into_a_copy_of_an_existing_file(exported, original, fam
 
 def test_files_of_other_models_are_refused(exported, original, tmp_path):
     packed, path = exported("llama")
-    dense, source = as_converted(build_portable("llama"), "llama"), original("llama")
+    dense, source = as_converted(build_portable("llama")), original("llama")
 
     def changed(name: str, **changes) -> Path:
-        return rewrite(source, tmp_path / f"{name}.gguf", {k: v for k, v in (dense | changes).items() if v is not None})
+        tensors = {key: value for key, value in (dense | changes).items() if value is not None}
+        return write(tmp_path / f"{name}.gguf", tensors, like=source)
 
     q, embedding = "blk.0.attn_q.weight", "token_embd.weight"
     turned = dense[q].reshape(4, -1, 2, 128).swapaxes(1, 2).reshape(128, 128)
     cases = [
         (original("qwen2"), r"its architecture is 'qwen2', 'llama' is required"),
         (
-            changed("other", **as_converted(build_portable("llama", seed=1), "llama")),
+            changed("other", **as_converted(build_portable("llama", seed=1))),
             r"the values of `token_embd.weight` differ",
         ),
         (
