@@ -91,3 +91,43 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_gemma_mmproj(model: nn.Module, path: Path) -> Path:
+    """Write the vision tower and the projector of a Gemma 3 as llama.cpp's converter does."""
+    import gguf
+
+    vision, text = model.config.vision_config, model.config.text_config
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type("mmproj")
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("gemma3")
+    writer.add_vision_image_size(vision.image_size)
+    writer.add_vision_patch_size(vision.patch_size)
+    writer.add_vision_embedding_length(vision.hidden_size)
+    writer.add_vision_feed_forward_length(vision.intermediate_size)
+    writer.add_vision_block_count(vision.num_hidden_layers)
+    writer.add_vision_head_count(vision.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
+    writer.add_vision_projection_dim(text.hidden_size)
+    writer.add_vision_image_mean([0.5] * 3)
+    writer.add_vision_image_std([0.5] * 3)
+    writer.add_vision_use_gelu(True)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, vision.num_hidden_layers)
+    own = {
+        "mm_input_projection_weight": "mm.input_projection.weight",
+        "mm_soft_emb_norm.weight": "mm.soft_emb_norm.weight",
+    }
+    for name, parameter in model.model.named_parameters():
+        part, _, inner = name.partition(".")
+        value = parameter.detach().float().numpy()
+        if part == "multi_modal_projector":
+            writer.add_tensor(own[inner], value + ("norm" in inner))
+        elif part == "vision_tower":
+            stem, _, kind = inner.removeprefix("vision_model.").rpartition(".")
+            writer.add_tensor(f"{names.get_name(f'vision_tower.vision_model.{stem}')}.{kind}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import urllib.request
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ class LlamaCpp:
         self._address = address
 
     def ask(self, endpoint: str, **content: Any) -> dict[str, Any]:
-        """Return the answer of an endpoint."""
+        """Return the answer of an endpoint to what is posted there."""
         request = urllib.request.Request(
             f"{self._address}/{endpoint}", json.dumps(content).encode(), {"Content-Type": "application/json"}
         )
@@ -36,17 +37,26 @@ class LlamaCpp:
         """Return the tokens of a text, without those that are put around it."""
         return self.ask("tokenize", content=text, add_special=False)["tokens"]
 
-    def log_probabilities(self, ids: list[int], vocab_size: int) -> Tensor:
-        """Return the log-probability [vocab_size] of each token after those given."""
+    def log_probabilities(self, prompt: Any, vocab_size: int) -> Tensor:
+        """Return the log-probability [vocab_size] of each token after a prompt: tokens, or text with a picture."""
         chosen = {
             "temperature": 0.0,
             "logit_bias": [[self.tokens("a")[0], 1e4]],
         }  # half a character would have no answer
-        answer = self.ask("completion", prompt=ids, n_predict=1, n_probs=vocab_size, cache_prompt=False, **chosen)
+        answer = self.ask("completion", prompt=prompt, n_predict=1, n_probs=vocab_size, cache_prompt=False, **chosen)
         result = torch.full((vocab_size,), -torch.inf)
         for token in answer["completion_probabilities"][0]["top_logprobs"]:
             result[token["id"]] = token["logprob"]
         return result
+
+    def prompt_with(self, picture: bytes, before: str, after: str) -> dict[str, Any]:
+        """Return a prompt of text with the file of a picture in it."""
+        with urllib.request.urlopen(f"{self._address}/props", timeout=60) as answer:
+            marker = json.load(answer)["media_marker"]
+        return {
+            "prompt_string": before + marker + after,
+            "multimodal_data": [base64.b64encode(picture).decode()],
+        }
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
         """Return the most likely tokens after those given."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import torch
+from helpers import V5
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 _AFTER_NUMBERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -19,7 +20,7 @@ TEXTS = (
     "def f(x):\n    return x**2 # ok?",
 )
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n{% endfor %}"
-VOCAB_SIZE = 512
+VOCAB_SIZE, IMAGE = 512, 500
 _SIZES = {
     "hidden_size": 128,
     "intermediate_size": 128,
@@ -54,6 +55,34 @@ def build_portable(family: str, seed: int = 0, **changes) -> nn.Module:
                 parameter.add_(torch.rand_like(parameter) - 0.5)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def build_vlm(family: str, seed: int = 0) -> nn.Module:
+    """Return a random vision-language model, float32: "gemma3", whose 64×64 pictures take 4 tokens, or "qwen2_5_vl"."""
+    torch.manual_seed(seed)
+    sizes = {"num_attention_heads": 2, "intermediate_size": 96, "hidden_size": 64, "patch_size": 8}
+    if family == "gemma3":
+        text = AutoConfig.for_model("gemma3_text", **_SIZES | FAMILIES["gemma3_text"])
+        vision = sizes | {"image_size": 64, "num_hidden_layers": 2, "vision_use_head": False}
+        own = {"mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": 501, "eoi_token_index": 502}
+        own["tie_word_embeddings"] = True
+    else:
+        rope = {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
+        text = AutoConfig.for_model("qwen2_5_vl_text", **_SIZES, **{"rope_parameters" if V5 else "rope_scaling": rope})
+        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 128}
+        own = {"image_token_id": IMAGE, "tie_word_embeddings": False}
+    config = AutoConfig.for_model(family, text_config=text.to_dict(), vision_config=vision, **own)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.rand_like(parameter) - 0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif "language_model" not in name and "lm_head" not in name:
+                parameter.normal_(std=0.15)
     model.generation_config.eos_token_id = None
     return model
 

@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from ..anatomy.folds import GROUP
 from ..anatomy.roles import EMBEDDING, HEAD, LANGUAGE, Roles, find_roles
 from ..packed.linear import SABLinear, SABModule
 from ..version import __version__
 from .gguf_header import Architecture, add_sizes, add_tokenizer, architecture_of
-from .open import load
+from .locate import read_config, require_packed
+from .open import opening_class
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,10 @@ def export_gguf(
     output = Path(output).absolute()
     _check_new(output)
     source = None if like is None else _Source(Path(like))
-    model, processor = load(checkpoint, dtype="auto", device_map="cpu")
+    packed = read_config(checkpoint)
+    require_packed(packed, checkpoint)
+    tokenizer = None if source else _tokenizer(checkpoint)
+    model = opening_class(packed).from_pretrained(checkpoint, dtype="auto", device_map="cpu")
     roles, config = find_roles(model), model.config.get_text_config()
     architecture = architecture_of(config)
     _check_portable(model, roles, str(checkpoint))
@@ -95,7 +100,7 @@ def export_gguf(
     with _new_file(output) as partial:
         writer = gguf.GGUFWriter(partial, architecture.name)
         if source is None:
-            _add_header(writer, model, roles, config, processor, _name_of(checkpoint))
+            _add_header(writer, model, roles, config, tokenizer, _name_of(checkpoint))
         else:
             source.check(tensors, architecture, str(checkpoint))
             source.copy_header(writer)
@@ -248,13 +253,24 @@ def _check_portable(model: nn.Module, roles: Roles, checkpoint: str) -> None:
 # ---- header
 
 
-def _add_header(writer: Any, model: nn.Module, roles: Roles, config: Any, processor: Any, name: str) -> None:
+def _tokenizer(checkpoint: str | os.PathLike) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"`{checkpoint}` has no tokenizer beside its weights ({error}); save one there: "
+            f"`AutoTokenizer.from_pretrained(<base model>).save_pretrained({str(checkpoint)!r})`, or pass `like` (--like) with "
+            "an F16 GGUF file of the same model"
+        ) from error
+
+
+def _add_header(writer: Any, model: nn.Module, roles: Roles, config: Any, tokenizer: Any, name: str) -> None:
     writer.add_type("model")
     writer.add_name(name)
     text = model.get_submodule(roles.embedding.rpartition(".")[0])
     add_sizes(writer, config, text.rotary_emb)
     with tempfile.TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         add_tokenizer(writer, Path(folder), model.get_input_embeddings().weight.shape[0])
 
 

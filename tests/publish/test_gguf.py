@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_files import as_converted, read, write
+from gguf_files import as_converted, read, write, write_gemma_mmproj
 from llama_cpp import serving
-from portable_models import FAMILIES, SPLITS, TEXTS, build_portable, build_tokenizer
+from PIL import Image
+from portable_models import FAMILIES, IMAGE, SPLITS, TEXTS, VOCAB_SIZE, build_portable, build_tokenizer, build_vlm
 from safetensors.torch import load_file, save_file
 
 import sab_hf
@@ -176,6 +177,40 @@ def test_the_file_says_what_made_it(exported):
     assert said["general.architecture"] == "qwen3"
 
 
+# ---- vision-language models
+
+
+@torch.no_grad()
+def test_llama_cpp_sees_a_picture_as_transformers_does(tmp_path):
+    model = quantize(build_vlm("gemma3"), allow_text_only=True)
+    packed = save(model, tmp_path / "packed")
+    export_gguf(packed, tmp_path / "a.gguf", embedding="f16")
+    text = write(tmp_path / "b.gguf", read(tmp_path / "a.gguf"), like=tmp_path / "a.gguf")
+    pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "a.png")
+    with serving(text, write_gemma_mmproj(model, tmp_path / "mmproj.gguf")) as llama:
+        ids = llama.tokens("Look: <start_of_image>") + [IMAGE] * 4 + llama.tokens("<end_of_image> What?")
+        prompt = llama.prompt_with((tmp_path / "a.png").read_bytes(), "Look: ", " What?")
+        found = llama.log_probabilities(prompt, VOCAB_SIZE)
+    inputs = {"input_ids": torch.tensor([ids]), "token_type_ids": (torch.tensor([ids]) == IMAGE).long()}
+    loaded = type(model).from_pretrained(packed, dtype=torch.float32).eval()
+    seen = pixels.permute(2, 0, 1)[None] / 127.5 - 1
+    wanted, other = (loaded(**inputs, pixel_values=x).logits[0, -1].log_softmax(-1) for x in (seen, -seen))
+    assert (wanted.exp() * (wanted - found)).sum() < 1e-5
+    assert (wanted.exp() * (wanted - other)).sum() > 1e-3
+
+
+@torch.no_grad()
+def test_the_language_part_of_a_qwen_vl_reads_text_alone(tmp_path):
+    model = quantize(build_vlm("qwen2_5_vl"), allow_text_only=True)
+    packed = save(model, tmp_path / "packed")
+    export_gguf(packed, tmp_path / "a.gguf", embedding="f16")
+    loaded = type(model).from_pretrained(packed, dtype=torch.float32).eval()
+    wanted = loaded(torch.tensor([IDS])).logits[0].log_softmax(-1)
+    with serving(write(tmp_path / "b.gguf", read(tmp_path / "a.gguf"), like=tmp_path / "a.gguf")) as llama:
+        assert divergence(llama, wanted, IDS) < 1e-5
+
+
 # ---- into a copy of an existing file
 
 
@@ -309,6 +344,17 @@ def test_tokenizers_that_llama_cpp_does_not_know_are_refused(exported, tmp_path)
     with pytest.raises(ValueError, match=r"the tokenizer splits texts in a way that is not known here, .* pass `like`"):
         export_gguf(packed, tmp_path / "out.gguf")
     assert not list(tmp_path.glob("*out.gguf*"))
+
+
+def test_a_checkpoint_without_a_tokenizer_takes_that_of_a_file(exported, original, tmp_path):
+    packed = tmp_path / "packed"
+    shutil.copytree(exported("qwen3")[0], packed)
+    for file in packed.glob("*token*"):
+        file.unlink()
+    with pytest.raises(OSError, match=r"packed` has no tokenizer beside its weights .* or pass `like`"):
+        export_gguf(packed, tmp_path / "a.gguf")
+    export_gguf(packed, tmp_path / "a.gguf", like=original("qwen3"))
+    assert "tokenizer.ggml.tokens" in gguf.GGUFReader(tmp_path / "a.gguf").fields
 
 
 def test_nothing_is_overwritten_or_left_behind(exported, monkeypatch, tmp_path):
