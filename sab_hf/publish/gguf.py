@@ -223,7 +223,7 @@ def _dense(value: Tensor | np.ndarray, kind: Any) -> _Tensor:
     import gguf
 
     value = np.ascontiguousarray(value.cpu().numpy() if isinstance(value, Tensor) else value, dtype=np.float32)
-    some = value[:_COMPARED_ROWS] if value.ndim > 1 else value
+    some = value[:_COMPARED_ROWS].copy() if value.ndim > 1 else value  # a view would keep all rows in memory
     if kind == gguf.GGMLQuantizationType.F16 and np.abs(value).max(initial=0) > np.finfo(np.float16).max:
         raise ValueError("a weight is too large for float16; the checkpoint is damaged, or choose another `embedding`")
     return _Tensor(gguf.quants.quantize(value, kind), kind, some)

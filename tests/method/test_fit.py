@@ -508,3 +508,31 @@ def test_to_sign_planes_keeps_the_matrix_and_balances_the_scales(residual):
     torch.testing.assert_close(planes.dense(), state.dense())
     for r, c in zip(planes.row_scale, planes.col_scale, strict=True):
         assert float(r.square().mean()) == pytest.approx(float(c.square().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("num_planes", [1, 2])
+@pytest.mark.parametrize("elementwise", [False, True])
+def test_column_scales_of_one_stay_one_and_cost_what_they_are_worth(num_planes, elementwise):
+    W, H = problem(24, 40)
+
+    def fitted(W, H, **options):
+        if elementwise:
+            return fit_planes_elementwise(W, H.diagonal(), num_planes, **options)
+        return fit_planes(W, H, num_planes, **options)
+
+    unit, free = fitted(W, H, unit_columns=True), fitted(W, H)
+    assert (unit.planes.col_scale == 1).all()
+    assert unit.planes.has_unit_columns
+    assert not free.planes.has_unit_columns
+    assert free.error < unit.error < 1
+    again = fit.from_sign_planes(from_tensors(to_tensors(unit.planes), 40))
+    assert again.unit_columns
+    assert (to_sign_planes(again).col_scale == 1).all()
+
+
+def test_row_scales_alone_are_the_least_squares_ones():
+    W, H = problem(12, 20)
+    planes = fit_planes(W, H, 1, unit_columns=True).planes
+    B = planes.signs[0].float() * 2 - 1
+    wanted = ((B @ H) * W).sum(1) / ((B @ H) * B).sum(1)
+    torch.testing.assert_close(planes.row_scale[0], wanted, rtol=1e-3, atol=1e-5)
