@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
+from transformers.utils import cached_file
 
 from ..anatomy.folds import GROUP
 from ..anatomy.roles import EMBEDDING, HEAD, LANGUAGE, Roles, find_roles
@@ -255,6 +256,9 @@ def _check_portable(model: nn.Module, roles: Roles, checkpoint: str) -> None:
 
 def _tokenizer(checkpoint: str | os.PathLike) -> Any:
     try:
+        cached_file(
+            checkpoint, "tokenizer.json"
+        )  # without files, transformers 5 makes some families an empty tokenizer
         return AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise OSError(
