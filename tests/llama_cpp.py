@@ -71,7 +71,7 @@ def serving(path: Path, mmproj: Path | None = None) -> Iterator[LlamaCpp]:
     """Give llama.cpp with the model of a file, on one thread."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="needs the package xllamacpp")
     params = xllamacpp.CommonParams()
-    params.model.path = str(path)
+    params.model.path, params.verbosity = str(path), 0
     params.n_ctx, params.n_parallel, params.warmup, params.fit_params = 512, 1, False, False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

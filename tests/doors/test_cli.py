@@ -49,7 +49,7 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
 def test_no_command_shows_all_of_them(capsys):
     code, out, err = run(capsys)
     assert (code, out) == (2, "")
-    for name in ("quantize", "inspect", "eval", "dequantize", "card", "demo", "run"):
+    for name in ("quantize", "inspect", "eval", "dequantize", "export", "card", "demo", "run"):
         assert f"\n    {name}" in err
 
 

@@ -394,3 +394,5 @@ def test_the_command_writes_the_same_file(exported, original, capsys, tmp_path):
     assert "MiB Q1_0" in capsys.readouterr().out
     assert cli.main(["export", "gguf", str(packed), str(tmp_path / "b.gguf")]) == 1
     assert "exists, and an export replaces nothing" in capsys.readouterr().err
+    assert cli.main(["export", "gguf", str(tmp_path / "none"), str(tmp_path / "c.gguf")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
