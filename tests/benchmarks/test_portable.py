@@ -34,6 +34,7 @@ def settings(tmp_path_factory):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", portable.DESIGNS)
 def test_every_design_runs_where_128_divides_no_row(name, settings, monkeypatch):
     seen = {}
