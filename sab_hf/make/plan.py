@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,6 +66,11 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     Raises:
         ValueError, RuntimeError: see `quantize`.
     """
+    return plan_with(model, config, lambda: _calibration(model, config, processor, samples))
+
+
+def plan_with(model: nn.Module, config: SABQuantizationConfig, calibrate: Callable[[], CalibrationSet]) -> Plan:
+    """Return the plan for a calibration set, which is made once the model has been checked; see `make_plan`."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "quantization trains scales and signs, which torch.inference_mode() rules out; quantize (or load with "
@@ -90,7 +96,7 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     modules = allocate(shapes, config.bits)
     with plain_torch():
-        calibration = _calibration(model, config, processor, samples)
+        calibration = calibrate()
     device = compute_device(model, config.compute_device)
     settings = RefineSettings.of(config, device), DistilSettings.of(config, device)
     return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered, *settings)
