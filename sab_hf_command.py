@@ -6,6 +6,7 @@ Importing any module of `sab_hf` executes the package first, which registers it 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from types import ModuleType
 
@@ -18,9 +19,19 @@ def main() -> int:
     """
     parser = parsing_part().make_parser()
     args = parser.parse_args()
+    wait_asleep_where_busy()
     from sab_hf.cli import execute
 
     return execute(args, parser)
+
+
+def wait_asleep_where_busy() -> None:
+    """Have threads that wait for each other sleep, where other processes want the cores: awake they take cores from all.
+
+    The OpenMP runtime reads this when torch is imported. What the environment says already stays.
+    """
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] >= (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def parsing_part() -> ModuleType:

@@ -67,7 +67,6 @@ def point(hidden: int, intermediate: int, layers: int, samples: int, refine_step
         "peak_ram_mib": (_resident("VmHWM") - before) / MIB,
         "predicted_ram_mib": predicted.peak_ram / MIB,
         "weights_mib": weights / MIB,
-        "operations_per_block": sum(predicted.operations.values()) / layers,
     }
 
 

@@ -65,6 +65,7 @@ def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_s
         "seconds_of_the_last_block": sum(s["last_seconds"] for name, s in stages.items() if name not in ONCE),
         "seconds_outside_of_blocks": record.seconds - in_blocks,
         "stages": stages,
+        "predicted": record.predicted.to_dict(),
         "peak_gpu_gib": max(stage["peak_gpu_mib"] or 0.0 for stage in stages.values()) / 1024,
         "peak_ram_gib_of_the_process_so_far": (peak_ram_mib() or 0.0) / 1024,
         "bits": report.bits,
@@ -125,8 +126,13 @@ def main() -> None:
     runs[f"{args.shape}, {blocks} blocks, {args.refine_steps} steps{several}"] = row | {"machine": machine(args)}
     args.output.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     print(json.dumps(row["all_layers"], indent=1))
+    expected = row["predicted"]["stages"]
     for name, stage in row["stages"].items():
-        print(f"{name:20} {stage['seconds']:8.1f} s {stage['peak_gpu_mib'] or 0:8.0f} MiB on the GPU")
+        known, memory = expected.get(name, {}), stage["peak_gpu_mib"] or 0
+        seconds, size = known.get("seconds") or 0, (known.get("device_bytes") or 0) / 2**20
+        print(
+            f"{name:20} {stage['seconds']:8.1f} s {memory:8.0f} MiB on the GPU; predicted {seconds:.1f} s, {size:.0f} MiB"
+        )
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:

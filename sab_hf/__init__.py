@@ -14,8 +14,9 @@ from .version import __version__
 if TYPE_CHECKING:  # what is imported on first use, for editors and type checkers
     from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
 
-    from .make.binarize import estimate, quantize
+    from .make.binarize import quantize
     from .packed.decoding import decode_ahead
+    from .prediction import estimate
     from .publish.gguf import export_gguf
     from .publish.open import load
     from .publish.save import save
@@ -38,7 +39,7 @@ __all__ = [
 
 _ON_FIRST_USE = {
     "decode_ahead": ".packed.decoding",
-    "estimate": ".make.binarize",
+    "estimate": ".prediction",
     "export_gguf": ".publish.gguf",
     "load": ".publish.open",
     "quantize": ".make.binarize",

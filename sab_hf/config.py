@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,17 @@ MAX_SEED, MAX_COUNT = 2**63 - 1, 2**31 - 1
 DENSE = 16
 """Bits of a role that is left as it is."""
 
-_NOT_SERIALIZED = ("calibration", "processor")
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"num_samples": 128, "refine_steps": 0, "distil_steps": 0},
+    "balanced": {},
+    "best": {"num_samples": 1024, "distil_steps": 3000, "rest_bits": DENSE},
+}
+"""What a preset means: the fields that it sets. Fast: the fit alone, for which 128 samples are enough. Best: more steps than the
+default, with which the loss still falls, and more samples for them (benchmarks/LOG.md)."""
+
+_NOT_SERIALIZED = ("calibration", "processor", "progress")
+_ONLY_FOR_THE_RUN = ("preset",)
+"""Fields whose effect other fields hold afterwards."""
 REST_ROLES = ("vision", "projector", "embedding", "head")
 """Roles outside the language blocks, see `anatomy/roles.py`."""
 _CHOICES = {
@@ -59,6 +70,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             masks, everything. The budget is met from below; `budget` says where it is spent. None: as many as one plane and a
             residual plane on a tenth of the columns take in every matrix (the scales of a small matrix take more bits a
             weight, so no fixed number suits all models).
+        preset: `"fast"`, `"balanced"` or `"best"`, a set of values for other fields (docs/time_and_memory.md); fields that are
+            given beside it keep theirs. None: the defaults, which are `"balanced"`. The resulting values are saved.
         calibration: `"builtin"` (drawn and written by the package, no network), a Hub dataset id, a local folder or
             JSONL file, a list of chat-message samples, or a list of processed batches. Only names are saved, of a path its
             last two parts.
@@ -85,6 +98,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         allow_low_coverage: permit that less than 90 % of the language weights are quantized.
         language_blocks: names of the lists of language blocks, for a model in which they are not found by structure.
         processor: the model's processor or tokenizer, or a path to it; None loads it from where the model came from.
+        progress: a function that is called in place of the progress bar, some times a second, with where the run is: `share` of
+            the work, `stage`, `seconds_left` and more (`sab_hf.machine.bar.Moment`). What it raises ends the run.
 
     The method:
 
@@ -166,6 +181,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     allow_low_coverage: bool = False
     language_blocks: list[str] | None = None
     processor: Any = None
+    progress: Any = None
+    preset: str | None = None
     fit: str = "hessian"
     modality_balance: str = "equal"
     significance: str = "gradient"
@@ -199,7 +216,13 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     checksums: dict[str, Any] | None = None
     quant_method: str = field(default="sab", init=False)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> SABQuantizationConfig:
+        config = super().__new__(cls)
+        config._given = {field.name for field in dataclasses.fields(cls)[: len(args)]} | kwargs.keys()
+        return config
+
     def __post_init__(self):
+        self._apply_preset()
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"the checkpoint has format version {self.format_version!r}, this sab_hf reads version {FORMAT_VERSION}; "
@@ -235,6 +258,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}")
+        if self.progress is not None and not callable(self.progress):
+            raise ValueError(f"`progress` must be a function that takes a `Moment`, or None, got {self.progress!r:.80}")
         self._check_portable()
         self._check_machine()
         self._check_modules()
@@ -252,6 +277,19 @@ class SABQuantizationConfig(QuantizationConfigMixin):
                     f'`{name}` must be left out with portable="gguf", which leaves everything outside the language blocks dense, '
                     f"got {getattr(self, name)!r}; `sab-hf export gguf --embedding` makes embedding and head small"
                 )
+
+    def _apply_preset(self) -> None:
+        """Give the fields of the preset their values, where they were not given themselves."""
+        given = vars(self).pop("_given", set())
+        if self.preset is None:
+            return
+        if not isinstance(self.preset, str) or self.preset not in PRESETS:
+            near = difflib.get_close_matches(str(self.preset), PRESETS, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"`preset` must be one of {list(PRESETS)}, got {self.preset!r:.80}{hint}")
+        for name, value in PRESETS[self.preset].items():
+            if name not in given:
+                setattr(self, name, value)
 
     def _check_machine(self) -> None:
         for name in ("compute_device", "checkpoint_dir", "offload_dir"):
@@ -314,7 +352,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         plain = {
             f.name: copy.deepcopy(getattr(self, f.name))
             for f in dataclasses.fields(self)
-            if f.name not in _NOT_SERIALIZED + _OF_THE_MACHINE
+            if f.name not in _NOT_SERIALIZED + _OF_THE_MACHINE + _ONLY_FOR_THE_RUN
         }
         named = isinstance(self.calibration, (str, os.PathLike))
         return plain | {"calibration": without_path(str(self.calibration)) if named else "custom"}

@@ -58,10 +58,11 @@ class SABHfQuantizer(HfQuantizer):
             expect_marker(model, config.modules)
             self._name_as_here(model, modules)
             return model
-        from .make.binarize import make_plan
+        from .make.binarize import check_room, make_plan
 
         with torch.device("cpu"):  # transformers builds the skeleton under the meta device
             self._plan = make_plan(model, self.quantization_config)
+            check_room(model, self._plan, self.quantization_config)
         if not hasattr(HfQuantizer, "update_missing_keys"):  # transformers 5 calls no hook with them
             _check_when_tied(model)
         return model

@@ -141,6 +141,12 @@ def hub(monkeypatch):
     """A hub on this machine, and the client of this process pointed at it."""
     with running_hub() as running:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (
+            huggingface_hub.constants,
+            huggingface_hub.file_download,
+        ):  # old versions of the client have a copy
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", "hf_loopback")
         yield running

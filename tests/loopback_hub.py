@@ -28,6 +28,7 @@ class LoopbackHub:
         repos: repo id → list of commits, each {path: content}; the last one is "main", and every branch.
         branches: (repo id, name) of those that were made.
         requests: method and path of every request.
+        gated: repo ids whose files are not given to anybody.
         refused: name of an endpoint that answers "no quota", such as "commit"; None: all work.
     """
 
@@ -36,6 +37,7 @@ class LoopbackHub:
         self.branches: set[tuple[str, str]] = set()
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.gated: set[str] = set()
         self.refused: str | None = None
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -197,6 +199,8 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, body, repo_id, revision, path):
         if repo_id not in self.hub.repos:
             return self._error(404, "RepoNotFound", "Repository not found")
+        if repo_id in self.hub.gated:
+            return self._error(403, "GatedRepo", f"Access to model {repo_id} is restricted")
         content = self.hub.files(repo_id).get(path)
         if content is None:
             return self._error(404, "EntryNotFound", "Entry not found")

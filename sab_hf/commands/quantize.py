@@ -10,23 +10,54 @@ from typing import Any
 from .shared import DTYPES, add_allow_urls, add_device_map, add_push, add_shard_size, device_map, log_to_stderr
 
 SUMMARY = "binarize a checkpoint and save it packed, with card and report"
-_WITH_OPTIONS = ("bits", "calibration", "num_samples", "refine_steps", "seed")
-_NOT_SET = {"modules", "tied_head", "tied_embeddings", "checksums", "format_version", "processor"}
+_WITH_OPTIONS = ("bits", "preset", "calibration", "num_samples", "rest_bits", "refine_steps", "distil_steps", "seed")
+DEFAULTS = """other fields, by --set FIELD=VALUE, and their defaults:
+  max_length=2048 batch_size=8 written_samples=0 allow_text_only=false allow_urls=false vision_bits=null
+  projector_bits=null embedding_bits=null head_bits=null modules_to_not_convert=null allow_low_coverage=false
+  language_blocks=null fit="hessian" modality_balance="equal" significance="gradient" budget="sensitivity"
+  sensitivity_samples=64 alternations=15 damping=0.01 block_size=128 salient_top_p=0.05 diff_quantile=0.5
+  sparsity_threshold=0.005 refine_batch=32 refine_loss="balanced" refine_scale_rate=0.005 refine_latent_rate=0.02
+  distil_batch=8 distil_scale_rate=null distil_latent_rate=null compute_device=null checkpoint_dir=null
+  offload_dir=null cache_device_gib=null cache_ram_gib=null process_timeout=1800.0
+null: decided by the model or the machine; what each field means: help(sab_hf.SABQuantizationConfig)."""
+"""Written out, since `--help` imports nothing heavy; held to the config by a test."""
+_NOT_SET = {"modules", "tied_head", "tied_embeddings", "checksums", "format_version", "processor", "progress"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = DEFAULTS
     parser.add_argument("model", help="dense checkpoint: a folder or Hub id")
-    parser.add_argument("output", help="folder to write, or with --push a Hub repository")
+    parser.add_argument("output", nargs="?", help="folder to write, or with --push a Hub repository")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="only tell what the run would need: file size, memory, minutes, disk; reads config and processor, no weights",
+    )  # fmt: skip
     parser.add_argument(
         "--bits",
         type=float,
         help="stored bits per language weight; default: what one plane and a tenth of the columns take",
     )
-    parser.add_argument("--calibration", help='"builtin" (default), a Hub dataset, a folder, or a JSONL file')
+    parser.add_argument(
+        "--preset",
+        help="fast: the fit alone, 128 samples; balanced: the defaults; best: 1024 samples, 3000 steps of distillation. Options "
+        "and fields that are given win",
+    )  # fmt: skip
+    parser.add_argument("--calibration", help="builtin (default), a Hub dataset, a folder, or a JSONL file")
     add_allow_urls(parser)
-    parser.add_argument("--num-samples", type=int, help="calibration samples")
-    parser.add_argument("--refine-steps", type=int, help="steps of block refinement; 0 turns it off")
-    parser.add_argument("--seed", type=int, help="seed of the calibration set")
+    parser.add_argument("--num-samples", type=int, help="calibration samples (default 512)")
+    parser.add_argument(
+        "--rest-bits", type=int,
+        help="sign planes of towers, projector, embedding and head: 1 to 8, or 16 to leave them dense (default 16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--refine-steps", type=int,
+        help="steps of block refinement; 0 turns it off (default: 0 where blocks are distilled, else 400, on a CPU 50)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--distil-steps", type=int, help="steps of distillation; 0 turns it off (default 1000, on a CPU 100)"
+    )
+    parser.add_argument("--seed", type=int, help="seed of the calibration set (default 0)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE",
         help="any other field of SABQuantizationConfig, value as JSON or text; may be repeated",
@@ -42,6 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
+    if args.dry_run:
+        return _dry_run(args)
+    if args.output is None:
+        raise ValueError("name the folder to write, or add --dry-run to be told only what the run would need")
+    import torch
+
+    from ..machine.disk import Need, check_disk
+    from ..prediction import file_bytes
     from ..processors import processor_of
     from ..publish.folders import check_target
     from ..publish.inspect import empty_model
@@ -63,7 +102,9 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     remedy = "save it beside the weights: `AutoProcessor.from_pretrained(ORIGINAL).save_pretrained(FOLDER)`"
     config.processor = processor = processor_of(args.model, None, "calibration needs", remedy, revision=args.revision)
     with log_to_stderr():
-        empty_model(model_config, args.model)  # what is wrong with the config is said here
+        empty = empty_model(model_config, args.model)  # what is wrong with the config is said here
+        empty = empty if args.dtype == "auto" else empty.to(getattr(torch, args.dtype))
+        check_disk([Need("the output folder", None if args.push else output, file_bytes(empty, config))])
         model = opening_class(model_config).from_pretrained(
             args.model,
             revision=args.revision,
@@ -83,6 +124,14 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     )
     sizes = report(model)
     return {"saved": where, **sizes.to_dict()}, f"{sizes}\nsaved: {where}"
+
+
+def _dry_run(args: argparse.Namespace) -> tuple[Any, str]:
+    """Return what the run would need, as data and as text."""
+    from ..prediction import estimate
+
+    found = estimate(args.model, config=quantization_config(args), dtype=args.dtype, revision=args.revision)
+    return found.to_dict(), found.table()
 
 
 def quantization_config(args: argparse.Namespace) -> Any:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .bar import Bar
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,10 +39,12 @@ class StageClock:
 
     Attributes:
         device: whose memory is read, if it is a GPU; else, or None: the current GPU's.
+        bar: is told which stage is at work.
     """
 
     stages: dict[str, Stage] = field(default_factory=dict)
     device: torch.device | None = None
+    bar: Bar = field(default_factory=Bar, repr=False, compare=False)
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -52,6 +56,7 @@ class StageClock:
         if gpu:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
+        self.bar.enter(name)
         start = time.perf_counter()
         try:
             yield
@@ -61,6 +66,7 @@ class StageClock:
             stage = self.stages.setdefault(name, Stage())
             stage.last_seconds = time.perf_counter() - start
             stage.seconds += stage.last_seconds
+            self.bar.leave()
             stage.peak_ram_mib = peak_ram_mib()
             if gpu:
                 stage.peak_gpu_mib = max(stage.peak_gpu_mib or 0.0, torch.cuda.max_memory_allocated(device) / 2**20)

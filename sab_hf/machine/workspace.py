@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ..config import SABQuantizationConfig
+from .bar import Bar
 from .limits import SampleLimit
 from .placement import Placement
 from .store import GIB, StateStore
@@ -21,11 +22,13 @@ class Workspace:
         placement: brings blocks to the compute device.
         store: keeps hidden states.
         limit: samples of one forward pass.
+        bar: is told how far the run is.
     """
 
     placement: Placement
     store: StateStore
     limit: SampleLimit
+    bar: Bar = field(default_factory=Bar)
 
     @property
     def device(self) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils.logging import tqdm
 
 from ..calibration import CalibrationBatch
 from ..config import SABQuantizationConfig
 from ..machine import distributed
+from ..machine.bar import Bar
 from ..machine.clock import StageClock
 from ..machine.commits import RunFolder
 from ..machine.fingerprint import digest, fingerprint
 from ..machine.placement import check_finite
 from ..machine.plain_torch import plain_torch
 from ..machine.resume import Left, Steps
+from ..machine.threads import free_threads
 from ..machine.weights import iter_weights
 from ..machine.workspace import Workspace
 from ..method.recipe import FitRecord, fit_linear
@@ -38,7 +39,7 @@ from ..planes import SignPlanes
 from .distil import distil_window, plan_windows
 from .fold import fold_block
 from .plan import Plan, make_plan, plan_with_weights
-from .preflight import Estimate, estimate_run, log_estimate
+from .preflight import check_room, duration, estimate_run, log_estimate
 from .records import QuantizationRecord
 from .refine import refine_block
 from .rest import binarize_rest, packed_rest, restore_rest, tied_to_planes
@@ -48,6 +49,9 @@ from .written import write_samples
 
 logger = logging.getLogger(__name__)
 _MODALITY = "modality of each position"
+
+IN_BLOCKS = "second moments", "fit", "refinement"
+"""Stages that a run which goes on does not do again."""
 
 
 def binarize(
@@ -70,7 +74,7 @@ def binarize(
     Returns:
         The sizes of all packed modules.
     """
-    measure = record.stages.measure
+    measure, bar = record.stages.measure, workspace.bar
     batches, given = list(plan.calibration.batches), len(plan.calibration.batches)
     plan = replace(plan, roles=in_running_order(model, plan.roles, batches, workspace))
     if config.written_samples and plan.distil.steps:
@@ -84,52 +88,51 @@ def binarize(
         sensitivity = find_sensitivity(model, plan, config, workspace, steps)
     record.measured = bool(sensitivity.linears)
     plan = spend_budget(model, plan, sensitivity, config)  # final from here on
-    with tqdm(total=len(plan.roles.blocks), desc="binarizing blocks", disable=distributed.rank() > 0) as progress:
-        for blocks in plan.roles.stacks:  # later ones read what the binarized blocks of earlier ones give
-            with measure("capture"):
-                later = plan.roles.blocks[plan.roles.blocks.index(blocks[-1]) + 1 :]
-                inputs = BlockInputs(model, blocks, batches[:given], workspace, later)
-                windows = plan_windows(model, plan, blocks, inputs, steps)
-                more = batches[given:] if windows[0].trained else []  # what the model wrote is for distillation only
-                written = BlockInputs(model, blocks, more, workspace, later, all_run=False, first_number=given)
-            for window in windows:
-                entering = inputs.fork() if window.trained else None
-                weights: dict[str, Tensor] = {}
-                for index, name in enumerate(window.names, window.first):
-                    own = plan.linears_of(name)
-                    if window.trained:
-                        weights |= iter_weights(model, own)
-                    with workspace.placement.visit(name, lasting=True) as block:
-                        split_experts(model, own)
-                        refine = plan.refine.beside(window.trained)
-                        if refine.steps or window.trained:
-                            with measure("targets"):
-                                inputs.advance_targets(block, index)
-                                written.advance_targets(block, index)
-                        if name in plan.folds:
-                            folded = fold_block(model, name, index, plan.folds[name], inputs)
-                            weights |= {
-                                key: folded[key].to(weights[key].device) for key in folded.keys() & weights.keys()
-                            }
-                        work = partial(
-                            _binarize_block, model, block, name, index, inputs, own, sensitivity, refine, config, record
-                        )
-                        restore = partial(_restore_block, model, name, own, workspace.device)
-                        _, done = steps.once(name, work, restore, share=True)
-                        record.note(done)
-                        progress.set_postfix_str(_refinement_in_words(done["refinement"]))
-                        progress.update()
-                        if index + 1 < len(blocks):
-                            with measure("binarized outputs"):
-                                inputs.advance(block, index)
+    for blocks in plan.roles.stacks:  # later ones read what the binarized blocks of earlier ones give
+        with measure("capture"):
+            later = plan.roles.blocks[plan.roles.blocks.index(blocks[-1]) + 1 :]
+            inputs = BlockInputs(model, blocks, batches[:given], workspace, later)
+            windows = plan_windows(model, plan, blocks, inputs, steps)
+            more = batches[given:] if windows[0].trained else []  # what the model wrote is for distillation only
+            written = BlockInputs(model, blocks, more, workspace, later, all_run=False, first_number=given)
+        for window in windows:
+            entering = inputs.fork() if window.trained else None
+            weights: dict[str, Tensor] = {}
+            for index, name in enumerate(window.names, window.first):
+                own, number = plan.linears_of(name), plan.roles.blocks.index(name) + 1
+                bar.in_block(number, len(plan.roles.blocks))
                 if window.trained:
-                    with measure("distillation"):
-                        entering.take_targets(inputs)
-                        inputs = entering
-                        result = distil_window(model, plan, window, weights, (inputs, written), batches, steps)
-                        record.distillations.append(result)
-            inputs.close()
-            written.close()
+                    weights |= iter_weights(model, own)
+                with workspace.placement.visit(name, lasting=True) as block:
+                    split_experts(model, own)
+                    refine = plan.refine.beside(window.trained)
+                    if refine.steps or window.trained:
+                        with measure("targets"):
+                            inputs.advance_targets(block, index)
+                            written.advance_targets(block, index)
+                    if name in plan.folds:
+                        folded = fold_block(model, name, index, plan.folds[name], inputs)
+                        weights |= {key: folded[key].to(weights[key].device) for key in folded.keys() & weights.keys()}
+                    work = partial(
+                        _binarize_block, model, block, name, index, inputs, own, sensitivity, refine, config, record
+                    )
+                    restore = partial(_restore_block, model, name, own, workspace.device)
+                    _, done = steps.once(name, work, restore, share=True)
+                    record.note(done)
+                    bar.count(IN_BLOCKS, number)
+                    bar.note(_refinement_in_words(done["refinement"]))
+                    if index + 1 < len(blocks):
+                        with measure("binarized outputs"):
+                            inputs.advance(block, index)
+            bar.in_block(0, 0)
+            if window.trained:
+                with measure("distillation"):
+                    entering.take_targets(inputs)
+                    inputs = entering
+                    result = distil_window(model, plan, window, weights, (inputs, written), batches, steps)
+                    record.distillations.append(result)
+        inputs.close()
+        written.close()
     return plan.modules | {name: [num_planes, 0] for name, num_planes in plan.rest.items()}
 
 
@@ -152,22 +155,12 @@ def quantize(
         ValueError: the model is quantized already, weights are not finite, too little of the language weights would be
             quantized, or the config, the processor or the samples do not suit the model.
         RuntimeError: inference mode is on, in which nothing can be trained.
+        OSError: there is too little room in `checkpoint_dir` or `offload_dir`.
     """
     config = config or SABQuantizationConfig()
     plan = make_plan(model, config, processor, samples)
+    check_room(model, plan, config)
     return run_plan(model, plan, config)
-
-
-def estimate(
-    model: nn.Module, processor: Any = None, samples: Any = None, config: SABQuantizationConfig | None = None
-) -> Estimate:
-    """Predict the peak memory and the operations of `quantize` with the same arguments. Nothing is changed.
-
-    Raises:
-        ValueError: as `quantize` does.
-    """
-    config = config or SABQuantizationConfig()
-    return estimate_run(model, make_plan(model, config, processor, samples), config, Workspace.of(model, config))
 
 
 def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> QuantizationRecord:
@@ -181,15 +174,27 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
     start = time.perf_counter()
     workspace = Workspace.of(model, config)
     plan = plan_with_weights(model, plan, config)
-    log_estimate(estimate_run(model, plan, config, workspace))
-    record = QuantizationRecord(plan.calibration.summary(), stages=StageClock(device=workspace.device))
-    with _evaluating(model), plain_torch(), closing(_open_steps(model, plan, config, workspace)) as steps:
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(plain_torch())
+        steps = stack.enter_context(closing(_open_steps(model, plan, config, workspace)))
+        stack.enter_context(free_threads(workspace.device, steps))
+        predicted = estimate_run(model, plan, config, workspace)
+        log_estimate(predicted)
+        workspace.bar = Bar(predicted.seconds, predicted.runs, config.progress, workspace.device)
+        clock = StageClock(device=workspace.device, bar=stack.enter_context(workspace.bar.shown()))
+        record = QuantizationRecord(plan.calibration.summary(), stages=clock, predicted=predicted)
         modules = binarize(model, plan, config, workspace, steps, record)
     written = {"modules": modules} | tied_to_planes(model)
     _attach(model, SABQuantizationConfig.from_dict(config.to_dict() | written))
     record.seconds = time.perf_counter() - start
     model.hf_quantizer.record = record
-    logger.info("binarized %d Linears in %.0f s", len(record.fits), record.seconds)
+    logger.info(
+        "binarized %d Linears in %.0f s; %s were predicted",
+        len(record.fits),
+        record.seconds,
+        duration(predicted.all_seconds),
+    )
     if record.fallbacks:
         logger.warning(
             "%d of %d Linears are experts that saw too few calibration tokens (first `%s`) and were fitted to the tokens of all "
@@ -236,7 +241,8 @@ def _write_samples(
         written = []
         if distributed.rank() == 0:
             with workspace.placement.visit_rest(()):
-                written = write_samples(model, plan.calibration.batches, config.written_samples, config.seed)
+                given = plan.calibration.batches
+                written = write_samples(model, given, config.written_samples, config.seed, workspace.bar)
         contents = [{**batch.inputs, _MODALITY: batch.modality} for batch in written]
         tensors = {f"{i}|{key}": v for i, one in enumerate(contents) for key, v in one.items() if torch.is_tensor(v)}
         return tensors, {"others": [{k: v for k, v in one.items() if not torch.is_tensor(v)} for one in contents]}
@@ -306,11 +312,12 @@ def _fit_block(
         at_linear = sensitivity.linears.get(name)
         planes, fit_record = fit_linear(name, linears[name], moments.get(name), at_linear, modules[name], config)
         fit_record.fallback = name in fallbacks
+        fitted.update()
         return planes, fit_record
 
-    with stages.measure("fit"):
+    with stages.measure("fit"), inputs.workspace.bar.steps(len(linears)) as fitted:
         results = distributed.divide(costs, fit, inputs.workspace.device)
-    return {name: planes for name, (planes, _) in results.items()}, [fitted for _, fitted in results.values()]
+    return {name: planes for name, (planes, _) in results.items()}, [record for _, record in results.values()]
 
 
 def _refinement_in_words(result: dict[str, float] | None) -> str:

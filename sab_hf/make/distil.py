@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.utils.logging import tqdm
 
 from ..calibration import PADDING, TEXT, CalibrationBatch
 from ..machine import distributed
@@ -296,8 +295,8 @@ def _train(
     for _ in range(start):
         next(draws)
     step = start
-    with tqdm(total=settings.steps, initial=start, desc="distilling", disable=distributed.rank() > 0) as bar:
-        bar.set_postfix_str(f"held-out loss {before:.4f}")
+    with loss.workspace.bar.steps(settings.steps, start) as bar:
+        bar.note(f"held-out loss {before:.4f}")
         while step < settings.steps:
             loss.accumulate_gradients(adam, next(draws))
             distributed.sum_gradients(adam.gradients())
@@ -308,7 +307,7 @@ def _train(
             if step % interval and step < settings.steps:
                 continue
             now = loss.measure(held)
-            bar.set_postfix_str(f"held-out loss {before:.4f} → {now:.4f}")
+            bar.note(f"held-out loss {before:.4f} → {now:.4f}")
             logger.info(
                 "distillation: step %d of %d, held-out loss %.4f, at first %.4f", step, settings.steps, now, before
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,6 +69,11 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     Raises:
         ValueError, RuntimeError: see `quantize`.
     """
+    return plan_with(model, config, lambda: _calibration(model, config, processor, samples))
+
+
+def plan_with(model: nn.Module, config: SABQuantizationConfig, calibrate: Callable[[], CalibrationSet]) -> Plan:
+    """Return the plan for a calibration set, which is made once the model has been checked; see `make_plan`."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "quantization trains scales and signs, which torch.inference_mode() rules out; quantize (or load with "
@@ -94,7 +100,7 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     folds = find_folds(model, roles, linears) if config.portable else {}
     modules = {name: [1, 0] for name in shapes} if config.portable else allocate(shapes, config.bits)
     with plain_torch():
-        calibration = _calibration(model, config, processor, samples)
+        calibration = calibrate()
     device = compute_device(model, config.compute_device)
     settings = RefineSettings.of(config, device), DistilSettings.of(config, device)
     return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered, *settings, folds)

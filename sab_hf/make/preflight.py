@@ -1,152 +1,356 @@
-"""What a run will need, told before it starts: peak memory by place, and roughly how many operations.
+"""What a run will need, told before it starts: bytes of the file, peak memory by place and stage, minutes by stage, disk.
 
-The formula, for one block at a time (bytes; n × m are the Linears of a block, each expert one, z modalities, P full planes,
+The minutes are in `costs.py`.
+
+The memory, for one block at a time (bytes; n × m are the Linears of a block, each expert one, z modalities, P full planes,
 R = 1 with a residual plane on the share s of the columns, T tokens of the largest forward pass, T_s those on which sensitivity is
 measured, V the vocabulary, E bytes of an activation):
 
-    moments  = 4 z Σ m²                                  over the different inputs of the block; each expert has its own
-    fit      = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the largest Linear
-    distil   = Σ 20 n m (compact: 8) + 4 T Σ (n + 2 m) + min(24 T V, 4 GiB)     over the blocks of a window, as many as fit
-    refine   = Σ n m (25 (P + s R) + 20) + 4 T Σ (n + 2 m)
-    capture  = everything beside the blocks + 3 E T max (n + m)
-    measure  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
-    device   = block's dense weights + max(capture, measure + further states, moments + fit, refine, distil) + states, both
-               as far as they are kept there
-    RAM      = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a fifth of
-               it for what the allocator keeps)
-    states   = hidden_size E T_all (3 with distillation, 2 with refinement, else 1) + masks and positions
-    further  = hidden_size E T_s (blocks + 1) + masks and positions − states, if more: while sensitivity is measured
+    moments      = 4 z Σ m²                                  over the different inputs of the block; each expert has its own
+    fit          = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the largest Linear
+    distillation = Σ 20 n m (compact: 8) + 4 T Σ (n + 2 m) + min(24 T V, 4 GiB)     over the blocks of a window, as many as fit
+    refinement   = Σ n m (25 (P + s R) + 20) + 4 T Σ (n + 2 m)
+    capture      = everything beside the blocks + 3 E T max (n + m)
+    sensitivity  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
+    device       = block's dense weights + max(capture, sensitivity + further states, moments + fit, refinement, distillation)
+                   + states, both as far as they are kept there + the model's weights that are there
+    RAM          = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a
+                   fifth of it for what the allocator keeps)
+    states       = hidden_size E T_all (3 with distillation, 2 with refinement, else 1) + masks and positions
+    further      = hidden_size E T_s (blocks + 1) + masks and positions − states, if more: while sensitivity is measured
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
-from ..calibration import CalibrationSet
+from ..anatomy.roles import EMBEDDING, HEAD, LANGUAGE
+from ..calibration import TEXT, CalibrationBatch, CalibrationSet
 from ..config import SABQuantizationConfig
-from ..machine.placement import free_memory
+from ..machine import distributed
+from ..machine.disk import Need, check_disk
+from ..machine.rates import THOROUGH, Machine
 from ..machine.store import GIB
 from ..machine.workspace import Workspace
 from ..method.fit import MAX_SYSTEM
 from ..method.sensitivity import needs_sensitivity
-from ..packed.experts import fused_name
+from ..packed.experts import expert_name, fused_name
 from ..packing import stored_bytes
 from ..passes.capture import count_first
 from ..passes.gradients import BYTES_PER_LOGIT as GRADIENT_BYTES_PER_LOGIT
 from ..passes.gradients import LOGIT_BYTES, positions_at_once
 from ..passes.tail import BYTES_PER_LOGIT
-from .distil import ACTIVATION_SHARE, BYTES_PER_WEIGHT, activation_bytes, blocks_at_once
+from .costs import Amounts, Work, count_work, seconds_of
+from .distil import ACTIVATION_SHARE, BYTES_PER_WEIGHT, HELD_OUT, activation_bytes, blocks_at_once
 from .plan import Plan
-from .settings import DistilSettings
+from .rest import is_tied
 
 logger = logging.getLogger(__name__)
 
 KEPT_BY_ALLOCATOR = 1.2
 """Resident memory over what is in use, on a CPU: freed pieces that the system's allocator has not given back (measured)."""
 
+_SHORT = 60
+"""Seconds of a run for which a quick look at the machine's rates is enough."""
+
+_STATE_BYTES = 12
+"""Bytes of each trained weight in the commit of an unfinished distillation: it and Adam's two moments."""
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Predicted peaks of a run.
+    """Predicted needs of a run.
 
     Attributes:
-        device: the compute device.
-        working: bytes on the compute device by step: "capture", "measure", "fit", "refine", "distil" (steps follow each other).
+        machine: on which it would run.
+        sizes: bytes in the file by role.
+        working: bytes on the compute device by stage, beside what is there all the time.
         weights: bytes of the model's weights in RAM; those of memory-mapped files can be dropped by the system.
-        packed: bytes of the packed result.
-        states: bytes of hidden states by place: "device" (those of the "measure" step alone count as its working set), "ram",
-            "disk".
-        operations: floating-point operations by step: "passes", "moments", "fit", "refine".
+        on_device: bytes of the model's weights on a GPU.
+        loaded: whether the weights are there already, so that what is free is what is left.
+        packed: bytes of the packed language blocks.
+        states: bytes of hidden states by place: "device" (those of the "sensitivity" stage alone count as its working set),
+            "ram", "disk".
+        seconds: by stage.
+        runs: stage → how many times it runs.
+        work: operations by stage and kind, see `costs.py`.
+        tokens: of the calibration set, padding counted; `tokens_from` says how they are known.
+        commits: bytes in `checkpoint_dir`, if there is one.
+        advice: where memory is too small, how much is missing and with which setting it would do; else "".
     """
 
-    device: torch.device
+    machine: Machine
+    sizes: dict[str, int]
     working: dict[str, float]
     weights: float
+    on_device: float
+    loaded: bool
     packed: float
     states: dict[str, float]
-    operations: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)
+    work: dict[str, Work] = field(default_factory=dict)
+    tokens: int = 0
+    tokens_from: str = "the calibration set"
+    commits: float = 0.0
+    advice: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        """The compute device."""
+        return self.machine.device
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all tensors in the file."""
+        return sum(self.sizes.values())
 
     @property
     def peak_device(self) -> float:
         """Most bytes on the compute device."""
-        return max(self.working.values()) + self.states.get("device", 0.0)
+        return max(device for device, _ in self.memory().values())
 
     @property
     def peak_ram(self) -> float:
         """Most bytes in RAM; the Python process itself (about half a GiB) comes on top."""
+        return max(ram for _, ram in self.memory().values())
+
+    @property
+    def all_seconds(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+    @property
+    def needed(self) -> dict[str, float]:
+        """Bytes that must be free, by place; beside a GPU, weights in RAM may be dropped, as they can be read again."""
+        if self.device.type == "cpu":
+            return {"RAM": self.peak_ram - self.weights * self.loaded}
+        return {str(self.device): self.peak_device - self.on_device * self.loaded, "RAM": self.peak_ram - self.weights}
+
+    @property
+    def free(self) -> dict[str, float]:
+        """Bytes that are free, by place."""
+        return {"RAM": self.machine.ram} | ({} if self.device.type == "cpu" else {str(self.device): self.machine.free})
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is enough memory."""
+        return all(size <= self.free[place] for place, size in self.needed.items())
+
+    def memory(self) -> dict[str, tuple[float, float]]:
+        """Return stage → (bytes on the compute device, bytes in RAM)."""
         own = self.weights + self.packed + self.states["ram"]
-        return own + (KEPT_BY_ALLOCATOR * max(self.working.values()) if self.device.type == "cpu" else 0.0)
+        on_cpu = self.device.type == "cpu"
+        return {
+            stage: (
+                size + self.states.get("device", 0.0) + self.on_device,
+                own + (KEPT_BY_ALLOCATOR * size if on_cpu else 0.0),
+            )
+            for stage, size in self.working.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: bytes, seconds, tokens."""
+        memory = self.memory()
+        stages = {
+            stage: {
+                "seconds": self.seconds.get(stage),
+                "device_bytes": memory[stage][0] if stage in memory and self.device.type != "cpu" else None,
+                "ram_bytes": memory[stage][1] if stage in memory else None,
+            }
+            for stage in dict.fromkeys([*self.seconds, *memory])
+        }
+        return {
+            "machine": self.machine.name,
+            "device": str(self.device),
+            "file_bytes": self.file_bytes,
+            "file_bytes_by_role": self.sizes,
+            "peak_device_bytes": None if self.device.type == "cpu" else self.peak_device,
+            "peak_ram_bytes": self.peak_ram,
+            "fits": self.fits,
+            "advice": self.advice,
+            "seconds": self.all_seconds,
+            "stages": stages,
+            "tokens": self.tokens,
+            "tokens_from": self.tokens_from,
+            "disk_bytes": {"checkpoint_dir": self.commits, "offload_dir": self.states["disk"]},
+        }
 
     def __str__(self) -> str:
-        total = max(sum(self.operations.values()), 1.0)
-        steps = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.working.items())
-        shares = ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in self.operations.items())
+        longest = sorted(self.seconds, key=lambda stage: -self.seconds[stage])[:3]
+        stages = ", ".join(f"{stage} {duration(self.seconds[stage])}" for stage in longest)
         device = "" if self.device.type == "cpu" else f"{self.device} peak {self.peak_device / GIB:.2f} GiB, "
         return (
-            f"estimate: {device}RAM peak {self.peak_ram / GIB:.2f} GiB (weights {self.weights / GIB:.2f}, hidden states "
-            f"{self.states['ram'] / GIB:.2f}), disk {self.states['disk'] / GIB:.2f} GiB; working set of a block in GiB: {steps}; "
-            f"{total:.1e} operations: {shares}"
+            f"estimate: {duration(self.all_seconds)} on {self.machine.name} ({stages}); {device}"
+            f"RAM peak {self.peak_ram / GIB:.2f} GiB (weights {self.weights / GIB:.2f}, hidden states "
+            f"{self.states['ram'] / GIB:.2f}), disk {(self.commits + self.states['disk']) / GIB:.2f} GiB; file "
+            f"{self.file_bytes / GIB:.2f} GiB; {self.tokens:,} tokens"
         )
 
+    def table(self) -> str:
+        """Return the estimate in some lines: stages, then the file by role, then what else is known."""
+        on_gpu, memory = self.device.type != "cpu", self.memory()
+        lines = [f"{'stage':<26}{'time':>10}{'GPU, GiB':>12}{'RAM, GiB':>12}"]
+        for stage in dict.fromkeys([*self.seconds, *memory]):
+            time = duration(self.seconds[stage]) if stage in self.seconds else "–"
+            device, ram = (f"{size / GIB:.2f}" for size in memory[stage]) if stage in memory else ("–", "–")
+            lines.append(f"{stage:<26}{time:>10}{device if on_gpu else '–':>12}{ram:>12}")
+        peak = f"{self.peak_device / GIB:.2f}" if on_gpu else "–"
+        lines.append(f"{'all':<26}{duration(self.all_seconds):>10}{peak:>12}{self.peak_ram / GIB:>12.2f}")
+        lines.append("")
+        lines += [f"file, {role:<20}{size / 2**20:>10.1f} MiB" for role, size in self.sizes.items()]
+        lines.append(f"{'file, all':<26}{self.file_bytes / 2**20:>10.1f} MiB")
+        lines.append("")
+        lines.append(f"on {self.machine.name}; {self.tokens:,} tokens, from {self.tokens_from}")
+        disk = (("checkpoint_dir", self.commits), ("offload_dir", self.states["disk"]))
+        lines += [f"`{name}` gets {size / GIB:.2f} GiB" for name, size in disk if size]
+        lines += [self.advice] if self.advice else []
+        return "\n".join(lines)
 
-def estimate_run(model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace) -> Estimate:
-    """Predict what a run will need in a workspace."""
+
+def duration(seconds: float) -> str:
+    """Return a time in words: seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 10 * 3600 else f"{seconds / 3600:,.0f} h"
+
+
+def estimate_run(
+    model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace, tokens_from: str | None = None
+) -> Estimate:
+    """Predict what a run will need on this machine, whose rates are measured for it.
+
+    Args:
+        model: with its weights, or on the meta device: then in RAM, as `from_pretrained` puts it without a `device_map`.
+        plan, config, workspace: of the run.
+        tokens_from: how the tokens are known, if not from the calibration set itself.
+    """
+    linears = max(plan.shapes.values(), key=math.prod)
+    machine = Machine.here(workspace, linears, model.dtype)
+    found = estimate_on(machine, model, plan, config)
+    if found.all_seconds > _SHORT:
+        found = estimate_on(Machine.here(workspace, linears, model.dtype, THOROUGH), model, plan, config)
+    advice = "" if found.fits else _advice(found, model, plan, config)
+    return replace(found, tokens_from=tokens_from or found.tokens_from, advice=advice)
+
+
+def estimate_on(machine: Machine, model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Estimate:
+    """Predict what a run will need on a machine; `model`, `plan` and `config` as in `estimate_run`."""
     block_names, shapes, modules, calibration = plan.roles.blocks, plan.shapes, plan.modules, plan.calibration
-    refine_steps = plan.refine.steps
-    measured = needs_sensitivity(config, refine_steps)
+    refine_steps = plan.refine.beside(bool(plan.distil.steps)).steps
+    measured = needs_sensitivity(config, plan.refine.steps) and len(plan.roles.stacks) == 1
     copies = (
         3 if plan.distil.steps else 2 if refine_steps else 1
     )  # of the hidden states: entering, running ahead, wanted
-    data = _Data.of(
-        calibration, model, len(block_names), copies, workspace, config.sensitivity_samples if measured else 0
-    )
-    blocks = [_Block.of(model, name, shapes, modules) for name in block_names]
+    data = _Data.of(calibration, model, len(block_names), copies, config.sensitivity_samples if measured else 0)
+    share = _share_of_an_expert(model, modules)
+    blocks = [_Block.of(model, name, shapes, modules, share) for name in block_names]
     dearest = max(blocks, key=lambda block: block.weights)
-    moved = 0 if workspace.device.type == "cpu" else 1  # what is computed where it is needs no second place
+    moved = 0 if machine.device.type == "cpu" else 1  # what is computed where it is needs no second place
     beside = moved * _beside_blocks(model, block_names)
-    working = {"capture": beside + moved * dearest.dense + _activations(dearest, data)}
+    working = {}
     if measured:
         through = moved * dearest.dense + max(_measure(dearest, data), _backward(dearest, data))
-        working["measure"] = max(through, beside + data.logit_bytes)
+        working["sensitivity"] = max(through, beside + data.logit_bytes)
+    working["capture"] = beside + moved * dearest.dense + _activations(dearest, data)
     working["fit"] = moved * dearest.dense + _moments(dearest, data) + _fit(dearest, data)
     if refine_steps:
-        working["refine"] = _refine(dearest, data)
+        working["refinement"] = _refine(dearest, data)
     if plan.distil.steps:
-        working["distil"] = beside + _distil(blocks, data, workspace)
-    states, most = (_places(size, workspace) for size in (data.state_bytes, data.most_state_bytes))
+        working["distillation"] = beside + _distil(blocks, data, machine)
+    states, most = (_places(size, machine.room) for size in (data.state_bytes, data.most_state_bytes))
     if measured:
-        working["measure"] += most["device"] - states["device"]
-    in_ram = sum(p.nbytes for p in model.parameters() if p.device.type == "cpu")
+        working["sensitivity"] += most["device"] - states["device"]
+    amounts = _amounts(model, plan, blocks, data, machine, config, measured)
+    work = count_work(amounts, config, plan.refine, plan.distil, machine.device.type)
+    per_place = {"cpu": 0.0, "gpu": 0.0}
+    for p in model.parameters():
+        per_place["gpu" if p.is_cuda else "cpu"] += p.nbytes
+    packed = sum(block.packed for block in blocks)
     return Estimate(
-        workspace.device,
+        machine,
+        stored_sizes(model, plan),
         working,
-        in_ram,
-        sum(block.packed for block in blocks),
+        per_place["cpu"],
+        per_place["gpu"],
+        not any(p.is_meta for p in model.parameters()),
+        packed,
         most | {"device": states["device"]},
-        _operations(blocks, data, config, refine_steps, plan.distil),
+        seconds_of(work, machine, model.dtype, distributed.size()),
+        _runs(plan, amounts),
+        work,
+        data.tokens,
+        commits=_commits(plan, blocks, packed) if config.checkpoint_dir else 0.0,
     )
+
+
+def disk_needs(estimate: Estimate, config: SABQuantizationConfig) -> list[Need]:
+    """Return what a run writes where while it works."""
+    needs = [Need("offload_dir", config.offload_dir, estimate.states["disk"])]
+    if config.checkpoint_dir:
+        needs.append(Need("checkpoint_dir", config.checkpoint_dir, estimate.commits, resumes=True))
+    return needs
+
+
+def check_room(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> None:
+    """Check, before anything is done, that there is room on disk for what a run writes while it works.
+
+    Raises:
+        OSError: there is too little.
+    """
+    workspace = Workspace.of(model, config)
+    check_disk(disk_needs(estimate_run(model, plan, config, workspace), config))
 
 
 def log_estimate(estimate: Estimate) -> None:
-    """Write the pre-flight line, and a warning where the prediction exceeds what the compute device has free."""
+    """Write the pre-flight line, and a warning where the prediction exceeds the memory that is free."""
     logger.info("%s", estimate)
-    if estimate.device.type == "cuda":
-        needed, free = estimate.peak_device, torch.cuda.mem_get_info(estimate.device)[0]
-    else:
-        needed, free = estimate.peak_ram - estimate.weights, psutil.virtual_memory().available
-    if needed > free:
-        logger.warning(
-            "%s has %.1f GiB free, %.1f GiB may be needed; lower `batch_size` or `max_length`, or set `refine_steps=0`",
-            estimate.device,
-            free / GIB,
-            needed / GIB,
-        )
+    if estimate.advice:
+        logger.warning("%s", estimate.advice)
+
+
+def _advice(estimate: Estimate, model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> str:
+    """Return how much memory is missing, and the settings with which the run would fit, in words."""
+    what = "; ".join(
+        f"{place} has {estimate.free[place] / GIB:.1f} GiB free, {size / GIB:.1f} GiB may be needed"
+        for place, size in estimate.needed.items()
+        if size > estimate.free[place]
+    )
+    machine = estimate.machine
+    tier = "ram" if machine.device.type == "cpu" else "device"
+    small, cache = replace(machine, room=machine.room | {tier: 0.0}), f"cache_{tier}_gib=0"
+    alone, untrained = _with_single_samples(plan), "refine_steps=0, distil_steps=0"
+    trials = {
+        "batch_size=1": (machine, alone),
+        cache: (small, plan),
+        untrained: (machine, _without_training(plan)),
+        f"{untrained}, batch_size=1, {cache}": (small, _without_training(alone)),
+    }
+    for setting, (there, planned) in trials.items():
+        found = estimate_on(there, model, planned, config)
+        if found.fits:
+            return f"{what}; with {setting} it fits"
+    least = ", ".join(f"{size / GIB:.1f} GiB of {place}" for place, size in found.needed.items())
+    return f"{what}; with {setting} it takes {least}: free memory, or use a machine with more"
+
+
+def _with_single_samples(plan: Plan) -> Plan:
+    batches = [
+        CalibrationBatch(batch.inputs, row[None]) for batch in plan.calibration.batches for row in batch.modality
+    ]
+    return replace(plan, calibration=replace(plan.calibration, batches=batches))
+
+
+def _without_training(plan: Plan) -> Plan:
+    return replace(plan, refine=replace(plan.refine, steps=0), distil=replace(plan.distil, steps=0))
 
 
 @dataclass(frozen=True)
@@ -176,13 +380,11 @@ class _Data:
         model: nn.Module,
         num_blocks: int,
         copies: int,
-        workspace: Workspace,
         measured: int,
     ) -> _Data:
         shapes = [tuple(batch.modality.shape) for batch in calibration.batches]
         tokens = sum(rows * length for rows, length in shapes)
-        rows = workspace.limit.samples
-        largest = max(min(batch, rows or batch) * length for batch, length in shapes)
+        largest = max(batch * length for batch, length in shapes)
         width = model.get_input_embeddings().embedding_dim
         size = model.dtype.itemsize
         arguments = sum(batch * length * (length + 512 * size) for batch, length in shapes)  # mask, rotary factors
@@ -210,25 +412,37 @@ class _Block:
         linears: (out_features, in_features, full planes, significant columns) of each Linear that becomes packed.
         inputs: in_features of the different inputs; Linears beside each other may share theirs, so this is an upper bound.
         dense: bytes of all its weights.
+        active: weights that a token meets: of experts, those that it is sent to.
+        seen: operations of the second moments for a token.
     """
 
     linears: list[tuple[int, int, int, int]]
     inputs: list[int]
     dense: int
+    active: float
+    seen: float
 
     @classmethod
     def of(
-        cls, model: nn.Module, name: str, shapes: dict[str, tuple[int, int]], modules: dict[str, list[int]]
+        cls,
+        model: nn.Module,
+        name: str,
+        shapes: dict[str, tuple[int, int]],
+        modules: dict[str, list[int]],
+        share: float = 1.0,
     ) -> _Block:
-        linears, beside = [], {}
+        linears, beside, active = [], {}, 0.0
         for inner, sizes in modules.items():
             if inner.startswith(f"{name}."):
                 linears.append((*shapes[inner], *sizes))
+                active += math.prod(shapes[inner]) * (share if _is_expert(inner) else 1.0)
                 # each expert has its own rows of tokens
                 part = inner if fused_name(inner) else inner.rpartition(".")[0]
                 beside.setdefault((part, shapes[inner][1]), []).append(inner)
         inputs = [width for (_, width), names in beside.items() for _ in names[:2]]
-        return cls(linears, inputs, sum(p.nbytes for p in model.get_submodule(name).parameters()))
+        shared = [(width, names[0]) for (_, width), names in beside.items()]
+        seen = sum(2.0 * width**2 * (share if _is_expert(first) else 1.0) for width, first in shared)
+        return cls(linears, inputs, sum(p.nbytes for p in model.get_submodule(name).parameters()), active, seen)
 
     @property
     def weights(self) -> int:
@@ -265,10 +479,10 @@ def _refine(block: _Block, data: _Data) -> float:
     return trained + 4 * data.largest * sum(n + 2 * m for n, m, _, _ in block.linears)
 
 
-def _distil(blocks: list[_Block], data: _Data, workspace: Workspace) -> float:
+def _distil(blocks: list[_Block], data: _Data, machine: Machine) -> float:
     """Return the peak of training a window of blocks, and of the logits that it is held to."""
-    free = free_memory(workspace.device)
-    count, compact = blocks_at_once([block.weights for block in blocks], workspace.device, free)
+    free = machine.free
+    count, compact = blocks_at_once([block.weights for block in blocks], machine.device, free)
     window = sorted(blocks, key=lambda block: block.weights)[-count:]
     shapes = [[(n, m) for n, m, _, _ in block.linears] for block in window]
     activations = sum(activation_bytes(own, data.largest) for own in shapes)
@@ -287,36 +501,141 @@ def _beside_blocks(model: nn.Module, block_names: tuple[str, ...]) -> float:
     return sum(p.nbytes for name, p in model.named_parameters() if not name.startswith(inside))
 
 
-def _places(states: float, workspace: Workspace) -> dict[str, float]:
+def _places(states: float, rooms: dict[str, float]) -> dict[str, float]:
     """Spread bytes over the tiers of the store as it would fill them."""
     places = {"device": 0.0, "ram": 0.0, "disk": 0.0}
-    for tier, room in workspace.store.room.items():
+    for tier, room in rooms.items():
         places[tier] = min(states, room)
         states -= places[tier]
     places["disk"] = states
     return places
 
 
-def _operations(
-    blocks: list[_Block], data: _Data, config: SABQuantizationConfig, refine_steps: int, distil: DistilSettings
-) -> dict[str, float]:
-    weights = sum(block.weights for block in blocks)
-    per_step = min(config.refine_batch, data.samples) * data.tokens / data.samples
-    fit = 0.0
-    for n, m, planes, significant in (linear for block in blocks for linear in block.linears):
-        terms = planes + bool(significant)
-        unknowns = min(terms * m, MAX_SYSTEM)
-        systems = math.ceil(terms * m / unknowns)
-        scales = 4 * terms * n * m * m + 2 * n * m * m * (1 + terms * unknowns / m) + systems * unknowns**3 * 2 / 3
-        fit += 3 * m**3 + (config.alternations + 1) * (scales + 3 * n * m * m)
-    operations = {
-        "passes": (3 if refine_steps or distil.steps else 2) * 2.0 * weights * data.tokens,
-        "moments": 2.0 * data.tokens * sum(m * m for block in blocks for m in block.inputs),
-        "fit": fit,
+def _is_expert(name: str) -> bool:
+    return fused_name(name) is not None or ".experts." in f".{name}."
+
+
+def _share_of_an_expert(model: nn.Module, modules: dict[str, list[int]]) -> float:
+    """Return the part of the tokens that an expert gets, on average: of a model that does not tell, all."""
+    config = model.config.get_text_config()
+    chosen = next(
+        (n for name in ("num_experts_per_tok", "top_k_experts", "moe_topk") if (n := getattr(config, name, None))), None
+    )
+    numbers = [name.rpartition("experts.")[2] for name in modules if _is_expert(name)]
+    experts = {next((part for part in number.split(".") if part.isdigit()), "0") for number in numbers}
+    return min(1.0, chosen / len(experts)) if isinstance(chosen, int) and experts else 1.0
+
+
+def stored_sizes(model: nn.Module, plan: Plan) -> dict[str, int]:
+    """Return role → bytes that the packed model stores, tied tensors once: what `sab_hf.report` will count.
+
+    Where bits go by sensitivity, the budget is spent to within a few columns of one matrix.
+    """
+    packed = plan.modules | {name: [planes, 0] for name, planes in plan.rest.items()}
+    roles, tied = plan.roles, is_tied(model) and plan.roles.head is not None
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+
+    def add(name: str, size: int) -> None:
+        sizes[roles.of(name)] = sizes.get(roles.of(name), 0) + size
+
+    for name, size in packed.items():
+        n, m = plan.shapes[name] if name in plan.shapes else _shape_of(model, name)
+        add(name, stored_bytes(n, m, *size))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, last = name.rpartition(".")
+        if id(tensor) in seen or (tied and owner == roles.head and last == "weight"):
+            continue
+        seen.add(id(tensor))
+        if owner in packed and last == "weight":
+            continue
+        experts = sum(expert_name(name, e) in packed for e in range(len(tensor))) if tensor.ndim == 3 else 0
+        add(name, tensor.nbytes * (len(tensor) - experts) // len(tensor) if experts else tensor.nbytes)
+    return dict(sorted(sizes.items()))
+
+
+def _amounts(
+    model: nn.Module,
+    plan: Plan,
+    blocks: list[_Block],
+    data: _Data,
+    machine: Machine,
+    config: SABQuantizationConfig,
+    measured: bool,
+) -> Amounts:
+    """Return the run in numbers."""
+    roles, batches = plan.roles, plan.calibration.batches
+    outside = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and roles.of(name) not in (LANGUAGE, EMBEDDING, HEAD)
     }
-    if refine_steps:
-        operations["refine"] = 6.0 * weights * per_step * refine_steps
-    if distil.steps:
-        per_step = min(distil.samples_per_step, data.samples) * data.tokens / data.samples
-        operations["distil"] = (6.0 * weights + 6.0 * data.vocabulary * data.width) * per_step * distil.steps
-    return operations
+    own = blocks[len(blocks) - len(roles.stacks[-1]) :]
+    size, _ = blocks_at_once([block.weights for block in own], machine.device, machine.free)
+    windows = [min(size, len(own) - start) for start in range(0, len(own), size)]
+    text = sum(int((batch.modality == TEXT).sum()) for batch in batches)
+    held = batches[HELD_OUT // 2 :: HELD_OUT] or batches[:1]
+    return Amounts(
+        blocks=[block.linears for block in blocks],
+        inputs=[block.inputs for block in blocks],
+        active=sum(block.active for block in blocks),
+        seen=sum(block.seen for block in blocks),
+        distilled=sum(block.active for block in own) / sum(block.active for block in blocks),
+        tokens=data.tokens,
+        samples=data.samples,
+        batches=len(batches),
+        length=data.tokens / data.samples,
+        text=text / data.tokens,
+        modalities=data.modalities,
+        measured=min(config.sensitivity_samples, data.samples) if measured else 0,
+        written=config.written_samples,
+        vocabulary=data.vocabulary,
+        width=data.width,
+        towers=sum(p.numel() for p in outside.values()),
+        patches=_patches(model, plan.calibration),
+        rest=[(*_shape_of(model, name), planes) for name, planes in plan.rest.items()],
+        windows=windows,
+        bytes=float(sum(p.nbytes for p in model.parameters())),
+        dtype=model.dtype,
+        held=sum(batch.modality.numel() for batch in held),
+    )
+
+
+def _shape_of(model: nn.Module, name: str) -> tuple[int, int]:
+    n, m = model.get_submodule(name).weight.shape
+    return n, m
+
+
+def _patches(model: nn.Module, calibration: CalibrationSet) -> float:
+    """Return the patches of all images: of processed batches those that are there, else so many an image token."""
+    vision = getattr(model.config, "vision_config", None)
+    side = getattr(vision, "patch_size", None) or 14
+    side = side if isinstance(side, int) else side[0]
+    merged = getattr(vision, "spatial_merge_size", None) or getattr(model.config, "scale_factor", None) or 1
+    total = 0.0
+    for batch in calibration.batches:
+        pixels = batch.inputs.get("pixel_values")
+        if isinstance(pixels, torch.Tensor) and pixels.ndim > 3:  # [..., channels, height, width]
+            total += math.prod(pixels.shape[:-3]) * pixels.shape[-1] * pixels.shape[-2] / side**2
+        elif isinstance(pixels, torch.Tensor):  # patches in a row
+            total += math.prod(pixels.shape[:-1])
+        else:
+            total += int((batch.modality > TEXT).sum()) * merged**2
+    return total
+
+
+def _runs(plan: Plan, amounts: Amounts) -> dict[str, int]:
+    """Return how often each stage runs: once, for each block, for each list of blocks or for each window."""
+    blocks, stacks = len(plan.roles.blocks), len(plan.roles.stacks)
+    each = dict.fromkeys(("targets", "second moments", "fit", "refinement"), blocks)
+    return each | {
+        "capture": stacks,
+        "binarized outputs": max(1, blocks - stacks),
+        "distillation": len(amounts.windows),
+    }
+
+
+def _commits(plan: Plan, blocks: list[_Block], packed: float) -> float:
+    """Return the bytes of a run's commits: packed blocks, and of distillation its state, twice while it is replaced."""
+    training = 2 * _STATE_BYTES * sum(block.weights for block in blocks) if plan.distil.steps else 0
+    return 2 * packed + training  # each window's result comes beside the fitted blocks

@@ -8,6 +8,7 @@ from typing import Any
 from ..machine.clock import StageClock
 from ..method.recipe import FitRecord
 from .distil import DistilResult
+from .preflight import Estimate
 from .refine import RefineResult
 
 
@@ -22,6 +23,7 @@ class QuantizationRecord:
         distillations: the loss on held-out samples before and after, one for each window of blocks that was distilled.
         stages: time and peak memory by stage.
         seconds: in all, from the first weight on.
+        predicted: what was expected before the run; beside `stages`, what each stage took and was expected to take.
         measured: whether the sensitivity of the loss was measured; if not, bits are spread evenly.
     """
 
@@ -32,6 +34,22 @@ class QuantizationRecord:
     stages: StageClock = field(default_factory=StageClock)
     seconds: float = 0.0
     measured: bool = False
+    predicted: Estimate | None = None
+
+    @property
+    def predicted_seconds(self) -> float | None:
+        """Seconds that all stages were expected to take; None where nothing was predicted."""
+        return None if self.predicted is None else self.predicted.all_seconds
+
+    def compared(self) -> str:
+        """Return, stage by stage, what was predicted and measured, in some lines."""
+        lines = [f"{'stage':<26}{'predicted, s':>14}{'measured, s':>14}"]
+        expected = {} if self.predicted is None else self.predicted.seconds
+        for name, stage in self.stages.stages.items():
+            known = f"{expected[name]:.1f}" if name in expected else "–"
+            lines.append(f"{name:<26}{known:>14}{stage.seconds:>14.1f}")
+        total = "–" if self.predicted_seconds is None else f"{self.predicted_seconds:.1f}"
+        return "\n".join([*lines, f"{'all':<26}{total:>14}{self.seconds:>14.1f}"])
 
     @property
     def fallbacks(self) -> list[str]:

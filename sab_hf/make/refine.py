@@ -97,7 +97,7 @@ def _train(
         settings.samples_per_step,
         settings.seed,
     )
-    for step in range(settings.steps):
+    for step in inputs.workspace.bar.over(range(settings.steps)):
         drawn = [own[number] for number in next(draws) if number in own]
         _accumulate_gradients(block, index, adam, drawn, inputs, weights)
         distributed.sum_gradients(adam.gradients())

@@ -185,15 +185,18 @@ def binarize_rest(
     moments = {}
     if head:  # first: its inputs are those of the full-precision model
         moments = moments_after_blocks(model, roles, head, batches, workspace)
-    for part in _parts({name: linear for name, linear in linears.items() if name not in head}):
-        own = moments_before_blocks(model, roles, part, batches, workspace)
-        for name in part:
-            _binarize_linear(model, name, own.get(name), planned[name], config, workspace.device)
-    for name in head.keys() & planned.keys():
-        _binarize_linear(model, name, moments.get(name), planned[name], config, workspace.device)
-    if roles.embedding in planned:
-        at_head = moments.get(roles.head) if tied else None
-        _binarize_embedding(model, roles, planned[roles.embedding], at_head, config, workspace.device)
+    with workspace.bar.steps(len(planned)) as steps:
+        for part in _parts({name: linear for name, linear in linears.items() if name not in head}):
+            own = moments_before_blocks(model, roles, part, batches, workspace)
+            for name in part:
+                _binarize_linear(model, name, own.get(name), planned[name], config, workspace.device)
+                steps.update()
+        for name in head.keys() & planned.keys():
+            _binarize_linear(model, name, moments.get(name), planned[name], config, workspace.device)
+            steps.update()
+        if roles.embedding in planned:
+            at_head = moments.get(roles.head) if tied else None
+            _binarize_embedding(model, roles, planned[roles.embedding], at_head, config, workspace.device)
     _settle_head(model, roles, planned, tied, others)
 
 

@@ -36,7 +36,8 @@ def find_sensitivity(
     batches = batches[: count_first([batch.modality.shape[0] for batch in batches], config.sensitivity_samples)]
 
     def measure() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        inputs = BlockInputs(model, plan.roles.blocks, batches, workspace, all_run=False)
+        with workspace.bar.steps(1, part=0.1):
+            inputs = BlockInputs(model, plan.roles.blocks, batches, workspace, all_run=False)
         try:
             return measure_sensitivity(
                 model,

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.utils.logging import tqdm
 
 from ..calibration import PADDING, TEXT, CalibrationBatch, media_modality
+from ..machine.bar import Bar
 from ..machine.limits import SampleLimit
 from ..machine.placement import Placement
 from ..passes.tracing import model_inputs
@@ -54,7 +54,7 @@ def why_not_written(model: nn.Module) -> str | None:
 
 
 def write_samples(
-    model: nn.Module, batches: Sequence[CalibrationBatch], count: int, seed: int = 0
+    model: nn.Module, batches: Sequence[CalibrationBatch], count: int, seed: int = 0, bar: Bar | None = None
 ) -> list[CalibrationBatch]:
     """Let `model` continue beginnings of given samples, where its weights are; the caller's random numbers stay as they are.
 
@@ -63,6 +63,7 @@ def write_samples(
         batches: given samples. They are taken in random order, and again with other beginnings once all are used.
         count: samples to write. Batches with images stay whole, so it may be a few more.
         seed: of the beginnings and of what is drawn.
+        bar: is told how many are written.
     Returns:
         Batches like the given ones (a last one without images may have fewer rows), in the order in which these were drawn, with
         new "input_ids" and, where a sample ended early, new "attention_mask" and modality.
@@ -85,7 +86,7 @@ def write_samples(
     written: list[CalibrationBatch | None] = [None] * len(begun)
     limit = SampleLimit()
     limit.samples = MOST_AT_ONCE_CPU if device.type == "cpu" else MOST_AT_ONCE
-    with tqdm(total=sum(b.rows for b in begun), desc="writing samples") as progress:
+    with (bar or Bar()).steps(sum(b.rows for b in begun)) as progress:
         for todo in _alike(begun):
             while todo:
                 largest = sum(begun[i].rows for i in _first(todo, begun, limit.samples))

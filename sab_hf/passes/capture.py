@@ -56,7 +56,7 @@ class BlockInputs:
         self.states: list[BatchState] = []
         own, others = placement.visit_rest((*block_names, *later)), [model.get_submodule(name) for name in later]
         with own, placement.visit(block_names[0]), _not_run(model, others):
-            for number, batch in distributed.share(batches):
+            for number, batch in self.workspace.bar.over(list(distributed.share(batches))):
                 state = new_state(first_number + number, self.workspace, batch)
                 option = trace(model, blocks, batch, state, to_the_end=not later)
                 if not self.states:
@@ -224,7 +224,7 @@ class BlockInputs:
             moments.setdefault(name, SecondMoments(x.shape[-1], x.device)).add(x.flatten(0, -2), modality)
 
         with observing(linears, observe), labels.watching():
-            for state in self.running(index):
+            for state in self.workspace.bar.over(self.running(index)):
                 for piece in state.pieces(index):
                     labels.start(piece)
                     block_output(block, index, piece, piece.hidden)

@@ -115,7 +115,7 @@ def _forward(
     """Return the hidden states [block][batch] that enter each block and, at last, leave the last; and input variances."""
     entered = [[state.hidden for state in prefix.states]]
     variances: dict[str, Variance] = {}
-    for index, (name, names) in enumerate(own.items()):
+    for index, (name, names) in enumerate(prefix.workspace.bar.over(list(own.items()), part=0.4)):
         with prefix.workspace.placement.visit(name) as block, apart(model, names):
             linears = {linear: model.get_submodule(linear) for linear in names}
             for linear, module in linears.items():
@@ -153,7 +153,7 @@ def _backward(
             _gradient_at_output(model, blocks, batches[state.number], state, seed + state.number)
             for state in prefix.states
         ]
-    for index, (name, names) in reversed(list(enumerate(own.items()))):
+    for index, (name, names) in workspace.bar.over(list(enumerate(own.items()))[::-1], part=0.5):
         squares = _Squares()
         with workspace.placement.visit(name) as block, apart(model, names), _frozen(block), _agreeing():
             linears = {linear: model.get_submodule(linear) for linear in names}

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import GatedRepoError, HFValidationError
 from transformers import AutoConfig
 
 
@@ -46,10 +47,12 @@ def read_config(path_or_id: str | os.PathLike, **kwargs: Any) -> Any:
         check_name(path_or_id)
     try:
         return AutoConfig.from_pretrained(path_or_id, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, HFValidationError) as error:
         if Path(path_or_id).is_dir():
             raise
         raise not_found(path_or_id, error) from error
+    except ValueError as error:  # it was found, and is of no family that transformers knows
+        raise ValueError(f"`{path_or_id}`: {error}") from error
     except Exception as error:  # a config of the wrong form makes transformers raise what it likes
         raise ValueError(
             f"the config.json of `{path_or_id}` has not the form of a config ({type(error).__name__}: {error}); download or "
@@ -59,6 +62,11 @@ def read_config(path_or_id: str | os.PathLike, **kwargs: Any) -> Any:
 
 def not_found(path_or_id: str | os.PathLike, error: Exception) -> OSError:
     """Return the error for a name that is no folder here and could not be read from the Hub."""
+    if any(isinstance(reason, GatedRepoError) for reason in (error, error.__cause__)):
+        return OSError(
+            f"`{path_or_id}` is gated: accept its conditions on its page on the Hub, then log in with `hf auth login` or set "
+            f"HF_TOKEN: {error}"
+        )
     return OSError(f"there is no folder `{path_or_id}` here, and it could not be read from the Hub: {error}")
 
 

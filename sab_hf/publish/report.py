@@ -70,6 +70,7 @@ class Report:
         coverage: how much of the language weights is quantized, and what is not.
         fallback_experts: experts that saw too few calibration tokens for a fit of their own; None if the model was not
             quantized in this process.
+        seconds, predicted_seconds: that quantizing took, and was expected to take; None likewise.
     """
 
     modules: list[ModuleReport]
@@ -77,6 +78,8 @@ class Report:
     total_bytes: int
     coverage: Coverage
     fallback_experts: int | None = field(default=None, compare=False)
+    seconds: float | None = field(default=None, compare=False)
+    predicted_seconds: float | None = field(default=None, compare=False)
 
     @property
     def bits(self) -> float:
@@ -108,7 +111,10 @@ class Report:
             lines.append(
                 f"{self.fallback_experts} experts saw too few tokens and were fitted to those of their whole layer"
             )
-        return "\n".join([*lines, f"whole checkpoint: {size_in_words(self.total_bytes)}"])
+        lines.append(f"whole checkpoint: {size_in_words(self.total_bytes)}")
+        if self.seconds is not None and self.predicted_seconds is not None:
+            lines.append(f"quantizing took {self.seconds:.0f} s, {self.predicted_seconds:.0f} s were predicted")
+        return "\n".join(lines)
 
 
 def report(model: nn.Module) -> Report:
@@ -146,7 +152,8 @@ def report(model: nn.Module) -> Report:
         )
     total = sum(role.quantized_bytes + role.dense_bytes for role in by_role.values())
     record = getattr(getattr(model, "hf_quantizer", None), "record", None)
-    return Report(modules, by_role, total, _coverage(model, roles), None if record is None else len(record.fallbacks))
+    made = () if record is None else (len(record.fallbacks), record.seconds, record.predicted_seconds)
+    return Report(modules, by_role, total, _coverage(model, roles), *made)
 
 
 def _coverage(model: nn.Module, roles: Roles) -> Coverage:

@@ -134,6 +134,7 @@ def _record(record: Any) -> dict[str, Any] | None:
         "refinements": finite(record.refinements),
         "distillations": [finite(result._asdict()) for result in getattr(record, "distillations", [])],
         "stages": {name: finite(dataclasses.asdict(stage)) for name, stage in stages.items()},
+        "predicted": finite(record.predicted.to_dict()) if getattr(record, "predicted", None) else None,
     }
 
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from sab_hf import SABQuantizationConfig
-from sab_hf.config import MAX_PLANES
+from sab_hf.config import MAX_PLANES, PRESETS
 from sab_hf.packing import FORMAT_VERSION
 
 NO_INTEGER = [0, -1, 1.0, "1", None, True, 2**70]
@@ -21,6 +22,8 @@ INVALID = {
     "bits": [0, -1, "1", True, math.nan, math.inf, MAX_PLANES + 1.5, [1.1]],
     "portable": ["onnx", True, ""],
     "num_samples": NO_INTEGER,
+    "preset": ["", "bset", 1, True, ["fast"]],
+    "progress": ["bar", 1, True, []],
     "written_samples": [-1, 2.0, True, "many"],
     "seed": [-1, 0.5, "0", None, False, 2**63, 2**70],
     "max_length": NO_INTEGER,
@@ -165,7 +168,7 @@ def test_config_survives_json(config):
 
 def test_config_records_every_number():
     plain = SABQuantizationConfig().to_dict()
-    unrecorded = {"processor", *MACHINE}
+    unrecorded = {"processor", "progress", "preset", *MACHINE}
     assert plain.keys() == {field.name for field in dataclasses.fields(SABQuantizationConfig)} - unrecorded
     assert (plain["quant_method"], plain["format_version"]) == ("sab", FORMAT_VERSION)
 
@@ -256,3 +259,52 @@ def test_deepcopy_shares_samples_and_processor_only():
     copied.modules["a"][0] = 2
     copied.modules_to_not_convert.append("c")
     assert (config.modules, config.modules_to_not_convert) == ({"a": [1, 0]}, ["b"])
+
+
+# ---- presets
+
+
+def test_preset_sets_its_fields_and_given_ones_win():
+    defaults = SABQuantizationConfig()
+    fast = SABQuantizationConfig(preset="fast")
+    assert (fast.refine_steps, fast.distil_steps, fast.num_samples) == (0, 0, 128)
+    mine = SABQuantizationConfig(preset="fast", num_samples=512, distil_steps=None, bits=1.2)
+    assert (mine.refine_steps, mine.distil_steps, mine.num_samples, mine.bits) == (0, None, 512, 1.2)
+    assert SABQuantizationConfig(preset="balanced").to_dict() == defaults.to_dict()
+    best = SABQuantizationConfig(1.2, preset="best")
+    assert best.distil_steps > 1000
+    assert best.num_samples > defaults.num_samples
+    assert best.bits == 1.2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_survives_copies_and_only_its_values_are_saved(preset):
+    config = SABQuantizationConfig(preset=preset, num_samples=77)
+    plain = config.to_dict()
+    assert "preset" not in plain
+    assert plain["num_samples"] == 77
+    assert {plain[name] for name in ("refine_steps",)} == {config.refine_steps}
+    again = SABQuantizationConfig.from_dict(plain)
+    assert again.preset is None
+    assert again.to_dict() == plain
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+        assert copied.to_dict() == plain
+    assert SABQuantizationConfig.from_dict({"preset": preset, "num_samples": 77}).to_dict() == plain
+
+
+@pytest.mark.parametrize(
+    ("preset", "hint"),
+    [("bset", "; did you mean 'best'?"), ("Fast", "; did you mean 'fast'?"), (3, "got 3"), ("x" * 99, "")],
+)
+def test_wrong_preset_is_refused_with_the_names_that_there_are(preset, hint):
+    with pytest.raises(ValueError, match=r"`preset` must be one of \['fast', 'balanced', 'best'\], got") as error:
+        SABQuantizationConfig(preset=preset)
+    assert str(error.value).endswith(hint)
+
+
+def test_progress_is_a_function_and_not_saved():
+    config = SABQuantizationConfig(progress=print)
+    assert "progress" not in config.to_dict()
+    assert copy.deepcopy(config).progress is print
+    with pytest.raises(ValueError, match="`progress` must be a function"):
+        SABQuantizationConfig(progress="bar")

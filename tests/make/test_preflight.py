@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import multiprocessing
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_estimate_counts_weights_packed_bytes_and_states():
     assert estimate.weights == sum(p.nbytes for p in model.parameters())
     assert estimate.states["ram"] > 2 * tokens * 64 * 4
     assert estimate.states["disk"] == 0
-    assert "refine" in estimate.operations
+    assert {"sensitivity", "capture", "fit", "refinement"} <= estimate.seconds.keys()
     assert 0 < estimate.peak_device <= estimate.peak_ram
     assert "RAM peak" in str(estimate)
     sab_hf.quantize(model, None, None, config(given))
@@ -88,10 +89,10 @@ def test_estimate_follows_the_settings():
     assert on_disk.states == {"device": 0.0, "ram": 0.0, "disk": whole.states["ram"]}
     plain = {"significance": "paper", "budget": "uniform", "refine_loss": "balanced"}
     unmeasured = sab_hf.estimate(model, None, None, config(given, **plain))
-    assert "measure" in whole.working.keys() - unmeasured.working.keys()
+    assert "sensitivity" in whole.working.keys() - unmeasured.working.keys()
     assert unmeasured.states["ram"] < whole.states["ram"]
     unrefined = sab_hf.estimate(model, None, None, config(given, refine_steps=0, **plain))
-    assert "refine" not in unrefined.working
+    assert "refinement" not in unrefined.working
     assert unrefined.states["ram"] < unmeasured.states["ram"]
     half = sab_hf.estimate(model, None, None, config(given, sensitivity_samples=4))
     assert unmeasured.states["ram"] <= half.states["ram"] < whole.states["ram"]
@@ -104,18 +105,60 @@ def test_line_is_logged_before_work_starts(caplog, monkeypatch):
     monkeypatch.setattr("sab_hf.make.binarize.BlockInputs", None)
     with caplog.at_level("INFO", "sab_hf"), pytest.raises(TypeError):
         sab_hf.quantize(model, None, None, config(given))
-    assert "estimate: RAM peak" in caplog.text
+    assert "estimate: " in caplog.text
+    assert "RAM peak" in caplog.text
 
 
-def test_warning_where_memory_is_short(caplog, monkeypatch):
+def test_warning_says_with_which_setting_the_run_fits(caplog, monkeypatch):
+    from sab_hf.machine import rates
     from sab_hf.make.preflight import log_estimate
 
     model, given = small_model(64, 160)
-    estimate = sab_hf.estimate(model, None, None, config(given))
-    log_estimate(estimate)
+
+    def with_free(size: float) -> sab_hf.make.preflight.Estimate:
+        monkeypatch.setattr(rates.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=size))
+        return sab_hf.estimate(model, None, None, config(given, cache_ram_gib=1.0))
+
+    whole = with_free(1e12)
+    log_estimate(whole)
     assert "may be needed" not in caplog.text
-    log_estimate(dataclasses.replace(estimate, packed=1e18))
-    assert "may be needed; lower `batch_size`" in caplog.text
+    needed = whole.needed["RAM"]
+    short = with_free(0.99 * needed)
+    assert not short.fits
+    assert short.to_dict()["fits"] is False
+    log_estimate(short)
+    said = caplog.records[-1]
+    assert said.levelname == "WARNING"
+    assert "GiB may be needed; with batch_size=1 it fits" in said.getMessage()
+    nothing = with_free(1.0)
+    assert "use a machine with more" in nothing.advice
+    assert "cache_ram_gib=0" in nothing.advice
+    assert nothing.advice in nothing.table()
+
+
+def test_measured_stands_beside_predicted():
+    model, given = small_model(64, 160)
+    record = sab_hf.quantize(model, None, None, config(given))
+    assert record.predicted.seconds.keys() == record.stages.stages.keys()
+    for name in record.stages.stages:
+        assert name in record.compared()
+    assert f"quantizing took {record.seconds:.0f} s, " in str(sab_hf.report(model))
+
+
+def test_progress_is_told_to_a_function():
+    model, given = small_model(64, 160)
+    moments = []
+    sab_hf.quantize(model, None, None, config(given, progress=moments.append))
+    shares = [moment.share for moment in moments]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    model, given = small_model(64, 160)
+    with pytest.raises(KeyboardInterrupt):
+        sab_hf.quantize(model, None, None, config(given, progress=interrupt))
+
+
+def interrupt(moment) -> None:
+    raise KeyboardInterrupt
 
 
 def test_experts_have_moments_of_their_own():

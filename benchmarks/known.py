@@ -1,0 +1,279 @@
+"""Predicted beside measured, and the table of minutes and memory of docs/time_and_memory.md.
+
+    python benchmarks/known.py --measure benchmarks/results/known_cpu.json
+    python benchmarks/known.py --table
+
+`--measure` quantizes a few small models on this CPU with one thread, and writes what each stage took and was predicted to take.
+Both are processor time, so other work on the machine hardly changes them. `--gpu` prints the same of the GPU runs that
+`results/quantize_7b.json` holds. `--table` predicts all shapes, whose configs are written out here, with the default settings, on
+an H200 and on a CPU whose rates are measured now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import shapes
+import torch
+import transformers
+from transformers import PretrainedConfig
+
+import sab_hf
+from sab_hf import SABQuantizationConfig
+from sab_hf.calibration import IMAGE, TEXT, CalibrationBatch, CalibrationSet
+from sab_hf.machine import clock, rates
+from sab_hf.machine.rates import Machine, Rates
+from sab_hf.machine.workspace import Workspace
+from sab_hf.make.plan import plan_with
+from sab_hf.make.preflight import Estimate, duration, estimate_on
+from sab_hf.make.settings import DistilSettings, RefineSettings
+from sab_hf.prediction import like_builtin
+from sab_hf.publish.inspect import empty_model
+
+ROOT = Path(__file__).parents[1]
+GIB = 2**30
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+H200 = Rates({torch.bfloat16: 700e12, torch.float32: 50e12}, 4.0e12, 1.2e5)
+"""An NVIDIA H200: products that cuBLAS reaches in bfloat16 and in float32 without TF32, a copy in its memory, launches."""
+
+
+def qwen(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vision: int = 3420
+) -> PretrainedConfig:
+    """Return the config of a Qwen2.5-VL."""
+    shape = shapes.Shape(hidden, intermediate, layers, heads, kv_heads, vision_intermediate=vision)
+    return shapes.config(shape, layers)
+
+
+def tied(config: PretrainedConfig) -> PretrainedConfig:
+    """Let embedding and head be one matrix."""
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    return config
+
+
+def smolvlm_256m() -> PretrainedConfig:
+    return transformers.Idefics3Config(
+        text_config=transformers.LlamaConfig(
+            hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+            vocab_size=49280, head_dim=64, pad_token_id=2, tie_word_embeddings=False,
+        ),
+        vision_config={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+                       "image_size": 512, "patch_size": 16},
+        scale_factor=4, image_token_id=49190, pad_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def onevision_05b() -> PretrainedConfig:
+    return transformers.LlavaOnevisionConfig(
+        text_config=transformers.Qwen2Config(
+            hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+            vocab_size=152000, tie_word_embeddings=True,
+        ),
+        vision_config={"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+                       "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+                       "vision_use_head": False},
+        image_token_index=151646, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "SmolVLM-256M": smolvlm_256m,
+    "LLaVA-OneVision-0.5B": onevision_05b,
+    "Qwen2.5-VL-3B": lambda: tied(qwen(2048, 11008, 36, 16, 2)),
+    "Qwen2.5-VL-7B": lambda: qwen(3584, 18944, 28, 28, 4),
+    "Qwen2.5-VL-32B": lambda: qwen(5120, 27648, 64, 40, 8, 3456),
+    "Qwen2.5-VL-72B": lambda: qwen(8192, 29568, 80, 64, 8, 3456),
+}
+
+
+def predict(
+    model_config: PretrainedConfig,
+    config: SABQuantizationConfig,
+    device: torch.device,
+    calibration: CalibrationSet | None = None,
+    machine: Machine | None = None,
+) -> Estimate:
+    """Predict a run of a model that exists as a config only.
+
+    Args:
+        device: "cuda" is an H200 with 140 GiB free, "cpu" this machine's CPU with 256 GiB of RAM, undisturbed.
+        calibration: None: as many samples as `config` says, of assumed lengths.
+    """
+    model_config.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = empty_model(model_config, "config")
+    found = calibration or like_builtin(model, None, config)[0]
+    plan = plan_with(model, config, lambda: found)
+    plan = dataclasses.replace(plan, refine=RefineSettings.of(config, device), distil=DistilSettings.of(config, device))
+    if machine is None and device.type == "cuda":
+        room = {"device": 35.0 * GIB, "ram": 64.0 * GIB}
+        machine = Machine(CUDA, "one NVIDIA H200", 140.0 * GIB, 256.0 * GIB, room, H200)
+    elif machine is None:
+        largest = max(plan.shapes.values(), key=lambda shape: shape[0] * shape[1])
+        here = Machine.here(Workspace.of(model, config), largest, torch.float32, 0.15)
+        machine = dataclasses.replace(here, ram=256.0 * GIB, free=256.0 * GIB, room={"ram": 64.0 * GIB}, crowded=1.0)
+    return estimate_on(machine, model, plan, config)
+
+
+# ---- measured on a CPU
+
+
+def small_qwen(hidden: int, intermediate: int, layers: int, samples: int, text: int, batch: int, vocabulary: int = 512):
+    shape = dataclasses.replace(
+        shapes.SHAPES["tiny"], hidden=hidden, intermediate=intermediate, layers=layers, heads=max(2, hidden // 64),
+        kv_heads=max(1, hidden // 64), vocabulary=vocabulary,
+    )  # fmt: skip
+    model = shapes.build(shape, layers, CPU, torch.float32)
+    return model, shapes.batches(model, shape, samples, batch, text_tokens=text)
+
+
+def example(samples: int):
+    sys.path.insert(0, str(ROOT / "examples"))
+    from tiny_vlm import world
+
+    checkpoint = ROOT / "examples" / "tiny_vlm" / "checkpoint"
+    model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    return model, [sample.messages() for sample in world.samples(samples, seed="calibration")]
+
+
+CASES: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any]]] = {
+    "Qwen2.5-VL, hidden 128, 2 blocks": (
+        lambda: small_qwen(128, 352, 2, 16, 64, 4),
+        {"num_samples": 16, "refine_steps": 20, "distil_steps": 0, "refine_batch": 8},
+    ),
+    "Qwen2.5-VL, hidden 384, 2 blocks": (
+        lambda: small_qwen(384, 1056, 2, 16, 64, 4),
+        {"num_samples": 16, "refine_steps": 10, "distil_steps": 0, "refine_batch": 4},
+    ),
+    "Qwen2.5-VL, hidden 192, 4 blocks, 8,000 tokens in the vocabulary": (
+        lambda: small_qwen(192, 512, 4, 32, 100, 4, 8000),
+        {"num_samples": 32, "distil_steps": 12, "distil_batch": 8, "distil_latent_rate": 1e-3},
+    ),
+    "the model in the repository": (lambda: example(64), {"num_samples": 64, "distil_steps": 10}),
+    "the model in the repository, the rest at 4 planes": (
+        lambda: example(32),
+        {"num_samples": 32, "distil_steps": 10, "rest_bits": 4, "sensitivity_samples": 16},
+    ),
+}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Quantize one small model; returns processor seconds by stage, predicted and measured."""
+    make, settings = CASES[name]
+    model, given = make()
+    before, clock.time = clock.time, types.SimpleNamespace(perf_counter=time.process_time)
+    try:
+        record = sab_hf.quantize(model, None, given, SABQuantizationConfig(calibration=given, **settings))
+    finally:
+        clock.time = before
+    predicted = {stage: s / record.predicted.machine.crowded for stage, s in record.predicted.seconds.items()}
+    measured = {stage: entry.seconds for stage, entry in record.stages.stages.items()}
+    return {
+        "settings": settings,
+        "tokens": record.predicted.tokens,
+        "predicted": predicted,
+        "measured": measured,
+        "predicted_all": sum(predicted.values()),
+        "measured_all": sum(measured.values()),
+        "steps_of_distillation": [result.steps for result in record.distillations],
+    }
+
+
+def measure_all(path: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    rates.QUICK = 0.1
+    content = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread, torch {torch.__version__}"
+    content |= {"machine": machine, "date": datetime.date.today().isoformat()}
+    for name in names:
+        rates._measured.cache_clear()
+        row = content["rows"][name] = measure(name)
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"{name}: predicted {row['predicted_all']:.1f} s, measured {row['measured_all']:.1f} s", flush=True)
+
+
+# ---- measured on a GPU
+
+
+def gpu_runs() -> dict[str, tuple[Estimate, dict[str, Any]]]:
+    """Return name → (prediction, measurement) of the runs in `results/quantize_7b.json` that one H200 made."""
+    runs = json.loads((ROOT / "benchmarks" / "results" / "quantize_7b.json").read_text())["runs"]
+    found = {}
+    for name, run in runs.items():
+        if run.get("processes") != 1:  # other machines, and several GPUs
+            continue
+        shape = shapes.SHAPES[name.partition(",")[0]]
+        modality = torch.full((run["batch_size"], run["tokens"] // run["samples"]), TEXT, dtype=torch.int8)
+        modality[:, : shape.image_tokens] = IMAGE
+        batches = [CalibrationBatch({}, modality)] * (run["samples"] // run["batch_size"])
+        calibration = CalibrationSet(batches, run["samples"], 0, {TEXT: 1, IMAGE: 1})
+        steps = {"refine_steps": run["refine_steps"], "distil_steps": run.get("distil_steps", 0)}
+        config = SABQuantizationConfig(num_samples=run["samples"], **steps)
+        found[name] = predict(shapes.config(shape, run["layers"]), config, CUDA, calibration), run
+    return found
+
+
+def gpu_rows() -> list[str]:
+    """Return these runs as Markdown, by stage."""
+    lines = ["| run | stage | predicted | measured |", "|---|---|---|---|"]
+    for name, (found, run) in gpu_runs().items():
+        for stage, seconds in found.seconds.items():
+            measured = run["stages"].get(stage, {"seconds": 0.0})["seconds"]
+            lines.append(f"| {name} | {stage} | {seconds:.1f} s | {measured:.1f} s |")
+        lines.append(f"| {name} | all | {found.all_seconds:.0f} s | {run['seconds']:.0f} s |")
+        lines.append(f"| {name} | GPU memory | {gib(found.peak_device)} GiB | {run['peak_gpu_gib']:.1f} GiB |")
+    return lines
+
+
+# ---- the table
+
+
+def table() -> list[str]:
+    """Return the table of all shapes as Markdown."""
+    lines = [
+        "| shape | file, GiB | H200: fast | balanced | GPU, GiB | RAM, GiB | 2 CPU cores: fast | balanced | RAM, GiB |",
+        "|" + "---|" * 9,
+    ]
+    for name, make in SHAPES.items():
+        cells = [name]
+        for device in (CUDA, CPU):
+            fast, balanced = (predict(make(), SABQuantizationConfig(preset=p), device) for p in ("fast", "balanced"))
+            if device is CUDA:
+                cells.append(f"{balanced.file_bytes / GIB:.2f}")
+            cells += [duration(fast.all_seconds), duration(balanced.all_seconds)]
+            cells += [gib(balanced.peak_device)] * (device is CUDA) + [gib(balanced.peak_ram)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size < 10 * GIB else f"{size / GIB:.0f}"
+
+
+def main() -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", type=Path, metavar="FILE", help="quantize small models on this CPU")
+    parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES), help="of these")
+    parser.add_argument("--gpu", action="store_true", help="compare with the GPU runs that were made")
+    parser.add_argument("--table", action="store_true", help="print the table")
+    args = parser.parse_args()
+    if args.measure:
+        measure_all(args.measure, args.only)
+    for wanted, make in ((args.gpu, gpu_rows), (args.table, table)):
+        if wanted:
+            print("\n".join(make()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What a machine does in a second, measured in about one: what the minutes of a run are predicted from.
+
+On a CPU the rates are those of an undisturbed machine, by the processor time that they take; how many processes want its cores is
+a number of its own.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+import torch
+
+from .placement import free_memory
+from .threads import crowding
+from .workspace import Workspace
+
+QUICK, THOROUGH = 0.01, 0.15
+"""Seconds for which each rate is measured: at first, and where the run will take more than a minute."""
+
+_MOST = 4096  # rows and columns of the product: larger ones have the same rate, and take long
+_ELEMENTS = 1 << 20  # of an elementwise operation: 4 MiB, as a matrix of a small model
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Attributes:
+        products: dtype → operations of a matrix product (a multiplication and an addition are two).
+        bandwidth: bytes that elementwise operations read and write.
+        calls: small operations, one after the other.
+    """
+
+    products: dict[torch.dtype, float]
+    bandwidth: float
+    calls: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine on which a run may take place; it need not be this one.
+
+    Attributes:
+        device: the compute device.
+        name: in words.
+        free: bytes that are free on the compute device.
+        ram: bytes that are free in RAM.
+        room: bytes of hidden states kept by place, as `StateStore.room`.
+        rates: of the compute device.
+        crowded: how many times as long a thread takes because others want the cores too, at least 1.
+    """
+
+    device: torch.device
+    name: str
+    free: float
+    ram: float
+    room: dict[str, float]
+    rates: Rates
+    crowded: float = 1.0
+
+    @classmethod
+    def here(cls, workspace: Workspace, shape: tuple[int, int], dtype: torch.dtype, seconds: float = QUICK) -> Machine:
+        """Return this machine, with rates that are measured now.
+
+        Args:
+            workspace: of the run.
+            shape: (out_features, in_features) of a Linear as the model has them: small ones are slower.
+            dtype: of the model's weights.
+            seconds: for each rate.
+        """
+        device = workspace.device
+        n, m = (min(size, _MOST) for size in shape)
+        dtypes = tuple(sorted({dtype, torch.float32, training_dtype(device)}, key=str))
+        threads = torch.get_num_threads()
+        rates = _measured(device, n, m, dtypes, seconds, threads)
+        cuda = device.type == "cuda"
+        name = (
+            torch.cuda.get_device_name(device) if cuda else f"{threads} thread{'s' * (threads > 1)} of {_processor()}"
+        )
+        room = workspace.store.room
+        ram = psutil.virtual_memory().available
+        return cls(device, name, free_memory(device), ram, room, rates, 1.0 if cuda else crowding())
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of the products in refinement and distillation."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@lru_cache(maxsize=64)
+def _measured(
+    device: torch.device, n: int, m: int, dtypes: tuple[torch.dtype, ...], seconds: float, threads: int
+) -> Rates:
+    """Measure the rates of a device; `threads` are those that compute, a part of the key."""
+    products = {}
+    for dtype in dtypes:
+        x, W = (torch.full(size, 0.5, dtype=dtype, device=device) for size in ((1024, m), (n, m)))
+        products[dtype] = 2.0 * 1024 * n * m / _seconds_of(lambda x=x, W=W: x @ W.T, device, seconds, threads)
+    a, b, c = (torch.ones(_ELEMENTS, dtype=torch.float32, device=device) for _ in range(3))
+    bandwidth = 12.0 * _ELEMENTS / _seconds_of(lambda: torch.mul(a, b, out=c), device, seconds, threads)
+    small = torch.ones(8, dtype=torch.float32, device=device)
+    return Rates(products, bandwidth, 1 / _seconds_of(lambda: small.add_(1.0), device, seconds, 1))
+
+
+def _seconds_of(work: Callable[[], object], device: torch.device, seconds: float, threads: int) -> float:
+    """Return how long a call of `work` takes on so many undisturbed threads, or on a GPU; on average over so many seconds."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+        return time.process_time() / threads
+
+    work()
+    start, done, count = now(), 0, 1
+    while now() - start < seconds:
+        for _ in range(count):
+            work()
+        done += count
+        count = min(2 * count, 256)
+    return (now() - start) / max(1, done)
+
+
+def _processor() -> str:
+    """Return the name of the processor where Linux tells it, else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

@@ -1,0 +1,167 @@
+"""`sab_hf.estimate`: what quantizing a model will need, from the model or from its config alone."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from .config import SABQuantizationConfig
+
+if TYPE_CHECKING:
+    from .calibration import CalibrationSet
+    from .make.preflight import Estimate
+
+logger = logging.getLogger(__name__)
+
+SAMPLES_LOOKED_AT = 16
+"""Samples of the built-in set that are processed to learn how many tokens one has."""
+
+TEXT_TOKENS, IMAGE_TOKENS = 160, 256
+"""Tokens of a sample of the built-in set in words, and of its image, which three of four have, where no processor tells."""
+
+
+def estimate(
+    model: nn.Module | PretrainedConfig | str | os.PathLike,
+    processor: Any = None,
+    samples: Any = None,
+    config: SABQuantizationConfig | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+) -> Estimate:
+    """Predict what `quantize` needs: bytes of the file by role, memory and minutes by stage, tokens, disk. Nothing is changed.
+
+    Of a Hub id or a folder only config and processor are read, no weights. Without calibration samples, tokens are counted in a
+    few samples of the built-in set.
+
+    Args:
+        model: a model, with weights or on the meta device; its config; or a Hub id or folder.
+        processor, samples, config: as in `quantize`; without samples, the calibration set that `config` names is not read.
+        dtype: of the weights as they will be loaded, as in `from_pretrained`; "auto": that of the config.
+        revision: of the Hub repository.
+    Returns:
+        The prediction: `print` it for one line, `table()` for all, `to_dict()` for plain data.
+    Raises:
+        ValueError: as `quantize` does; the model is of a family that this version of transformers does not know, or is quantized.
+        OSError: there is no such model, or it may not be read.
+
+    Example:
+        >>> print(sab_hf.estimate("Qwen/Qwen2.5-VL-7B-Instruct").table())  # doctest: +SKIP
+    """
+    from .machine.threads import free_threads
+    from .machine.workspace import Workspace
+    from .make.plan import make_plan, plan_with
+    from .make.preflight import estimate_run
+
+    config = config or SABQuantizationConfig()
+    source = processor or config.processor
+    if not isinstance(model, nn.Module):
+        source = source or (None if isinstance(model, PretrainedConfig) else model)
+        model = without_weights(model, dtype, revision)
+    given = samples if samples is not None else config.calibration
+    tokens_from = None
+    if isinstance(given, (str, os.PathLike)):
+        found = _read_processor(source or getattr(model, "name_or_path", None), revision)
+        calibration, tokens_from = like_builtin(model, found, config)
+        plan = plan_with(model, config, lambda: calibration)
+    else:
+        plan = make_plan(model, config, processor, samples)
+    workspace = Workspace.of(model, config)
+    with free_threads(workspace.device):
+        return estimate_run(model, plan, config, workspace, tokens_from)
+
+
+def file_bytes(model: nn.Module, config: SABQuantizationConfig) -> int:
+    """Return the bytes of all tensors that a packed model will have in its file.
+
+    Args:
+        model: with weights, or on the meta device in the dtype that it will be loaded in.
+    """
+    from .calibration import CalibrationSet
+    from .make.plan import plan_with
+    from .make.preflight import stored_sizes
+
+    return sum(stored_sizes(model, plan_with(model, config, lambda: CalibrationSet([], 0, 0, {}))).values())
+
+
+def without_weights(source: Any, dtype: str | torch.dtype = "auto", revision: str | None = None) -> nn.Module:
+    """Return the model of a config, Hub id or folder on the meta device; arguments and errors as of `estimate`."""
+    from .publish.inspect import empty_model
+    from .publish.locate import quantization_method, read_config
+
+    config = source if isinstance(source, PretrainedConfig) else read_config(source, revision=revision)
+    name = getattr(config, "_name_or_path", None) or type(config).__name__
+    method = quantization_method(config)
+    if method is not None:
+        raise ValueError(f"`{name}` is quantized already, with {method!r}; name the dense original")
+    model = empty_model(config, name)
+    return model if dtype == "auto" else model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def _read_processor(source: Any, revision: str | None) -> Any:
+    """Return a processor, or the one of a Hub id or folder; None, with a warning, if there is none."""
+    from transformers import AutoProcessor
+
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        return source or None
+    try:
+        return AutoProcessor.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        logger.warning("the processor of `%s` cannot be read (%s): tokens are assumed", source, error)
+        return None
+
+
+def like_builtin(model: nn.Module, processor: Any, config: SABQuantizationConfig) -> tuple[CalibrationSet, str]:
+    """Return a calibration set of as many samples as asked for, each as long as one of the built-in set, and how it is known."""
+    from .calibration import CalibrationSet, prepare_calibration
+
+    if processor is None:
+        batches, tokens = _assumed(model, config), {}
+        how = f"{TEXT_TOKENS} tokens of text and {IMAGE_TOKENS} of an image a sample, assumed"
+    else:
+        few = prepare_calibration(
+            "builtin",
+            processor,
+            model.config,
+            num_samples=min(config.num_samples, SAMPLES_LOOKED_AT),
+            seed=config.seed,
+            max_length=config.max_length,
+            batch_size=config.batch_size,
+            allow_text_only=True,
+        )
+        batches, tokens = few.batches, few.tokens
+        how = f"{few.num_samples} samples of the built-in set"
+    taken, count = [], 0
+    for batch in itertools.cycle(batches):
+        if count >= config.num_samples:
+            break
+        taken.append(batch)
+        count += len(batch.modality)
+    return CalibrationSet(taken, count, 0, tokens or _modalities(taken)), how
+
+
+def _assumed(model: nn.Module, config: SABQuantizationConfig) -> list[Any]:
+    """Return four batches like those of the built-in set: three with images, one of text alone."""
+    from .calibration import IMAGE, TEXT, CalibrationBatch
+
+    takes_images = getattr(model.config, "vision_config", None) is not None
+    text = torch.full((config.batch_size, TEXT_TOKENS), TEXT, dtype=torch.int8)
+    images = torch.full((config.batch_size, IMAGE_TOKENS * takes_images), IMAGE, dtype=torch.int8)
+    with_image = torch.cat([images, text], 1)[:, : config.max_length]
+    return [CalibrationBatch({}, modality) for modality in (with_image, with_image, with_image, text)]
+
+
+def _modalities(batches: list[Any]) -> dict[int, int]:
+    """Return modality → tokens."""
+    counts: dict[int, int] = {}
+    for batch in batches:
+        for kind, count in zip(*(t.tolist() for t in batch.modality.unique(return_counts=True)), strict=True):
+            if kind >= 0:
+                counts[kind] = counts.get(kind, 0) + count
+    return counts

@@ -1,0 +1,26 @@
+"""The predictions of minutes and memory, held to the runs on a GPU that were made."""
+
+from __future__ import annotations
+
+import json
+
+import known
+
+
+def test_minutes_and_memory_are_those_of_the_runs():
+    runs = known.gpu_runs()
+    assert len(runs) >= 2
+    for name, (found, run) in runs.items():
+        assert 0.7 < found.all_seconds / run["seconds"] < 1.3, name
+        assert 0.7 < found.peak_device / 2**30 / run["peak_gpu_gib"] < 1.3, name
+        long = {stage: s["seconds"] for stage, s in run["stages"].items() if s["seconds"] > 0.05 * run["seconds"]}
+        for stage, seconds in long.items():
+            assert 0.7 < found.seconds[stage] / seconds < 1.3, f"{name}, {stage}"
+
+
+def test_measured_runs_on_a_cpu_are_as_predicted():
+    """Of the file that `--measure` wrote; the constants of `costs.py` may have changed since."""
+    rows = json.loads((known.ROOT / "benchmarks" / "results" / "known_cpu.json").read_text())["rows"]
+    assert rows.keys() == known.CASES.keys()
+    for name, row in rows.items():
+        assert 0.7 < row["predicted_all"] / row["measured_all"] < 1.3, name
