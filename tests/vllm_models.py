@@ -47,7 +47,7 @@ def example(folder: Path) -> Path:
 
 
 def qwen(folder: Path) -> Path:
-    """Save a random Qwen2.5-VL with packed blocks, tower, projector, and an embedding that is the head; v of one block is dense."""
+    """Save a random Qwen2.5-VL with packed blocks, tower, projector and an embedding that is the head; one v stays dense."""
     processor = qwen_processor()
     tokenizer = processor.tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(

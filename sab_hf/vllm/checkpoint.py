@@ -52,8 +52,8 @@ def _check_listed(sizes: dict[str, PackedSize], config: SABQuantizationConfig) -
     in_files = sorted([size.num_planes, size.num_significant] for size in sizes.values())
     if not in_files or in_files != sorted(config.modules.values()):
         raise ValueError(
-            f"the checkpoint's quantization_config lists {len(config.modules)} packed modules, the files hold {len(in_files)}, or "
-            "their planes and significant columns differ; it is incomplete or was altered: download or quantize it again"
+            f"the checkpoint's quantization_config lists {len(config.modules)} packed modules, the files hold {len(in_files)}, "
+            "or their planes and significant columns differ; it is incomplete or was altered: download or quantize it again"
         )
 
 
@@ -62,7 +62,7 @@ def refuse_experts(names: Iterable[str]) -> None:
     experts = [name for name in names if _EXPERT.search(name)]
     if experts:
         raise ValueError(
-            f"{len(experts)} experts of this checkpoint are packed, first `{experts[0]}`, and vLLM cannot run packed experts with "
-            "this plugin. Serve it with `python -m sab_hf.run transformers serve`, or export it dense for vLLM: `sab-hf "
+            f"{len(experts)} experts of this checkpoint are packed, first `{experts[0]}`, and vLLM cannot run packed experts "
+            "with this plugin. Serve it with `python -m sab_hf.run transformers serve`, or export it dense for vLLM: `sab-hf "
             "dequantize`. Mixtures whose experts stayed dense (`modules_to_not_convert`) load"
         )

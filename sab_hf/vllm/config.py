@@ -23,9 +23,9 @@ from .versions import check_version
 class SABConfig(QuantizationConfig):
     """The packed modules of a checkpoint, by the names that vLLM's model gives them.
 
-    vLLM calls, in this order: `from_config` and `maybe_update_config` once, in the process that was started, so that mistakes show
-    before any weight is loaded; then in each worker `apply_vllm_mapper`, `get_quant_method` for each layer as the model is built,
-    and `get_checkpoint_weight_mapper` when its weights are about to be loaded.
+    vLLM calls, in this order: `from_config` and `maybe_update_config` once, in the process that was started, so that mistakes
+    show before any weight is loaded; then in each worker `apply_vllm_mapper`, `get_quant_method` for each layer as the model is
+    built, and `get_checkpoint_weight_mapper` when its weights are about to be loaded.
 
     Args:
         config: `quantization_config` of the checkpoint.

@@ -116,7 +116,7 @@ class SABTiedHeadMethod(QuantizeMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         raise RuntimeError(
-            f"`{self.label}` uses the packed embedding, and vLLM's model has not tied the two; quantize with `embedding_bits=16`, "
+            f"`{self.label}` uses the packed embedding, and vLLM's model has not tied the two; quantize with `embedding_bits=16` "
             "or serve the checkpoint with `python -m sab_hf.run transformers serve`"
         )
 

@@ -147,9 +147,9 @@ class Part:
             return linear
         raise_if_missing([f"{share.label}.{name}" for name in _ALWAYS if name not in tensors])
         raise_if_missing([f"{share.label}.{name}" for name in BY_MASK if self._waiting and name not in self._waiting])
-        if not any(name in tensors for name in BY_MASK):
-            tensors.pop("residual_row_scale", None)  # all significant columns are other ranks'
         in_features = share.columns[1] - share.columns[0]
+        if in_features < share.in_features and not any(name in tensors for name in BY_MASK):
+            tensors.pop("residual_row_scale", None)  # all significant columns are other ranks'
         if embedding:
             return self._named(SABEmbedding, tensors, in_features, dtype)
         module = self._named(SABLinear, tensors, in_features, None, dtype)
@@ -219,8 +219,8 @@ class Parts:
         given = sorted(output for outputs in self._parts for output in outputs)
         if given != list(range(len(self.share.rows))):
             raise ValueError(
-                f"`{self.share.label}` must get {len(self.share.rows)} matrices, got those of its outputs {given}; the checkpoint "
-                "is incomplete, or no checkpoint was loaded (vLLM's load format `dummy` cannot be used for packed models)"
+                f"`{self.share.label}` must get a matrix for each of its {len(self.share.rows)} outputs, got those of {given}; "
+                "the checkpoint is incomplete, or none was loaded (vLLM's load format `dummy` does not go with packed models)"
             )
         modules = [self._parts[outputs].module(self.dtype, self.embedding) for outputs in sorted(self._parts)]
         self._parts.clear()
