@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import io
 import os
 import socket
@@ -20,7 +21,6 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,7 @@ os.environ |= {"SAB_EXACT": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "
 
 import torch  # noqa: E402
 import vllm_models  # noqa: E402
+from docs_reader import read_page  # noqa: E402
 from openai import OpenAI  # noqa: E402
 from tiny_vlm import world  # noqa: E402
 
@@ -63,7 +64,7 @@ def answers_of_transformers(folder: Path, asked: list[tuple[object, str]]) -> li
     return answers
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(folder: Path, *arguments: str):
     """Run `vllm serve` in a process of its own; yields a client and the seconds until it answered."""
     with socket.socket() as free:
@@ -121,6 +122,18 @@ def ask(client: OpenAI, image, text: str, stream: bool = False) -> tuple[list[in
     return tokens, "".join(piece.delta.content or "" for piece in pieces), len(pieces)
 
 
+def page_answer(client: OpenAI, folder: Path) -> str:
+    """Return what the request on the page prints, for the picture `0.png` in `folder`."""
+    code = next(block.code for block in read_page("vllm.md")[0] if "from openai import" in block.code)
+    for old, new in (("http://localhost:8000/v1", str(client.base_url)), ("0.png", str(folder / "0.png"))):
+        if old not in code:
+            sys.exit(f"the request of docs/vllm.md has no {old}")
+        code = code.replace(old, new)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "docs/vllm.md", "exec"), {})
+    return printed.getvalue().strip()
+
+
 def check(name: str, got: list[int], expected: list[int]) -> None:
     if got != expected:
         sys.exit(f"{name}: tokens {got}, of transformers {expected}")
@@ -153,6 +166,10 @@ def run(name: str, folder: Path, arguments: list[str]) -> None:
         if pieces < 2:
             sys.exit(f"a stream came in {pieces} piece")
         print(f"  as a stream: {len(tokens)} tokens, those of transformers, in {pieces} pieces")
+        asked[0][0].save(folder / "0.png")
+        text = ask(client, asked[0][0], "What color is it?")[1]
+        if page_answer(client, folder) != text.strip():
+            sys.exit("the request of docs/vllm.md got another answer")
         start = time.perf_counter()
         with ThreadPoolExecutor(AT_ONCE) as pool:
             results = list(pool.map(lambda one: ask(client, *one)[0], asked))
