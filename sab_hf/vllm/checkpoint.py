@@ -28,7 +28,7 @@ def check_checkpoint(folder: Path, config: SABQuantizationConfig) -> tuple[dict[
     Returns:
         The packed modules, name in the files → sizes; and the names of empty tensors, which are no weights (`checksums.marker`).
     Raises:
-        ValueError: a tensor or the config was altered, is missing or is too much; or experts are packed.
+        ValueError: a tensor or the config was altered, is missing or is too much; or what vLLM cannot run is packed.
         FileNotFoundError: there are no weights.
     """
     start = time.perf_counter()
@@ -40,6 +40,12 @@ def check_checkpoint(folder: Path, config: SABQuantizationConfig) -> tuple[dict[
         sizes = packed_sizes(entries)
         _check_listed(sizes, config)
         refuse_experts(sizes)
+        if config.tied_embeddings:
+            raise ValueError(
+                f"`{config.tied_embeddings[0]}` of this checkpoint uses the planes of the packed input embedding, which vLLM "
+                "cannot with this plugin: quantize with `embedding_bits=16`, or serve it with `python -m sab_hf.run "
+                "transformers serve`"
+            )
         check_checksums(files, config.checksums)
         if not config.checksums:
             check_contents(files)

@@ -106,19 +106,19 @@ class SABConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             packed = [name for name in self._names(prefix) if name in self.sizes]
             self._placed.update(packed)
-            return SABLinearMethod(prefix) if packed else UnquantizedLinearMethod()
+            return SABLinearMethod(prefix, self.check_placed) if packed else UnquantizedLinearMethod()
         if not isinstance(layer, VocabParallelEmbedding):
             return None
         head = isinstance(layer, ParallelLMHead)
         if prefix in self.sizes:
             self._placed.add(prefix)
-            return SABEmbeddingMethod(prefix, head)
+            return SABEmbeddingMethod(prefix, self.check_placed, head)
         if head:
             return SABTiedHeadMethod(prefix) if self.config.tied_head else None
         shape = (layer.org_vocab_size, layer.embedding_dim)
         if not prefix and any(size[:2] == shape for size in self.sizes.values()):
             self._unnamed.add(shape)
-            return SABEmbeddingMethod("the embedding", head)
+            return SABEmbeddingMethod("the embedding", self.check_placed, head)
         return None
 
     def _names(self, prefix: str) -> list[str]:
@@ -127,17 +127,22 @@ class SABConfig(QuantizationConfig):
         return [prefix, *(f"{parent}.{part}".lstrip(".") for part in self.packed_modules_mapping.get(own, ()))]
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """Leave out the tensors that are no weights; by now the model is built, and every packed module must have a layer.
+        """Leave out the tensors that are no weights; by now the model is built, so what it lacks is named before loading.
 
         Raises:
-            ValueError: names the modules for which the model has no layer that could be packed.
+            ValueError: see `check_placed`.
         """
         from vllm.model_executor.models.utils import WeightsMapper
 
-        self._check_placed()
+        self.check_placed()
         return WeightsMapper(orig_to_new_regex={re.compile(f"^{re.escape(name)}$"): None for name in self.markers})
 
-    def _check_placed(self) -> None:
+    def check_placed(self) -> None:
+        """Check that the model, which is built, has a layer for every packed module; some of vLLM's loaders skip what has none.
+
+        Raises:
+            ValueError: names the modules that have none.
+        """
         from vllm.distributed import get_pp_group
 
         if get_pp_group().world_size > 1:

@@ -21,13 +21,15 @@ class _Packed:
 
     Args:
         label: name of the layer.
+        check: called when the model is loaded, see `SABConfig.check_placed`.
     """
 
-    def __init__(self, label: str):
-        self.label = label
+    def __init__(self, label: str, check: Callable[[], None]):
+        self.label, self.check = label, check
         self.exact = exact_by_default()
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.check()
         layer.packed = nn.ModuleList(layer.parts.modules())
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -66,12 +68,12 @@ class SABEmbeddingMethod(_Packed, QuantizeMethodBase):
     """A packed embedding, or an output head of its own, whose rows are shared among ranks and filled up by zeros.
 
     Args:
-        label: name of the layer.
+        label, check: see `_Packed`.
         head: whether it is an output head.
     """
 
-    def __init__(self, label: str, head: bool):
-        super().__init__(label)
+    def __init__(self, label: str, check: Callable[[], None], head: bool):
+        super().__init__(label, check)
         self.head = head
 
     def create_weights(

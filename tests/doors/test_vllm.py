@@ -347,6 +347,13 @@ def test_folder_without_weights_is_refused(packed_dir, tmp_path):
         check_checkpoint(tmp_path, config_of(packed_dir))
 
 
+def test_further_embeddings_on_the_packed_one_are_refused(packed_dir):
+    config = config_of(packed_dir)
+    config.tied_embeddings = ["model.decoder.embed_tokens"]
+    with pytest.raises(ValueError, match=r"`model\.decoder\.embed_tokens` of this checkpoint uses the planes"):
+        check_checkpoint(packed_dir, config)
+
+
 def test_packed_experts_are_refused_by_name():
     refuse_experts(["model.layers.0.mlp.shared_experts.up_proj", "model.layers.0.mlp.down_proj"])
     for name in ("model.layers.0.mlp.experts.split.gate_up_proj.3", "model.layers.0.block_sparse_moe.experts.7.w1"):

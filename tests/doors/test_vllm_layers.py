@@ -16,6 +16,7 @@ import torch
 from helpers import inputs, random_planes
 from safetensors.torch import load_file, save_file
 from scale_worker import begin_forked
+from transformers import AutoConfig
 
 vllm = pytest.importorskip("vllm")
 
@@ -56,13 +57,13 @@ PLANES = {
 }
 
 
-def make_config(**changes) -> SABConfig:
-    """Return the method for the matrices above, their names as vLLM's."""
+def make_config(*names: str, **changes) -> SABConfig:
+    """Return the method for some of the matrices above, or for all."""
     config = SABConfig(SABQuantizationConfig(**changes))
     config.packed_modules_mapping = MAPPING
-    config.sizes = {
-        name: PackedSize(*planes.shape, planes.num_planes, planes.num_significant) for name, planes in PLANES.items()
-    }
+    for name in names or PLANES:
+        planes = PLANES[name]
+        config.sizes[name] = PackedSize(*planes.shape, planes.num_planes, planes.num_significant)
     return config
 
 
@@ -81,15 +82,16 @@ def run_layers() -> dict[str, torch.Tensor]:
     config, x = make_config(), inputs(3, HIDDEN)
     named = {"quant_config": config, "return_bias": False, "bias": False}
     qkv = QKVParallelLinear(HIDDEN, 8, 4, 2, prefix="model.attn.qkv_proj", **named)
-    load(qkv, {"k": "model.attn.k_proj", "q": "model.attn.q_proj", "v": "model.attn.v_proj"})
     up = MergedColumnParallelLinear(HIDDEN, [36, 36], prefix="model.mlp.gate_up_proj", **named)
-    load(up, {0: "model.mlp.gate_proj", 1: "model.mlp.up_proj"})
     down = RowParallelLinear(36, HIDDEN, prefix="model.mlp.down_proj", **named | {"bias": True})
-    down.bias.data.copy_(inputs(HIDDEN, seed=9))
+    embed = VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=config, prefix="model.embed_tokens")
+    head = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=config, prefix="lm_head")
+    load(qkv, {"k": "model.attn.k_proj", "q": "model.attn.q_proj", "v": "model.attn.v_proj"})
+    load(up, {0: "model.mlp.gate_proj", 1: "model.mlp.up_proj"})
     load(down, {None: "model.mlp.down_proj"})
-    embed = load(VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=config, prefix="model.embed_tokens"),
-                 {None: "model.embed_tokens"})  # fmt: skip
-    head = load(ParallelLMHead(VOCABULARY, HIDDEN, quant_config=config, prefix="lm_head"), {None: "lm_head"})
+    down.bias.data.copy_(inputs(HIDDEN, seed=9))
+    load(embed, {None: "model.embed_tokens"})
+    load(head, {None: "lm_head"})
     gate, value = up(x).chunk(2, -1)
     return {
         "qkv": qkv(x),
@@ -169,16 +171,17 @@ def test_dense_linears_stay_vllms_own(alone):
 
 def test_modules_without_a_layer_are_named_before_loading(alone):
     config = make_config()
-    RowParallelLinear(36, HIDDEN, quant_config=config, prefix="model.mlp.down_proj", bias=False)
+    layer = RowParallelLinear(36, HIDDEN, quant_config=config, prefix="model.mlp.down_proj", bias=False)
     with pytest.raises(
         ValueError, match=r"no layer that can be packed for 7 packed modules, first `model\.attn\.q_proj`"
     ):
         config.get_checkpoint_weight_mapper()
+    with pytest.raises(ValueError, match="for 7 packed modules"):  # a model with a loader of its own
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 def test_marker_is_left_out_and_names_are_mapped(alone):
-    config = make_config()
-    config.sizes = {"lm_head": config.sizes["lm_head"], "model.embed_tokens": config.sizes["model.embed_tokens"]}
+    config = make_config("lm_head", "model.embed_tokens")
     config.markers = ["lm_head.weight"]
     config.apply_vllm_mapper(
         WeightsMapper(orig_to_new_prefix={"lm_head.": "language_model.lm_head.", "model.": "language_model.model."})
@@ -194,8 +197,7 @@ def test_marker_is_left_out_and_names_are_mapped(alone):
 
 
 def test_unnamed_embedding_may_be_dense(alone):
-    config = make_config()
-    config.sizes = {"lm_head": config.sizes["lm_head"]}  # of the same size
+    config = make_config("lm_head")  # of the same size
     embedding = VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=config)
     weight = inputs(VOCABULARY, HIDDEN)
     embedding.weight.weight_loader(embedding.weight, weight)
@@ -204,8 +206,7 @@ def test_unnamed_embedding_may_be_dense(alone):
 
 
 def test_tied_head_becomes_the_embedding(alone):
-    config = make_config(tied_head=True)
-    del config.sizes["lm_head"]
+    config = make_config("model.embed_tokens", tied_head=True)
     embedding = load(
         VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=config, prefix="model.embed_tokens"),
         {None: "model.embed_tokens"},
@@ -220,8 +221,7 @@ def test_tied_head_becomes_the_embedding(alone):
 
 
 def test_part_that_stayed_dense(alone):
-    config = make_config()
-    del config.sizes["model.attn.k_proj"]
+    config = make_config("model.attn.q_proj", "model.attn.v_proj")
     layer = QKVParallelLinear(
         HIDDEN, 8, 4, 2, prefix="model.attn.qkv_proj", quant_config=config, return_bias=False, bias=False
     )
@@ -231,6 +231,26 @@ def test_part_that_stayed_dense(alone):
     load(layer, {"q": "model.attn.q_proj", "v": "model.attn.v_proj"})
     x, W = inputs(3, HIDDEN), [PLANES["model.attn.q_proj"].dense(), k, PLANES["model.attn.v_proj"].dense()]
     assert torch.allclose(layer(x), x @ torch.cat(W).T, rtol=1e-4, atol=1e-3)
+
+
+def test_checkpoint_of_the_hub_is_checked_and_its_head_tied(packed_dir, monkeypatch):
+    asked = []
+
+    def download(name, **where):
+        asked.append((name, where))
+        return str(packed_dir)
+
+    monkeypatch.setattr("sab_hf.vllm.config.snapshot_download", download)
+    method = json.loads((packed_dir / "config.json").read_text())["quantization_config"]
+    config, hf_config = SABConfig.from_config(method), AutoConfig.from_pretrained(packed_dir)
+    config.maybe_update_config("me/tiny", hf_config, revision="v2")
+    assert asked == [("me/tiny", {"revision": "v2", "allow_patterns": ["*.json", "*.safetensors"]})]
+    assert len(config.sizes) == len(method["modules"])
+    assert not hf_config.get_text_config().tie_word_embeddings
+    config.config.tied_head = True
+    config.maybe_update_config("me/tiny", hf_config)
+    assert hf_config.tie_word_embeddings
+    assert hf_config.get_text_config().tie_word_embeddings
 
 
 # ---- what vLLM says before anything is loaded
