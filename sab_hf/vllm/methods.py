@@ -146,7 +146,11 @@ def _expect(layer: nn.Module, parts: Parts, dtype: torch.dtype) -> None:
 
 def _loader(parts: Parts, name: str) -> Callable[..., None]:
     def load(parameter: nn.Parameter, tensor: Tensor, shard: str | int | tuple[int, ...] | None = None) -> None:
-        outputs = shard if isinstance(shard, tuple) or shard is None else (_OUTPUTS.get(shard, shard),)
+        outputs = (
+            shard
+            if isinstance(shard, tuple) or shard is None
+            else (_OUTPUTS[shard] if isinstance(shard, str) else shard,)
+        )
         parts.add(name, tensor, outputs, parameter.device)
 
     return load

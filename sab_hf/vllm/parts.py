@@ -62,32 +62,30 @@ class Share:
         Raises:
             ValueError: so many rows cannot be divided in this way.
         """
-        whole = [self.whole_rows[output] for output in outputs] if len(outputs) > 1 else [out_features]
-        spans, offset = [], 0
-        if sum(whole) != out_features or (self.span is not None and whole != list(self.whole_rows)):
-            self._refuse(outputs, out_features)
+        whole = [self.whole_rows[output] for output in outputs]
+        own = [self.rows[output] for output in outputs]
+        pieces = [rows // mine if rows % mine == 0 else 0 for rows, mine in zip(whole, own, strict=True)]
+        divided = all(count and self.ranks % count == 0 for count in pieces) or self.span is not None
+        if sum(whole) != out_features or not divided:
+            raise ValueError(
+                f"`{self.label}` must have {_sum(whole)} rows, {_sum(own)} on each of {self.ranks} ranks, the checkpoint has "
+                f"{out_features}; it is of another model, or choose another --tensor-parallel-size"
+            )
         if self.span is not None:
             return [self.span]
-        for output, rows in zip(outputs, whole, strict=True):
-            own = self.rows[output]
-            pieces, left = divmod(rows, own)
-            if left or not pieces or self.ranks % pieces:
-                self._refuse(outputs, out_features)
-            start = offset + self.rank * pieces // self.ranks * own
-            spans.append((start, start + own))
-            offset += rows
-        return spans
-
-    def _refuse(self, outputs: Sequence[int], out_features: int) -> None:
-        own = " + ".join(str(self.rows[output]) for output in outputs)
-        raise ValueError(
-            f"`{self.label}` must be divided into {own} rows on each of {self.ranks} ranks, the checkpoint has {out_features}; "
-            "it is of another model, or choose another --tensor-parallel-size"
-        )
+        offsets = [sum(whole[:i]) for i in range(len(whole))]
+        starts = [
+            at + self.rank * count // self.ranks * mine for at, count, mine in zip(offsets, pieces, own, strict=True)
+        ]
+        return [(start, start + mine) for start, mine in zip(starts, own, strict=True)]
 
     def padding(self) -> int:
         """Return the rows of zeros behind those of the file."""
         return 0 if self.span is None else self.rows[0] - (self.span[1] - self.span[0])
+
+
+def _sum(rows: Sequence[int]) -> str:
+    return " + ".join(map(str, rows))
 
 
 @dataclass

@@ -138,7 +138,7 @@ def test_vocabulary_is_filled_up_with_zeros():
         assert not head.planes().dense()[span[1] - span[0] :].any()
         (embedding,) = collect(share, {(0,): planes}, embedding=True)
         assert torch.equal(embedding(torch.tensor([3, 0])), planes.dense()[[span[0] + 3, span[0]]])
-    with pytest.raises(ValueError, match="32 rows on each of 2 ranks, the checkpoint has 51"):
+    with pytest.raises(ValueError, match="must have 50 rows, 32 on each of 2 ranks, the checkpoint has 51"):
         collect(share, {(0,): random_planes(51, 12)})
 
 
@@ -220,16 +220,17 @@ def test_tensors_that_do_not_fit_are_refused(change, message, rows):
         load()
 
 
-def test_rows_that_do_not_divide_are_refused():
+def test_matrices_of_other_sizes_are_refused():
     share = Share("proj", 20, (0, 20), [10], [30], 0, 3)
-    with pytest.raises(
-        ValueError, match="`proj` must be divided into 10 rows on each of 3 ranks, the checkpoint has 32"
-    ):
-        collect(share, {(0,): random_planes(32, 20)})
-    with pytest.raises(ValueError, match="into 10 rows on each of 3 ranks, the checkpoint has 60"):
-        collect(share, {(0,): random_planes(60, 20)})
-    with pytest.raises(ValueError, match=r"into 16 \+ 8 \+ 8 rows on each of 2 ranks, the checkpoint has 66"):
+    for rows in (32, 10, 60):  # 10: what one rank has
+        with pytest.raises(
+            ValueError, match=f"`proj` must have 30 rows, 10 on each of 3 ranks, the checkpoint has {rows}"
+        ):
+            collect(share, {(0,): random_planes(rows, 20)})
+    with pytest.raises(ValueError, match=r"must have 32 \+ 16 \+ 16 rows, 16 \+ 8 \+ 8 on each of 2 ranks, .* has 66"):
         collect(attention(0, 2)[0], {None: random_planes(66, 20)})
+    with pytest.raises(ValueError, match="must have 30 rows, 20 on each of 3 ranks"):
+        collect(Share("proj", 20, (0, 20), [20], [30], 0, 3), {(0,): random_planes(30, 20)})
 
 
 def test_outputs_without_a_matrix_are_refused():
