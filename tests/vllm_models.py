@@ -80,7 +80,7 @@ def qwen(folder: Path) -> Path:
         **QUICK,
     )
     sab_hf.quantize(model, processor, samples, config)
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = tokenizer.eos_token_id  # at which vLLM stops in any case
     sab_hf.save(model, processor, folder)
     return folder
 
