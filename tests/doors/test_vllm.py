@@ -268,6 +268,7 @@ def test_tested_versions_pass():
 def test_registering_in_an_unknown_vllm_leaves_a_word_in_the_log(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "vllm", None)  # an import of it fails
     monkeypatch.delitem(sys.modules, "sab_hf.vllm.config", raising=False)
+    monkeypatch.delattr(sab_hf.vllm, "config", raising=False)
     sab_hf.vllm.register()
     assert "packed checkpoints of sab_hf will not load in this vLLM" in caplog.text
 
