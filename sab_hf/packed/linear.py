@@ -91,9 +91,10 @@ class SABModule(nn.Module):
             y = self._direct(x, self._parameters, exact)
             if y is not None:
                 return y
-        return sab_linear(x, *self._operands(), exact)
+        return sab_linear(x, *self.operands(), exact)
 
-    def _operands(self) -> Operands:
+    def operands(self) -> Operands:
+        """Return the packed tensors as the ops take them, scales in float16."""
         full = self.signs, self.row_scale.view(torch.float16), self.col_scale.view(torch.float16)
         if not self.num_significant:
             return Operands(*full)

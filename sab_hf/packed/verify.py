@@ -96,6 +96,48 @@ def check_entries(model: nn.Module, entries: Iterable[tuple[str, str, tuple[int,
         raise_if_unlisted([entry.tail for entry in surplus])
 
 
+class PackedSize(NamedTuple):
+    """Sizes of a packed matrix, as the shapes of its tensors in a file tell them."""
+
+    out_features: int
+    in_features: int
+    num_planes: int
+    num_significant: int
+
+
+def packed_sizes(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, PackedSize]:
+    """Return the packed modules in a checkpoint's headers, name in the files → sizes, each checked to be whole.
+
+    For readers that have no skeleton to compare with (`check_entries`): the tensors of a module must agree with each other.
+
+    Raises:
+        ValueError: a packed tensor is missing, left over, or has another dtype or shape than the others of its module ask for.
+    """
+    modules: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = defaultdict(dict)
+    for name, dtype, shape in entries:
+        if is_packed_name(name):
+            module, _, part = name.rpartition(".")
+            modules[module][part] = dtype, shape
+    sizes = {}
+    for module, found in modules.items():
+        raise_if_missing([f"{module}.{part}" for part in ("row_scale", "col_scale") if part not in found])
+        (_, rows), (_, columns) = found["row_scale"], found["col_scale"]
+        if len(rows) != 2 or len(columns) != 2:
+            raise ValueError(
+                f"`{module}` must have scales [planes, features], the checkpoint has {list(rows)} and {list(columns)}; it was "
+                "altered: download or quantize it again"
+            )
+        significant = found.get("residual_col_scale", ("", (0,)))[1]
+        size = PackedSize(rows[1], columns[1], rows[0], significant[0] if significant else 0)
+        specs = tensor_specs(*size)
+        raise_if_missing([f"{module}.{part}" for part in specs if part not in found])
+        raise_if_unlisted([f"{module}.{part}" for part in found if part not in specs])
+        for part, (dtype, shape) in specs.items():
+            raise_if_altered(f"{module}.{part}", _HEADER_DTYPES[dtype], shape, *found[part])
+        sizes[module] = size
+    return sizes
+
+
 def check_contents(checkpoint_files: Iterable[str | os.PathLike]) -> None:
     """Check what shows without checksums, after `check_entries`: scales are finite, masks mark as many columns as there are.
 

@@ -29,6 +29,8 @@ NOT_RUN = (
     "torchrun ",
     "accelerate launch ",
     "python -m sab_hf.run transformers serve",
+    "vllm serve ",
+    "python -m vllm.entrypoints.openai.api_server ",
     "python -m sab_hf.run lm_eval ",
     "python -m sab_hf.run -m lmms_eval ",
     "sab-hf eval packed --tasks ",
@@ -40,7 +42,7 @@ NOT_RUN = (
 )
 NEEDS = {"fine_tune.md": "peft", "gguf.md": "gguf", "walk.md": "peft"}
 ELSEWHERE = {"openai": "tests/doors/test_serving.py"}
-"""Modules whose snippets another test runs, against a server."""
+"""Modules whose snippets another test runs, against a server; that of vllm.md is run by `tests/vllm_server.py`."""
 
 
 @pytest.fixture(scope="module")
