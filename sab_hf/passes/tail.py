@@ -43,6 +43,7 @@ class Tail:
         self.model, self.blocks = model, blocks
         self.by_ids, self.chain = False, []
         hidden = state.hidden.to(state.workspace.device)
+        self.dtype = hidden.dtype
         self.chunks = makes_some_logits(model, batch.inputs)
         part = slice(0, min(8, hidden.shape[-2]))
         with torch.no_grad():
@@ -68,6 +69,8 @@ class Tail:
             batch, state: the whole batch.
             part: positions; all of them where the model cannot be asked for some.
         """
+        if not torch.is_autocast_enabled(hidden.device.type):  # trained blocks compute in float32, a head need not
+            hidden = hidden.to(self.dtype)
         if self.chain:
             return _through(self.chain, hidden[..., part, :])
         options = {}

@@ -182,11 +182,12 @@ def test_few_samples_are_enough(count):
     assert result.after <= result.before
 
 
-def test_tied_packed_head_and_norms_are_trained():
+@pytest.mark.parametrize("rest_bits", [4, 16])
+def test_tied_head_and_norms_are_trained_in_half_precision(rest_bits):
     """The packed embedding is not trained; norms are, and stay in the model's dtype."""
     model = build_llama(tie_word_embeddings=True).bfloat16()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name}
-    record = sab_hf.quantize(model, None, TEXT, config(rest_bits=4))
+    record = sab_hf.quantize(model, None, TEXT, config(rest_bits=rest_bits))
     assert record.distillations[0].after < record.distillations[0].before
     norms = {name: p for name, p in model.named_parameters() if "layers" in name and "norm" in name}
     assert all(p.dtype == torch.bfloat16 for p in norms.values())
