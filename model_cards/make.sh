@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Quantizes the example model, evaluates it, and writes its card here: bash model_cards/make.sh [OUTPUT FOLDER]
+# Quantizes the example model with the defaults, evaluates it, and writes the checkpoint with its card to examples/tiny_vlm-sab:
+# bash model_cards/make.sh [WORK FOLDER]
 # `python` must have sab_hf installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +13,5 @@ python -m sab_hf.cli quantize examples/tiny_vlm/checkpoint "$work/tiny_vlm-sab" 
 python -m sab_hf.cli eval "$work/tiny_vlm-sab" --original examples/tiny_vlm/checkpoint --data "$work/questions/data.jsonl" \
     --num-samples 330 --dtype float32 --output "$work/evaluation.json"
 python -m sab_hf.cli card "$work/tiny_vlm-sab" --evaluation "$work/evaluation.json" --license apache-2.0
-rm -rf model_cards/tiny_vlm-sab
-mkdir model_cards/tiny_vlm-sab
-cp -r "$work/tiny_vlm-sab"/{README.md,plots} model_cards/tiny_vlm-sab/
+rm -rf examples/tiny_vlm-sab
+cp -r "$work/tiny_vlm-sab" examples/tiny_vlm-sab

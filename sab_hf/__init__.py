@@ -14,6 +14,7 @@ from .version import __version__
 if TYPE_CHECKING:  # what is imported on first use, for editors and type checkers
     from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
 
+    from .evaluate import evaluate
     from .make.binarize import quantize
     from .packed.decoding import decode_ahead
     from .prediction import estimate
@@ -29,6 +30,7 @@ __all__ = [
     "decode_ahead",
     "estimate",
     "export_gguf",
+    "evaluate",
     "load",
     "quantize",
     "report",
@@ -49,6 +51,8 @@ _ON_FIRST_USE = {
 
 def __getattr__(name: str) -> Any:
     """Import on first use what loading a packed checkpoint does not need."""
+    if name == "evaluate":  # a room that can be called
+        return import_module(".evaluate", __name__)
     if name in _ON_FIRST_USE:
         return getattr(import_module(_ON_FIRST_USE[name], __name__), name)
     if name == "AutoModelForVision2Seq":  # gone in transformers 5, where AutoModelForImageTextToText took its place

@@ -1,7 +1,8 @@
 """The command `sab-hf`: quantize, inspect, evaluate, export and publish from a shell. `optimum-cli sab` is the same.
 
 Exit codes: 0 done, 1 the task failed (the reason is on stderr), 2 wrong usage, 130 interrupted, 143 terminated. With `--json`,
-stdout holds one JSON document and nothing else; progress bars and warnings go to stderr. Each command is a file in `commands/`.
+stdout holds one JSON document and nothing else; progress bars and warnings go to stderr, less of it with `--quiet`, more with
+`--verbose`. Each command is a file in `commands/`.
 This module and those import nothing heavy until a command runs: the console script (`sab_hf_command.py`) parses with them before
 it imports the package.
 """
@@ -15,10 +16,13 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .commands import COMMANDS
+from .commands.parsing import Parser, PrintCompletion
+from .commands.shared import UsageError, logging_to_stderr, once_without_hub, say
 from .version import __version__
 
 DONE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -40,20 +44,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="sab-hf", description="Binarized vision-language models for transformers.")
+    parser = Parser(
+        prog="sab-hf",
+        description="Binarized vision-language models for transformers.",
+        epilog=f"example: {COMMANDS['chat'].EXAMPLE}\n`sab-hf COMMAND --help` tells about a command.",
+    )
     parser.add_argument("--version", action="version", version=f"sab_hf {__version__}")
+    parser.add_argument("--print-completion", action=PrintCompletion)
     add_commands(parser)
     return parser
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands to a parser."""
-    commands = parser.add_subparsers(dest="sab_command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="sab_command", metavar="COMMAND", parser_class=Parser)
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
+        command = commands.add_parser(
+            name, help=module.SUMMARY, description=module.SUMMARY, epilog=f"example: {module.EXAMPLE}"
+        )
         module.add_arguments(command)
-        if name != "run":
+        if name == "run":  # what follows is another program's
+            continue
+        if name != "serve":
             command.add_argument("--json", action="store_true", help="print the result as one JSON document")
+        told = command.add_mutually_exclusive_group()
+        told.add_argument("--quiet", action="store_true", help="no log and no progress bars, errors only")
+        told.add_argument("--verbose", action="store_true", help="log more, and errors with their traceback")
 
 
 def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -63,21 +79,37 @@ def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return USAGE
     if args.sab_command == "run":  # another program: its errors and its exit code are its own
         return _exit_code(COMMANDS["run"].run(args))
+    command = COMMANDS[args.sab_command]
     try:
-        with _cleaning_up_when_terminated():
-            plain, text = COMMANDS[args.sab_command].run(args)
-        sys.stdout.write((_json(plain) if args.json else _printable(text)) + "\n")
+        with _stopping_when_terminated(), logging_to_stderr(args.quiet, args.verbose), once_without_hub(args):
+            plain, text = command.run(args)
+        if getattr(args, "json", False):
+            sys.stdout.write(_json(plain) + "\n")
+        elif text:
+            sys.stdout.write(_printable(text) + "\n")
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\nsab-hf {args.sab_command}: interrupted\n")
-        return INTERRUPTED
+    except (KeyboardInterrupt, _TerminatedError) as stop:
+        terminated = isinstance(stop, _TerminatedError)
+        say(f"\nsab-hf {args.sab_command}: {'terminated' if terminated else 'interrupted'}")
+        if hasattr(command, "kept"):
+            say(command.kept(args))
+        return TERMINATED if terminated else INTERRUPTED
     except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except UsageError as error:
+        return _report(args, error, USAGE)
     except _expected_errors() as error:
-        sys.stderr.write(f"sab-hf {args.sab_command}: error: {_printable(str(error)) or type(error).__name__}\n")
-        return FAILED
+        return _report(args, error, FAILED)
     return DONE
+
+
+def _report(args: argparse.Namespace, error: Exception, code: int) -> int:
+    """Say on stderr what went wrong, and return the exit code."""
+    if args.verbose:
+        traceback.print_exc()
+    say(f"sab-hf {args.sab_command}: error: {str(error) or type(error).__name__}", "error:")
+    return code
 
 
 def _json(plain: Any) -> str:
@@ -92,13 +124,21 @@ def _printable(text: str) -> str:
     return printable(text)
 
 
+class _TerminatedError(BaseException):
+    """SIGTERM, which schedulers send: the command ends as after Ctrl-C, and what is half written is removed."""
+
+
 @contextlib.contextmanager
-def _cleaning_up_when_terminated() -> Iterator[None]:
-    """Let SIGTERM, which schedulers send, end the command with code 143 in a way that removes what is half written."""
+def _stopping_when_terminated() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does."""
+
+    def stop(*args: Any) -> None:
+        raise _TerminatedError
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:

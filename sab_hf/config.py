@@ -15,6 +15,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .packing import FORMAT_VERSION
+from .spelling import did_you_mean
 
 MAX_PLANES = 8
 """Most full planes a matrix may have. The sign sweep compares 2^(planes + 1) levels for each weight."""
@@ -160,6 +161,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
 
     Raises:
         ValueError: a field has a wrong type or lies outside its range; the message says what is accepted.
+        TypeError: there is no such field; the message says which one is like it.
     """
 
     bits: float | None = None
@@ -217,6 +219,12 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     quant_method: str = field(default="sab", init=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SABQuantizationConfig:
+        known = [own.name for own in dataclasses.fields(cls) if own.init]
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(
+                    f"{cls.__name__} has no field `{name}`{did_you_mean(name, known) or f'; it has {known}'}"
+                )
         config = super().__new__(cls)
         config._given = {field.name for field in dataclasses.fields(cls)[: len(args)]} | kwargs.keys()
         return config
@@ -320,6 +328,21 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         if self.checksums is not None and not _are_checksums(self.checksums):
             raise ValueError(f"`checksums` must be None or what `save_pretrained` writes, got {self.checksums!r:.200}")
 
+    @classmethod
+    def of(cls, given: SABQuantizationConfig | dict[str, Any] | None) -> SABQuantizationConfig:
+        """Return the config that was given: as one, as its fields in a dict, or as None for the defaults.
+
+        Raises:
+            ValueError: it is neither, a field is unknown, or a value is not accepted.
+        """
+        if given is None or isinstance(given, cls):
+            return given or cls()
+        if isinstance(given, dict):
+            return cls.from_dict(given)
+        raise ValueError(
+            f"`config` must be a SABQuantizationConfig or a dict of its fields, got {type(given).__name__}"
+        )
+
     def bits_of(self, role: str) -> int:
         """Return the sign planes of a role outside the language blocks; `DENSE` for none."""
         own = getattr(self, f"{role}_bits")
@@ -342,7 +365,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         if (
             unknown and version == FORMAT_VERSION
         ):  # a newer version may have new fields; its number is the better message
-            raise ValueError(f"unknown fields {unknown} in the quantization config; accepted are {sorted(known)}")
+            meant = did_you_mean(unknown[0], known) or f"; accepted are {sorted(known)}"
+            raise ValueError(f"unknown fields {unknown} in the quantization config{meant}")
         config = cls(**{key: value for key, value in config_dict.items() if key in known})
         unused = {key: value for key, value in kwargs.items() if key not in known}
         return (config, unused) if return_unused_kwargs else config

@@ -59,7 +59,7 @@ def estimate(
     from .make.plan import make_plan, plan_with
     from .make.preflight import estimate_run
 
-    config = config or SABQuantizationConfig()
+    config = SABQuantizationConfig.of(config)
     source = processor or config.processor
     if not isinstance(model, nn.Module):
         source = source or (None if isinstance(model, PretrainedConfig) else model)

@@ -25,6 +25,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from .spelling import did_you_mean
+
 logger = logging.getLogger(__name__)
 
 USAGE = "usage: python -m sab_hf.run PROGRAM [ARGS ...]\nPROGRAM: a .py file, a command of a package, or a module"
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     name, arguments = (argv[1] if len(argv) > 1 else "", argv[2:]) if as_module else (argv[0], argv[1:])
     program = _find_module(name) if as_module else _find_file(name) or _find_command(name) or _find_module(name)
     if program is None:
-        sys.stderr.write(f"{name!r} is no file, no command of an installed package, and no module\n{USAGE}\n")
+        sys.stderr.write(f"{_why_not(name)}\n{USAGE}\n")
         raise SystemExit(2)
     _register()
     before = sys.argv, sys.path[:]
@@ -57,6 +59,16 @@ def main(argv: Sequence[str] | None = None) -> Any:
         return program()
     finally:
         sys.argv, sys.path[:] = before
+
+
+def _why_not(name: str) -> str:
+    """Say why `name` is no program."""
+    if not name:
+        return "-m needs the name of a module"
+    if name.isidentifier() and importlib.util.find_spec(name):
+        return f"{name!r} is a package that cannot be run: it has no command of that name and no module `__main__`"
+    commands = {command.name for command in entry_points(group="console_scripts")}
+    return f"{name!r} is no file, no command of an installed package, and no module{did_you_mean(name, commands)}"
 
 
 def _register() -> None:
@@ -89,6 +101,10 @@ def _find_command(name: str) -> Callable[[], Any] | None:
 def _find_module(name: str) -> Callable[[], Any] | None:
     try:
         found = importlib.util.find_spec(name)
+        if (
+            found and found.submodule_search_locations is not None
+        ):  # a package: what runs is the module `__main__` in it
+            found = importlib.util.find_spec(f"{name}.__main__")
     except (ImportError, ValueError):  # a dotted name whose parent does not exist, or an empty name
         return None
     return (lambda: runpy.run_module(name, run_name="__main__", alter_sys=True) and None) if found else None

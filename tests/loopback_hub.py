@@ -25,7 +25,8 @@ class LoopbackHub:
 
     Attributes:
         url: for `HF_ENDPOINT`.
-        repos: repo id → list of commits, each {path: content}; the last one is "main", and every branch.
+        repos: repo id, with "datasets/" before that of a data set → list of commits, each {path: content}; the last one is
+            "main", and every branch.
         branches: (repo id, name) of those that were made.
         requests: method and path of every request.
         gated: repo ids whose files are not given to anybody.
@@ -216,18 +217,19 @@ class _Handler(BaseHTTPRequestHandler):
         return self._reply(content, **headers)
 
 
-_REPO = r"([^/]+/[^/]+)"
+_REPO = r"((?:datasets/)?[^/]+/[^/]+)"
+_OF = r"/api/(?:models/)?"
 _ROUTES = (
     (("GET",), r"/api/whoami-v2", _Handler.whoami),
     (("POST",), r"/api/repos/create", _Handler.create),
     (("POST",), r"/api/validate-yaml", _Handler.validate),
-    (("POST",), rf"/api/models/{_REPO}/branch/([^/]+)", _Handler.branch),
-    (("POST",), rf"/api/models/{_REPO}/preupload/([^/]+)", _Handler.preupload),
-    (("POST",), rf"/api/models/{_REPO}/commit/([^/]+)", _Handler.commit),
+    (("POST",), rf"{_OF}{_REPO}/branch/([^/]+)", _Handler.branch),
+    (("POST",), rf"{_OF}{_REPO}/preupload/([^/]+)", _Handler.preupload),
+    (("POST",), rf"{_OF}{_REPO}/commit/([^/]+)", _Handler.commit),
     (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     (("PUT",), r"/lfs/([0-9a-f]{64})", _Handler.lfs_put),
-    (("GET",), rf"/api/models/{_REPO}/tree/([^/]+)(/.*)?", _Handler.tree),
-    (("GET",), rf"/api/models/{_REPO}(?:/revision/([^/]+))?", _Handler.info),
+    (("GET",), rf"{_OF}{_REPO}/tree/([^/]+)(/.*)?", _Handler.tree),
+    (("GET",), rf"{_OF}{_REPO}(?:/revision/([^/]+))?", _Handler.info),
     (("GET", "HEAD"), rf"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.resolve),
 )
 

@@ -1,21 +1,22 @@
-"""The commands of `sab-hf`, one a file: `SUMMARY`, `add_arguments(parser)` and `run(args)`.
+"""The commands of `sab-hf`, one a file: `SUMMARY`, `EXAMPLE`, `add_arguments(parser)` and `run(args)`.
 
-`run` returns the result as plain data, for `--json`, and as text. What a command needs is imported when it runs, so that
-`--help` is quick.
+`run` returns the result as plain data, for `--json`, and as text. `kept(args)`, where a command has it, says after an
+interruption where the finished work lies. What a command needs is imported when it runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
-from . import card, demo, dequantize, evaluation, export, inspection, quantize, run
+from . import card, chat, dequantize, evaluation, export, inspection, quantize, run, serve
 
 COMMANDS = {
+    "chat": chat,
     "quantize": quantize,
     "inspect": inspection,
     "eval": evaluation,
+    "serve": serve,
     "dequantize": dequantize,
     "export": export,
     "card": card,
-    "demo": demo,
     "run": run,
 }
 """Name on the command line → module."""

@@ -9,11 +9,14 @@ from typing import Any
 from .shared import add_push
 
 SUMMARY = "write card, report and pictures of a packed checkpoint anew"
+EXAMPLE = "sab-hf card smolvlm-sab --evaluation evaluation.json --push --repo-id me/smolvlm-sab"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", help="folder of a packed checkpoint; card, report and pictures in it are written anew"
+        "folder",
+        metavar="checkpoint",
+        help="folder of a packed checkpoint; card, report and pictures in it are written anew",
     )
     parser.add_argument("--evaluation", help="JSON file from `sab-hf eval --output`")
     parser.add_argument("--repo-id", help="name that the loading snippet loads; default: the folder's name")
@@ -28,7 +31,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..publish.save import check_login, publish_folder, read_summary, write_pages
     from ..publish.summary import with_evaluation
 
-    folder = Path(args.checkpoint)
+    folder = Path(args.folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder `{folder}`; the card is written into the folder of a checkpoint")
     repo_id = args.repo_id or folder.resolve().name

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .shared import DTYPES, add_shard_size, load_packed
+from .shared import add_dtype, add_shard_size, add_trust_remote_code, load_model
 
 SUMMARY = "write a dense checkpoint that needs no plugin"
+EXAMPLE = "sab-hf dequantize smolvlm-sab smolvlm-dense"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="packed checkpoint: a folder or Hub id")
     parser.add_argument("output", help="folder for the dense checkpoint")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="dtype of the dense weights (default: as stored)"
-    )
+    add_dtype(parser, "the dense weights")
     add_shard_size(parser)
+    add_trust_remote_code(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..publish.save import fresh_processor
 
     check_target(args.output, replace=False)
-    model = load_packed(args.checkpoint, args.dtype, "cpu")
+    model = load_model(args.checkpoint, args.dtype, "cpu", trust_remote_code=args.trust_remote_code, packed=True)
     processor = fresh_processor(model, args.checkpoint)
     model = model.dequantize()
     with atomic_folder(args.output, replace=False) as folder:

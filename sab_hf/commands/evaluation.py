@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .shared import DTYPES, add_allow_urls, add_device_map, device_map
+from .shared import add_allow_urls, add_device_map, add_dtype, add_trust_remote_code, device_map, positive
 
 SUMMARY = "score a model, and compare it with its original"
+EXAMPLE = "sab-hf eval smolvlm-sab --original HuggingFaceTB/SmolVLM-256M-Instruct --data my_questions.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include-path", metavar="FOLDER", help="with --tasks: a folder with further tasks, as YAML")
     add_allow_urls(parser)
     parser.add_argument(
-        "--num-samples", type=int, help="most samples, of each task too (default 200; with --tasks all)"
+        "--num-samples", type=positive, help="most samples, of each task too (default 200; with --tasks all)"
     )
     parser.add_argument(
         "--examples",
@@ -38,12 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most questions with pictures to show on card and report, which publish them (default 4 of the built-in set, 0 of "
         "your data)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="seed of their order and of the built-in set (default 1)")
-    parser.add_argument("--batch-size", type=int, default=8, help="samples of a forward pass (default 8)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="dtype of weights and activations (default: as stored)"
-    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of their order and of the built-in set")
+    parser.add_argument("--batch-size", type=positive, default=8, help="samples of a forward pass")
+    add_dtype(parser, "weights and activations")
     add_device_map(parser)
+    add_trust_remote_code(parser)
     parser.add_argument("--no-speed", action="store_true", help="do not time an answer of each model")
     parser.add_argument("--output", help="file for the result as JSON, for `sab-hf card --evaluation`")
     parser.add_argument("--picture", metavar="FILE.svg", help="file for a picture of model and original side by side")
@@ -83,6 +83,7 @@ def _questions(args: argparse.Namespace) -> Any:
         speed=not args.no_speed,
         dtype=args.dtype,
         device_map=device_map(args),
+        **({"trust_remote_code": True} if args.trust_remote_code else {}),
     )
 
 

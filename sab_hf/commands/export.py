@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 SUMMARY = "write a portable checkpoint for other runtimes: gguf for llama.cpp and Ollama"
+EXAMPLE = "sab-hf export gguf qwen-sab qwen.gguf"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--embedding", choices=("q8_0", "q4_0", "f16"), default="q8_0",
-        help="type of input embedding and output head (default q8_0)",
+        help="type of input embedding and output head",
     )  # fmt: skip
 
 

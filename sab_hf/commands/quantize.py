@@ -7,12 +7,24 @@ import dataclasses
 import json
 from typing import Any
 
-from .shared import DTYPES, add_allow_urls, add_device_map, add_push, add_shard_size, device_map, log_to_stderr
+from ..spelling import did_you_mean
+from .shared import (
+    UsageError,
+    add_allow_urls,
+    add_device_map,
+    add_dtype,
+    add_push,
+    add_shard_size,
+    add_trust_remote_code,
+    device_map,
+    positive,
+)
 
 SUMMARY = "binarize a checkpoint and save it packed, with card and report"
+EXAMPLE = "sab-hf quantize HuggingFaceTB/SmolVLM-256M-Instruct smolvlm-sab"
 _WITH_OPTIONS = ("bits", "preset", "calibration", "num_samples", "rest_bits", "refine_steps", "distil_steps", "seed")
 DEFAULTS = """other fields, by --set FIELD=VALUE, and their defaults:
-  max_length=2048 batch_size=8 written_samples=0 allow_text_only=false allow_urls=false vision_bits=null
+  portable=null max_length=2048 batch_size=8 written_samples=0 allow_text_only=false allow_urls=false vision_bits=null
   projector_bits=null embedding_bits=null head_bits=null modules_to_not_convert=null allow_low_coverage=false
   language_blocks=null fit="hessian" modality_balance="equal" significance="gradient" budget="sensitivity"
   sensitivity_samples=64 alternations=15 damping=0.01 block_size=128 salient_top_p=0.05 diff_quantile=0.5
@@ -25,8 +37,7 @@ _NOT_SET = {"modules", "tied_head", "tied_embeddings", "checksums", "format_vers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = DEFAULTS
+    parser.epilog = f"{DEFAULTS}\n\nexample: {EXAMPLE}"
     parser.add_argument("model", help="dense checkpoint: a folder or Hub id")
     parser.add_argument("output", nargs="?", help="folder to write, or with --push a Hub repository")
     parser.add_argument(
@@ -45,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--calibration", help="builtin (default), a Hub dataset, a folder, or a JSONL file")
     add_allow_urls(parser)
-    parser.add_argument("--num-samples", type=int, help="calibration samples (default 512)")
+    parser.add_argument("--num-samples", type=positive, help="calibration samples (default 512)")
     parser.add_argument(
         "--rest-bits", type=int,
         help="sign planes of towers, projector, embedding and head: 1 to 8, or 16 to leave them dense (default 16)",
@@ -62,13 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="FIELD=VALUE",
         help="any other field of SABQuantizationConfig, value as JSON or text; may be repeated",
     )  # fmt: skip
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="dtype of the parts left dense (default: as stored)"
-    )
+    add_dtype(parser, "the parts left dense")
     add_device_map(parser)
-    parser.add_argument("--revision", help="revision of the dense checkpoint on the Hub")
+    parser.add_argument("--revision", help="revision of the dense checkpoint on the Hub (default: main)")
     add_shard_size(parser)
     parser.add_argument("--license", help="license for the card; default: that in the card of the original")
+    add_trust_remote_code(parser)
     add_push(parser)
 
 
@@ -76,7 +86,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     if args.dry_run:
         return _dry_run(args)
     if args.output is None:
-        raise ValueError("name the folder to write, or add --dry-run to be told only what the run would need")
+        raise UsageError("name the folder to write, or add --dry-run to be told only what the run would need")
     import torch
 
     from ..machine.disk import Need, check_disk
@@ -95,23 +105,25 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
         output = check_login(output)  # mistakes show before hours are spent
     else:
         check_target(output)
-    model_config = read_config(args.model, revision=args.revision)
+    code = {"trust_remote_code": True} if args.trust_remote_code else {}
+    model_config = read_config(args.model, revision=args.revision, **code)
     method = quantization_method(model_config)
     if method is not None:
         raise ValueError(f"`{args.model}` is quantized already, with {method!r}; name the dense original")
     remedy = "save it beside the weights: `AutoProcessor.from_pretrained(ORIGINAL).save_pretrained(FOLDER)`"
-    config.processor = processor = processor_of(args.model, None, "calibration needs", remedy, revision=args.revision)
-    with log_to_stderr():
-        empty = empty_model(model_config, args.model)  # what is wrong with the config is said here
-        empty = empty if args.dtype == "auto" else empty.to(getattr(torch, args.dtype))
-        check_disk([Need("the output folder", None if args.push else output, file_bytes(empty, config))])
-        model = opening_class(model_config).from_pretrained(
-            args.model,
-            revision=args.revision,
-            quantization_config=config,
-            dtype=args.dtype,
-            device_map=where_to,
-        )
+    processor = processor_of(args.model, None, "calibration needs", remedy, revision=args.revision, **code)
+    config.processor = processor
+    empty = empty_model(model_config, args.model, **code)  # what is wrong with the config is said here
+    empty = empty if args.dtype == "auto" else empty.to(getattr(torch, args.dtype))
+    check_disk([Need("the output folder", None if args.push else output, file_bytes(empty, config))])
+    model = opening_class(model_config).from_pretrained(
+        args.model,
+        revision=args.revision,
+        quantization_config=config,
+        dtype=args.dtype,
+        device_map=where_to,
+        **code,
+    )
     where = save(
         model,
         processor,
@@ -138,7 +150,7 @@ def quantization_config(args: argparse.Namespace) -> Any:
     """Return the `SABQuantizationConfig` that the options ask for.
 
     Raises:
-        ValueError: a field does not exist, or its value is not accepted.
+        UsageError: a field does not exist, or its value is not accepted.
     """
     from ..config import SABQuantizationConfig
 
@@ -149,11 +161,26 @@ def quantization_config(args: argparse.Namespace) -> Any:
     for entry in args.set:
         name, _, value = entry.partition("=")
         if name not in known:
-            raise ValueError(
-                f"--set {entry}: `{name}` is no field of SABQuantizationConfig that can be set; those are {sorted(known)}"
+            raise UsageError(
+                f"--set {entry}: `{name}` is no field of SABQuantizationConfig that can be set"
+                f"{did_you_mean(name, known) or f'; those are {sorted(known)}'}"
             )
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
             fields[name] = value
-    return SABQuantizationConfig(**fields)
+    try:
+        return SABQuantizationConfig(**fields)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def kept(args: argparse.Namespace) -> str:
+    """Say where the work lies that a stopped run has finished."""
+    folder = next(
+        (entry.partition("=")[2].strip('"') for entry in args.set if entry.startswith("checkpoint_dir=")), None
+    )
+    if folder is None:
+        unless = ", unless a line above says where it is" if args.push else ""
+        return f"nothing of it was kept{unless}; with `--set checkpoint_dir=FOLDER` a run goes on after its last finished block"
+    return f"the finished blocks are in `{folder}`; the same command goes on after them"

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 SUMMARY = "start another Python program in which packed checkpoints load"
+EXAMPLE = "sab-hf run lm_eval run --model hf --model_args pretrained=me/smolvlm-sab --tasks arc_easy"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,9 @@ from transformers.utils.logging import tqdm
 
 from ..calibration.chat import ChatEncoder, borrowed
 from ..config import check_seed
+from ..notebook import html_text
 from ..publish.report import finite
+from ..spelling import check_misspelt
 from .answering import Speed, elsewhere, greedy, measure_speed, on_device, open_model, training_off
 from .examples import Example, example, has_picture
 from .questions import Question, QuestionBatch, encode_questions, read_questions
@@ -54,7 +56,7 @@ class Answer:
     given_by_original: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Result of `evaluate`; `str()` gives a table, `to_dict()` plain data.
 
@@ -91,6 +93,14 @@ class Evaluation:
 
     def to_json(self) -> str:
         return json.dumps(finite(self.to_dict()), indent=2)
+
+    def __repr__(self) -> str:
+        metrics = "".join(f", {name.replace('_', ' ')} {value:.1%}" for name, value in self.model.metrics.items())
+        kl = "" if self.kl is None else f", KL {self.kl:.4f}"
+        return f"{type(self).__name__}({self.num_samples} samples{metrics}, {self.model.nll:.4f} nats per token{kl})"
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
 
     def __str__(self) -> str:
         columns = [self.model] + ([self.original] if self.original else [])
@@ -153,7 +163,9 @@ def evaluate(
             and `subfolder` are those of `model` alone.
     Raises:
         ValueError: the data has none of the accepted forms, or the two models have different vocabularies.
+        TypeError: an argument of this function is misspelt.
     """
+    check_misspelt(load_kwargs, inspect.signature(evaluate).parameters, "evaluate()")
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")

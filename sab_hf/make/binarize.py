@@ -157,7 +157,7 @@ def quantize(
         RuntimeError: inference mode is on, in which nothing can be trained.
         OSError: there is too little room in `checkpoint_dir` or `offload_dir`.
     """
-    config = config or SABQuantizationConfig()
+    config = SABQuantizationConfig.of(config)
     plan = make_plan(model, config, processor, samples)
     check_room(model, plan, config)
     return run_plan(model, plan, config)

@@ -40,6 +40,7 @@ from ..machine.store import GIB
 from ..machine.workspace import Workspace
 from ..method.fit import MAX_SYSTEM
 from ..method.sensitivity import needs_sensitivity
+from ..notebook import html_text
 from ..packed.experts import expert_name, fused_name
 from ..packing import stored_bytes
 from ..passes.capture import count_first
@@ -63,7 +64,7 @@ _STATE_BYTES = 12
 """Bytes of each trained weight in the commit of an unfinished distillation: it and Adam's two moments."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """Predicted needs of a run.
 
@@ -181,6 +182,13 @@ class Estimate:
             "tokens_from": self.tokens_from,
             "disk_bytes": {"checkpoint_dir": self.commits, "offload_dir": self.states["disk"]},
         }
+
+    def __repr__(self) -> str:
+        peaks = f"{self.device} {self.peak_device / GIB:.2f} GiB, RAM {self.peak_ram / GIB:.2f} GiB"
+        return f"{type(self).__name__}(peaks: {peaks})"
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
 
     def __str__(self) -> str:
         longest = sorted(self.seconds, key=lambda stage: -self.seconds[stage])[:3]

@@ -12,7 +12,7 @@ from .preflight import Estimate
 from .refine import RefineResult
 
 
-@dataclass
+@dataclass(repr=False)
 class QuantizationRecord:
     """What `quantize` did.
 
@@ -50,6 +50,10 @@ class QuantizationRecord:
             lines.append(f"{name:<26}{known:>14}{stage.seconds:>14.1f}")
         total = "–" if self.predicted_seconds is None else f"{self.predicted_seconds:.1f}"
         return "\n".join([*lines, f"{'all':<26}{total:>14}{self.seconds:>14.1f}"])
+
+    def __repr__(self) -> str:
+        trained = f"{len(self.refinements)} blocks refined, {len(self.distillations)} windows distilled"
+        return f"{type(self).__name__}({len(self.fits)} matrices fitted, {trained}, {self.seconds:.0f} s)"
 
     @property
     def fallbacks(self) -> list[str]:

@@ -107,8 +107,11 @@ class SABModule(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        residual = f", {self.num_significant} significant columns" if self.num_significant else ""
-        return f"{self.in_features}, {self.out_features}, {self.num_planes} planes{residual}"
+        planes = f"{self.num_planes} plane{'s' if self.num_planes > 1 else ''}"
+        residual = f" and {self.num_significant} significant columns" if self.num_significant else ""
+        sizes = self.out_features, self.in_features, self.num_planes, self.num_significant
+        bits = 8 * packing.stored_bytes(*sizes) / (self.out_features * self.in_features)
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bits:.3f} bits ({planes}{residual})"
 
 
 class SABLinear(SABModule):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_
 from torch import nn
 
 from ..config import SABQuantizationConfig
+from ..notebook import html_text
 from ..packed.checksums import CONFIG, check_checksums, check_files, files_beside, weights_files
 from ..packed.names import is_packed_name
 from ..packed.swap import swap_in_empty
@@ -25,7 +27,7 @@ from .report import Report, report
 NONE, PRESENT, VERIFIED = "none", "present, not checked", "verified"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """What is in a checkpoint; `str()` gives a table, `to_dict()` plain data.
 
@@ -52,7 +54,16 @@ class Inspection:
         names = ("name", "format_version", "num_files", "num_tensors", "checksums", "covered", "not_covered")
         return {name: getattr(self, name) for name in names} | self.report.to_dict()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}: {self.report!r}, checksums: {self.checksums})"
+
+    def _repr_html_(self) -> str:
+        return html_text(self._about()) + self.report._repr_html_()
+
     def __str__(self) -> str:
+        return f"{self._about()}\n{self.report}"
+
+    def _about(self) -> str:
         about = (
             f"{self.name}: format version {self.format_version}, {self.report.bits:.3f} bits per binarized weight\n"
             f"{self.num_tensors} tensors in {self.num_files} files, shapes and sums as in the config; checksums: {self.checksums}"
@@ -60,16 +71,23 @@ class Inspection:
         for text, names in (("verified", self.covered), ("in no checksum", self.not_covered)):
             printed = [name if name.isprintable() else ascii(name) for name in names]
             about += f"\n{text}: {', '.join(printed)}" if names else ""
-        return f"{about}\n{self.report}"
+        return about
 
 
-def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: str | None = None) -> Inspection:
+def inspect(
+    path_or_id: str | os.PathLike,
+    *,
+    verify: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Inspection:
     """Read the headers of a packed checkpoint and compare them with its config: dtypes, shapes, number of weights.
 
     Args:
         path_or_id: a folder, or a Hub repository (of which only headers are fetched).
         verify: read everything and check the checksums as well; a repository is downloaded for that.
         revision: revision of the repository.
+        trust_remote_code: whether code that the model brings may be run.
     Raises:
         ValueError: the checkpoint is not packed by this package, or is damaged; the message says where.
         OSError: there is no such checkpoint.
@@ -83,7 +101,7 @@ def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: st
     beside = tuple((config.checksums or {}).get("files", ()))
     if verify and folder is None:
         folder = _download(name, revision, beside)
-    model = skeleton(folder or path_or_id, config, revision)
+    model = skeleton(folder or path_or_id, config, revision, trust_remote_code)
     files = weights_files(folder) if folder else []
     if folder and not files:
         raise ValueError(f"`{name}` has no safetensors files; download or quantize it again")
@@ -105,23 +123,32 @@ def inspect(path_or_id: str | os.PathLike, *, verify: bool = False, revision: st
 
 
 def skeleton(
-    path_or_id: str | os.PathLike, quantization: SABQuantizationConfig, revision: str | None = None
+    path_or_id: str | os.PathLike,
+    quantization: SABQuantizationConfig,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Return the packed model of a checkpoint without any weights (on the meta device)."""
-    model = empty_model(read_config(path_or_id, revision=revision), path_or_id)
+    code = {"trust_remote_code": True} if trust_remote_code else {}
+    model = empty_model(read_config(path_or_id, revision=revision, **code), path_or_id, **code)
     with torch.device("meta"):
         swap_in_empty(model, quantization.modules, quantization.tied_head, quantization.tied_embeddings)
     return model
 
 
-def empty_model(config: Any, path_or_id: str | os.PathLike) -> nn.Module:
+def empty_model(config: Any, path_or_id: str | os.PathLike, **code: bool) -> nn.Module:
     """Return the dense model of a config without any weights (on the meta device).
 
+    Args:
+        config, path_or_id: the config, and where it is from.
+        code: `trust_remote_code`, for a model that brings its own code.
     Raises:
         ValueError: no model can be built by the config.
     """
     found = opening_class(config)
-    make = getattr(found, "_from_config", None) or found.from_config  # a model's class, or an auto class
+    make = getattr(found, "_from_config", None) or partial(
+        found.from_config, **code
+    )  # a model's class, or an auto class
     with torch.device("meta"):
         try:
             return make(config, dtype=config.dtype)

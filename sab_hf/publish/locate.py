@@ -9,6 +9,8 @@ from typing import Any
 from huggingface_hub.errors import GatedRepoError, HFValidationError
 from transformers import AutoConfig
 
+from ..spelling import did_you_mean
+
 
 def check_name(path_or_id: str | os.PathLike) -> None:
     """Check, without a network, that a name can be that of a checkpoint.
@@ -67,7 +69,9 @@ def not_found(path_or_id: str | os.PathLike, error: Exception) -> OSError:
             f"`{path_or_id}` is gated: accept its conditions on its page on the Hub, then log in with `hf auth login` or set "
             f"HF_TOKEN: {error}"
         )
-    return OSError(f"there is no folder `{path_or_id}` here, and it could not be read from the Hub: {error}")
+    folders = [path.parent.name for path in Path().glob("*/config.json")]
+    meant = did_you_mean(str(path_or_id), folders)
+    return OSError(f"there is no folder `{path_or_id}` here, and it could not be read from the Hub: {error}{meant}")
 
 
 def quantization_method(config: Any) -> str | None:

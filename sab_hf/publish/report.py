@@ -12,6 +12,7 @@ from torch import nn
 
 from ..anatomy.roles import LANGUAGE, Roles, find_roles
 from ..anatomy.selection import Coverage, coverage
+from ..notebook import html_table
 from ..packed.linear import SABModule
 from ..packed.names import tied
 
@@ -59,9 +60,9 @@ class RoleReport:
         return 8 * self.quantized_bytes / self.num_quantized if self.num_quantized else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """Sizes of a quantized model; `str()` gives a table, `to_dict()` plain data.
+    """Sizes of a quantized model; `str()` gives a table (and a notebook shows one), `to_dict()` plain data.
 
     Attributes:
         modules: the quantized modules.
@@ -99,12 +100,29 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(finite(self.to_dict()), indent=2)
 
+    def __repr__(self) -> str:
+        about = (
+            f"{self.bits:.3f} bits/weight, {len(self.modules)} packed matrices" if self.modules else "nothing packed"
+        )
+        return f"{type(self).__name__}({about}, {size_in_words(self.total_bytes)})"
+
     def __str__(self) -> str:
-        lines = [f"{'role':<12}{'quantized weights':>18}{'bits/weight':>13}{'packed':>12}{'dense':>12}"]
+        lines = ["{:<12}{:>18}{:>13}{:>12}{:>12}".format(*row) for row in self._rows()]
+        return "\n".join([*lines, *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), "\n".join(self._notes()))
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [("role", "quantized weights", "bits/weight", "packed", "dense")]
         for name, role in self.roles.items():
             bits = "–" if role.bits is None else f"{role.bits:.3f}"
             packed, dense = size_in_words(role.quantized_bytes), size_in_words(role.dense_bytes)
-            lines.append(f"{name:<12}{role.num_quantized:>18,}{bits:>13}{packed:>12}{dense:>12}")
+            rows.append((name, f"{role.num_quantized:,}", bits, packed, dense))
+        return rows
+
+    def _notes(self) -> list[str]:
+        lines = []
         if self.modules and self.coverage.dense:
             lines.append(self.coverage.summary())
         if self.fallback_experts:
@@ -114,7 +132,7 @@ class Report:
         lines.append(f"whole checkpoint: {size_in_words(self.total_bytes)}")
         if self.seconds is not None and self.predicted_seconds is not None:
             lines.append(f"quantizing took {self.seconds:.0f} s, {self.predicted_seconds:.0f} s were predicted")
-        return "\n".join(lines)
+        return lines
 
 
 def report(model: nn.Module) -> Report:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import build_llama, build_tokenizer, load, logits, packed_linears
-from PIL import Image
+from helpers import load, logits, packed_linears
 from transformers import AutoModelForImageTextToText
 
 import sab_hf
@@ -37,6 +36,8 @@ def run(capsys, *argv: str | Path) -> tuple[int, str, str]:
         ["inspect"],
         ["quantize", "a", "b", "--bits", "many"],
         ["dequantize", "a", "b", "--max-shard-size", "big"],
+        ["eval", "a", "--num-samples", "0"],
+        ["serve", "a", "--engine", "apache"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(argv, capsys):
@@ -49,7 +50,7 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
 def test_no_command_shows_all_of_them(capsys):
     code, out, err = run(capsys)
     assert (code, out) == (2, "")
-    for name in ("quantize", "inspect", "eval", "dequantize", "export", "card", "demo", "run"):
+    for name in ("chat", "quantize", "inspect", "eval", "serve", "dequantize", "export", "card", "run"):
         assert f"\n    {name}" in err
 
 
@@ -108,11 +109,19 @@ def test_quantize_writes_what_the_python_api_writes(capsys, vlm_dir, questions, 
     assert (tmp_path / "out" / "README.md").is_file()
 
 
-@pytest.mark.parametrize("entry", ["bitz=2", "modules={}", "nothing"])
-def test_quantize_refuses_fields_that_cannot_be_set(capsys, vlm_dir, tmp_path, entry):
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("bitz=2", "`bitz` is no field of SABQuantizationConfig that can be set; did you mean `bits`?"),
+        ("modules={}", "is no field of SABQuantizationConfig that can be set"),
+        ("xyz", "is no field of SABQuantizationConfig that can be set; those are ['allow_low_coverage', "),
+        ("damping=many", "`damping` must be a number"),
+    ],
+)
+def test_quantize_refuses_what_cannot_be_set(capsys, vlm_dir, tmp_path, entry, message):
     code, _, err = run(capsys, "quantize", vlm_dir, tmp_path / "out", "--set", entry)
-    assert code == 1
-    assert "is no field of SABQuantizationConfig that can be set" in err
+    assert code == 2
+    assert message in err
     assert not (tmp_path / "out").exists()
 
 
@@ -155,38 +164,6 @@ def test_card_is_published_under_the_folder_s_name(capsys, saved, hub):
     code, _, _ = run(capsys, "card", saved, "--push")
     assert code == 0
     assert 'from_pretrained("me/tiny-sab"' in hub.files("me/tiny-sab")["README.md"].decode()
-
-
-def test_demo_answers_about_a_picture(capsys, saved, tmp_path, monkeypatch):
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
-    argv = ["demo", saved, "--image", tmp_path / "red.png", "--max-new-tokens", "3", "--json"]
-    code, out, _ = run(capsys, *argv, "--prompt", "What is it?")
-    assert code == 0
-    (turn,) = json.loads(out)
-    assert turn["prompt"] == "What is it?"
-    monkeypatch.setattr("sys.stdin", ["What is it?\n", "\n", "And why?\n"])
-    code, out, _ = run(capsys, *argv)
-    assert code == 0
-    assert [turn["prompt"] for turn in json.loads(out)] == ["What is it?", "And why?"]
-    assert json.loads(out)[0] == turn
-
-
-def test_demo_answers_without_a_picture(capsys, tmp_path):
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}user: {{ message['content'] }}<end>{% endfor %}"
-    config = sab_hf.SABQuantizationConfig(
-        calibration=["Some text."], num_samples=1, alternations=1, refine_steps=0, distil_steps=0
-    )
-    model = build_llama()
-    sab_hf.quantize(model, tokenizer, None, config)
-    sab_hf.save(model, tokenizer, tmp_path / "saved")
-    code, out, _ = run(capsys, "demo", tmp_path / "saved", "--prompt", "Hello", "--max-new-tokens", "3", "--json")
-    assert code == 0
-    assert json.loads(out)[0]["prompt"] == "Hello"
-
-
-def test_demo_refuses_a_dense_checkpoint(capsys, vlm_dir):
-    assert run(capsys, "demo", vlm_dir, "--prompt", "Hello")[0] == 1
 
 
 def test_eval_compares_with_the_original(capsys, saved, vlm_dir, questions, tmp_path):

@@ -59,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- names
 
 
-@pytest.mark.parametrize("command", ["inspect", "demo", "eval", "dequantize", "quantize"])
+@pytest.mark.parametrize("command", ["inspect", "chat", "eval", "dequantize", "quantize"])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -73,14 +73,14 @@ def test_wrong_names_are_told_apart(capsys, tmp_path, monkeypatch, offline, comm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a file").write_text("a file")
     (tmp_path / "empty").mkdir()
-    more = {"demo": ["--prompt", "Hello"], "dequantize": ["out"], "quantize": ["out"]}
+    more = {"chat": ["--prompt", "Hello"], "dequantize": ["out"], "quantize": ["out"]}
     assert message in fails(capsys, command, name, *more.get(command, []))
     assert {path.name for path in tmp_path.iterdir()} == {"a file", "empty"}
 
 
-@pytest.mark.parametrize("command", ["inspect", "demo", "dequantize", "card"])
+@pytest.mark.parametrize("command", ["inspect", "dequantize", "card"])
 def test_dense_checkpoint_is_named_as_such(capsys, vlm_dir, tmp_path, command):
-    more = {"demo": ["--prompt", "Hello"], "dequantize": [tmp_path / "out"]}
+    more = {"dequantize": [tmp_path / "out"]}
     message = fails(capsys, command, vlm_dir, *more.get(command, []))
     assert f"`{vlm_dir}` holds dense weights, and a checkpoint packed by sab_hf is required" in message
     assert list(tmp_path.iterdir()) == []
@@ -107,9 +107,11 @@ def test_card_needs_a_folder(capsys, tmp_path, saved):
 
 
 def test_picture_is_looked_for_before_the_model_is_loaded(capsys, saved, monkeypatch):
-    monkeypatch.setattr("sab_hf.commands.demo.load_packed", None)
-    message = fails(capsys, "demo", saved, "--image", "nowhere.png", "--prompt", "What is it?")
+    monkeypatch.setattr("sab_hf.commands.chat.load_model", None)
+    message = fails(capsys, "chat", saved, "--image", "nowhere.png", "--prompt", "What is it?")
     assert "there is no picture `nowhere.png`" in message
+    message = fails(capsys, "chat", saved, "--image", saved / "config.json", "--prompt", "What is it?")
+    assert "is no picture that Pillow can read" in message
 
 
 def test_evaluation_speaks_of_its_data(capsys, saved):
@@ -164,7 +166,7 @@ def test_quantize_refuses_its_target_before_it_reads_the_model(capsys, vlm_dir, 
 )
 def test_dequantize_replaces_nothing(capsys, saved, vlm_dir, tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sab_hf.commands.dequantize.load_packed", None)
+    monkeypatch.setattr("sab_hf.commands.dequantize.load_model", None)
     shutil.copytree(vlm_dir, "dense")
     shutil.copytree(saved, "packed")
     shutil.copytree(saved, "other")
@@ -226,12 +228,12 @@ def test_a_stopped_run_leaves_nothing(capsys, vlm_dir, questions, tmp_path, monk
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         found = main([str(argument) for argument in argv])
-        assert "sab-hf quantize: interrupted" in capsys.readouterr().err
-    except SystemExit as end:
-        found = end.code
     finally:
         signal.signal(signal.SIGINT, before)
     assert found == code
+    said = capsys.readouterr().err
+    assert f"sab-hf quantize: {'interrupted' if code == 130 else 'terminated'}" in said
+    assert "nothing of it was kept" in said
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -256,14 +258,13 @@ def test_publishing_needs_a_login_and_a_possible_name_before_work_is_done(capsys
     assert hub.repos == {}
 
 
-def test_a_checkpoint_that_could_not_be_published_is_kept(
-    capsys, caplog, vlm_dir, questions, hub, tmp_path, monkeypatch
-):
+def test_a_checkpoint_that_could_not_be_published_is_kept(capsys, vlm_dir, questions, hub, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     hub.refused = "commit"
-    message = fails(capsys, "quantize", vlm_dir, "me/tiny", "--push", "--calibration", questions, *QUICK)
-    assert "no quota" in message
-    kept = Path(re.search(r"complete in (\S+)\.", caplog.text)[1])
+    assert main(["quantize", str(vlm_dir), "me/tiny", "--push", "--calibration", questions, *QUICK]) == 1
+    said = capsys.readouterr().err
+    assert "no quota" in said
+    kept = Path(re.search(r"complete in (\S+)\.", said)[1])
     assert hub.files("me/tiny") == {}
     hub.refused = None
     assert main(["card", str(kept), "--push", "--repo-id", "me/tiny"]) == 0
@@ -272,6 +273,6 @@ def test_a_checkpoint_that_could_not_be_published_is_kept(
 
 def test_nothing_is_kept_of_what_was_published(capsys, vlm_dir, questions, hub, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert main(["quantize", str(vlm_dir), "me/tiny", "--push", "--calibration", questions, *QUICK]) == 0
+    assert main(["quantize", str(vlm_dir), "me/tiny", "--push-to-hub", "--calibration", questions, *QUICK]) == 0
     assert "model.safetensors" in hub.files("me/tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -18,7 +19,8 @@ import task_data
 import torch
 from docs_reader import ALL_PAGES, DOCS, PAGES, ROOT, Block, anchors, links, read_page
 from gguf_files import as_converted, write
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from helpers import build_llama, build_llava, build_tokenizer, save_dense, text_config
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from sab_hf import SABQuantizationConfig, cli
 from sab_hf.evaluate.compare import evaluate
@@ -31,6 +33,8 @@ NOT_RUN = (
     "python -m sab_hf.run transformers serve",
     "vllm serve ",
     "python -m vllm.entrypoints.openai.api_server ",
+    "sab-hf serve ",
+    "sab-hf chat packed --image 0.png",
     "python -m sab_hf.run lm_eval ",
     "python -m sab_hf.run -m lmms_eval ",
     "sab-hf eval packed --tasks ",
@@ -40,7 +44,9 @@ NOT_RUN = (
     "llama-server ",
     "ollama ",
 )
-NEEDS = {"fine_tune.md": "peft", "gguf.md": "gguf", "walk.md": "peft"}
+SHOW = bool(os.environ.get("SHOW_OUTPUTS"))
+"""Whether what the commands of a page print is shown (with `pytest -s`), to write it into the page."""
+NEEDS = {"fine_tune.md": "peft", "gguf.md": "gguf", "recipes.md": "peft", "walk.md": "peft"}
 ELSEWHERE = {"openai": "tests/doors/test_serving.py"}
 """Modules whose snippets another test runs, against a server; that of vllm.md is run by `tests/vllm_server.py`."""
 
@@ -70,6 +76,39 @@ def materials(tmp_path_factory) -> Path:
     return folder
 
 
+def add_for_recipes(folder: Path, hub, monkeypatch) -> None:
+    """Add what the recipes name: a model, an adapter, photographs, a data set on the hub, a mixture of experts, a text model."""
+    import datasets
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForImageTextToText.from_pretrained(save_dense(build_llava(), folder / "small"))
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(model, adapter).save_pretrained(folder / "adapter")
+    (folder / "photos").mkdir()
+    for i in range(2):
+        shutil.copy(folder / f"{i}.png", folder / "photos")
+    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["image"] = str(folder / row["image"])
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.to_parquet(folder / "train.parquet")
+    hub.repos["datasets/me/questions"] = [{"train.parquet": (folder / "train.parquet").read_bytes(), "README.md": b""}]
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    (folder / "passages.jsonl").write_text("".join(f'"Passage {i} is about the number {i * i}."\n' for i in range(8)))
+    for name, text_model in (("text", build_llama()), ("mixture", build_mixture())):
+        text_model.save_pretrained(folder / name)
+        build_tokenizer().save_pretrained(folder / name)
+
+
+def build_mixture() -> Qwen3MoeForCausalLM:
+    """A random mixture of four experts."""
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**text_config(head_dim=16).to_dict() | experts | {"model_type": "qwen3_moe"})
+    )
+
+
 def run_python(block: Block, namespace: dict) -> str:
     code = compile("\n" * block.line + block.code, f"line {block.line} of the page", "exec")
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -94,6 +133,8 @@ def test_snippets_of_the_page_run(page, materials, hub, tmp_path, monkeypatch):
     for item in materials.iterdir():
         (tmp_path / item.name).symlink_to(item)
     monkeypatch.chdir(tmp_path)
+    if page == "recipes.md":
+        add_for_recipes(tmp_path, hub, monkeypatch)
     namespace: dict = {"__name__": "__main__"}
     printed = ""
     for block in read_page(page)[0]:
@@ -103,6 +144,8 @@ def test_snippets_of_the_page_run(page, materials, hub, tmp_path, monkeypatch):
             printed = run_python(block, namespace)
         elif block.kind == "bash":
             printed = run_bash(block)
+            if SHOW:
+                sys.stderr.write(f"== {page}, line {block.line}\n{printed}")
     if page == "walk.md":
         assert hub.files("me/tiny-sab")["model.safetensors"] == (tmp_path / "tiny-sab/model.safetensors").read_bytes()
 

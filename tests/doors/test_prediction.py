@@ -153,7 +153,7 @@ def test_dry_run_reads_a_repository_without_its_weights(capsys, without_weights,
 
 def test_quantizing_needs_a_folder_to_write(capsys, without_weights):
     code = main(["quantize", str(without_weights)])
-    assert code == 1
+    assert code == 2
     assert "name the folder to write, or add --dry-run" in capsys.readouterr().err
 
 
@@ -177,7 +177,7 @@ def test_help_shows_all_defaults(capsys):
 
 def test_wrong_preset_is_said_with_a_suggestion(capsys, without_weights):
     code, out, err = dry_run(capsys, without_weights, "--preset", "bset")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "`preset` must be one of ['fast', 'balanced', 'best'], got 'bset'; did you mean 'best'?" in err
 
 

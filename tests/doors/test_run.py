@@ -58,11 +58,19 @@ def test_module_and_unknown_program(monkeypatch, tmp_path, capsys):
             run.main(arguments)
         assert stop.value.code == "went wrong"
         assert capsys.readouterr().out.strip() == "['a'] __main__"
-    for arguments in (["no_such_program"], ["no.such.module"], ["-m"]):
+    missing = "is no file, no command of an installed package, and no module"
+    for arguments, message in (
+        (["no_such_program"], f"'no_such_program' {missing}\n"),
+        (["pytets"], f"'pytets' {missing}; did you mean `pytest`?\n"),
+        (["no.such.module"], missing),
+        (["-m"], "-m needs the name of a module"),
+        (["-m", "json"], "'json' is a package that cannot be run"),
+        (["json"], "'json' is a package that cannot be run"),
+    ):
         with pytest.raises(SystemExit) as stop:
             run.main(arguments)
         assert stop.value.code == 2
-        assert "is no file, no command of an installed package, and no module" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_command_of_an_installed_package(monkeypatch, tmp_path):

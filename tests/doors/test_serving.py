@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
-import time
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -18,14 +18,21 @@ import torch
 import transformers
 from docs_reader import read_page
 from helpers import build_processor, generate, load
+from PIL import Image
 from transformers import GenerationConfig, pipeline
 
 import sab_hf
 
 ROOT = Path(sab_hf.__file__).parents[1]
+PICTURE = ROOT / "examples" / "shapes.png"
+EXAMPLE = ROOT / "examples" / "tiny_vlm-sab"
 CAN_SERVE = importlib.util.find_spec("transformers.cli") is not None and all(
     importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai")
 )
+
+
+HAS_PAGE = importlib.util.find_spec("gradio") is not None
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -80,60 +87,139 @@ def test_continuous_batching_gives_the_greedy_answers(packed):
 
 
 @pytest.fixture(scope="module")
-def server(packed_dir):
-    """`transformers serve` started by `sab_hf.run` in a process of its own; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "sab_hf.run", "transformers", "serve", str(packed_dir)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+def served():
+    """`sab-hf serve` with the example checkpoint, in a process of its own; yields the addresses of server and chat page."""
+    port, page_port = free_port(), free_port()
+    command = [sys.executable, "-m", "sab_hf", "serve", str(EXAMPLE), "--device", "cpu", "--port", str(port)]
+    command += ["--page", "--page-port", str(page_port)] if HAS_PAGE else ["--no-page"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    told = ""
     try:
-        for _ in range(240):
-            if process.poll() is not None:
-                pytest.fail(f"the server ended with code {process.returncode}:\n{process.stdout.read()}")
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
+        while ("chat page: " if HAS_PAGE else "Ctrl-C ends") not in told:
+            line = process.stdout.readline()
+            if not line:
+                pytest.fail(f"the server ended with code {process.wait()}:\n{told}")
+            told += line
+        assert f"serving `{EXAMPLE}` at http://127.0.0.1:{port}/v1" in told
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stop it
+        yield f"http://127.0.0.1:{port}/v1", f"http://127.0.0.1:{page_port}/"
     finally:
         process.terminate()
-        process.wait(30)
+        assert process.wait(60) == 143
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+
+
+@pytest.fixture(scope="module")
+def question():
+    """The example picture, a question about it, and what the example checkpoint answers."""
+    from sab_hf.dialogue import Chat
+
+    text = "What color is the object at the top left?"
+    model, processor = sab_hf.load(EXAMPLE)
+    return PICTURE, text, Chat(model, processor, [str(PICTURE)]).ask(text)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def server(served):
+    """The address of the server's interface."""
+    return served[0]
 
 
 @pytest.mark.skipif(not CAN_SERVE, reason="needs `transformers serve` and pip install 'sab_hf[serve]'")
-def test_openai_client_asks_about_a_picture(server, packed, packed_dir, samples):
+def test_openai_client_asks_about_a_picture(server, question):
     from openai import OpenAI
 
-    image, question = (part[kind] for part, kind in zip(samples[1][0]["content"], ("image", "text"), strict=True))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    picture, text, answer = question
+    url = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
     client = OpenAI(base_url=server, api_key="not needed")
     reply = client.chat.completions.create(
-        model=str(packed_dir), messages=[{"role": "user", "content": content}], max_tokens=6, temperature=0
+        model=str(EXAMPLE), messages=[{"role": "user", "content": content}], max_tokens=20, temperature=0
     )
-    inputs = encode(samples[1:2])
-    start = inputs["input_ids"].shape[1]
-    expected = build_processor().decode(generate(packed, inputs, 6)[start:], skip_special_tokens=True)
-    assert reply.usage.prompt_tokens == start
-    assert reply.choices[0].message.content == expected
+    assert reply.choices[0].message.content == answer
 
 
 @pytest.mark.skipif(not CAN_SERVE, reason="needs `transformers serve` and pip install 'sab_hf[serve]'")
 @pytest.mark.parametrize(("page", "name"), [("serve.md", "packed"), ("walk.md", "me/tiny-sab")])
-def test_client_of_the_guide_gets_an_answer(page, name, server, packed_dir, samples, tmp_path, monkeypatch, capsys):
-    samples[0][0]["content"][0]["image"].save(tmp_path / "0.png")
-    (tmp_path / "packed").symlink_to(packed_dir)
+def test_client_of_the_guide_gets_an_answer(page, name, server, question, tmp_path, monkeypatch, capsys):
+    shutil.copy(question[0], tmp_path / "0.png")
     monkeypatch.chdir(tmp_path)
     code = next(block.code for block in read_page(page)[0] if "from openai import" in block.code)
-    for old, new in (("http://localhost:8000/v1", server), (f'"{name}"', repr(str(packed_dir)))):
+    for old, new in (("http://localhost:8000/v1", server), (f'"{name}"', repr(str(EXAMPLE)))):
         assert old in code
         code = code.replace(old, new)
     capsys.readouterr()
     exec(compile(code, page, "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.skipif(
+    not (CAN_SERVE and HAS_PAGE and CHROMIUM), reason="needs pip install 'sab_hf[serve,chat]' and chromium"
+)
+def test_chat_page_answers_about_a_picture(served, question, tmp_path):
+    """In a browser: a picture is put beside a question, and the answer comes; a second question keeps the first in mind."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    picture, text, answer = question
+    with sync_api.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 800})
+        page.set_default_timeout(90_000)
+        page.goto(served[1])
+        page.set_input_files("input[type=file]", picture)
+        page.wait_for_selector(".thumbnail-item")
+        answers = page.locator("[data-testid=bot]")
+        for number in range(2):
+            page.fill("textarea", text)
+            page.click(".submit-button")
+            sync_api.expect(answers).to_have_count(number + 1, timeout=90_000)
+            sync_api.expect(page.locator(".submit-button")).to_be_visible(
+                timeout=90_000
+            )  # a stop button while it is written
+        page.screenshot(path=tmp_path / "page.png")
+        assert page.locator("[data-testid=user] img").count() == 1
+        assert answers.first.inner_text().strip() == answer
+        browser.close()
+    with Image.open(tmp_path / "page.png") as shown:
+        assert len(shown.convert("RGB").getcolors(2**20)) > 50  # a blank page has few
+
+
+def test_missing_parts_are_named_before_a_model_is_read(monkeypatch, capsys):
+    from sab_hf.cli import main
+
+    monkeypatch.setattr("sab_hf.publish.locate.read_config", None)
+    found = importlib.util.find_spec
+    for missing, argv, message in (
+        ("vllm", ["--engine", "vllm"], "--engine vllm needs vllm: pip install vllm"),
+        ("fastapi", [], '--engine transformers needs fastapi: pip install "sab_hf[serve]"'),
+        ("gradio", ["--page"], '--page needs Gradio: pip install "sab_hf[chat]"'),
+    ):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == missing else True)  # noqa: B023
+        assert main(["serve", "anything", *argv]) == 1
+        assert message in capsys.readouterr().err
+        monkeypatch.setattr("importlib.util.find_spec", found)
+
+
+def test_commands_of_the_servers(monkeypatch):
+    from sab_hf.cli import make_parser
+    from sab_hf.commands import serve
+
+    def command(*argv: str) -> str:
+        return " ".join(serve.command(make_parser().parse_args(["serve", "me/model", *argv])))
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    where = "--host 127.0.0.1 --port 8000 --dtype auto"
+    assert command() == f"transformers serve me/model {where}"
+    more = command(
+        "--engine", "vllm", "--device", "cpu", "--trust-remote-code", "--server-args", "--max-model-len", "99"
+    )
+    assert more == f"vllm serve me/model {where} --device cpu --trust-remote-code --max-model-len 99"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert command("--trust-remote-code") == f"transformers serve --force_model me/model {where} --trust_remote_code"

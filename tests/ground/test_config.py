@@ -186,8 +186,10 @@ def test_paths_and_devices_become_names():
 
 
 def test_from_dict_rejects_unknown_fields():
-    with pytest.raises(ValueError, match=r"unknown fields \['bit', 'group_size'\].*accepted are .*'bits'"):
+    with pytest.raises(ValueError, match=r"unknown fields \['bit', 'group_size'\].*did you mean `bits`"):
         SABQuantizationConfig.from_dict({"quant_method": "sab", "group_size": 128, "bit": 1})
+    with pytest.raises(ValueError, match=r"unknown fields \['xyz'\].*accepted are .*'bits'"):
+        SABQuantizationConfig.from_dict({"xyz": 1})
 
 
 def test_from_dict_rejects_another_method():

@@ -1,0 +1,150 @@
+"""What fits on which laptop: sizes of published models, packed, and the memory that binarizing them takes.
+
+    python benchmarks/laptop.py
+
+Nothing is downloaded and no weight is made: models are built from their configs without storage, `report` counts what a
+checkpoint of them stores, and `sab_hf.estimate` predicts the peak. The configs are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
+
+import shapes
+import torch
+from torch import nn
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
+
+import sab_hf
+from sab_hf import SABQuantizationConfig
+from sab_hf.make.plan import make_plan
+from sab_hf.packed.swap import swap_in_empty
+
+GIB = 2**30
+LAPTOPS = (8, 16, 24)  # GiB of RAM
+SYSTEM = 2 * GIB  # for the operating system, Python and PyTorch
+SAMPLES, TEXT_TOKENS = 512, 160
+IMAGE_TOKENS = {"SmolVLM": 17 * 64, "Qwen2.5-VL": shapes.SHAPES["7b"].image_tokens}
+"""Of a picture of 16 tiles and its thumbnail, and of one of 448 × 616 pixels."""
+QWEN_3B = replace(
+    shapes.SHAPES["7b"], hidden=2048, intermediate=11008, layers=36, heads=16, kv_heads=2, vocabulary=151936
+)
+
+
+def smolvlm(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> nn.Module:
+    """Return SmolVLM-256M or 500M, which are Idefics3 models with the same tower (SigLIP base, patches of 16 in 512 pixels)."""
+    text = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 64,
+        "vocab_size": 49280,
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    }
+    config = Idefics3Config(
+        text_config=text, vision_config=vision, scale_factor=4, image_token_id=49190, tie_word_embeddings=False
+    )
+    return Idefics3ForConditionalGeneration(config)
+
+
+def qwen(shape: shapes.Shape, tied: bool) -> nn.Module:
+    """Return a Qwen2.5-VL of a shape; the head of the 3B is its embedding."""
+    config = shapes.config(shape, shape.layers)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+MODELS = {
+    "SmolVLM-256M": lambda: smolvlm(576, 1536, 30, 9, 3),
+    "SmolVLM-500M": lambda: smolvlm(960, 2560, 32, 15, 5),
+    "Qwen2.5-VL-3B": lambda: qwen(QWEN_3B, tied=True),
+    "Qwen2.5-VL-7B": lambda: qwen(shapes.SHAPES["7b"], tied=False),
+}
+
+
+def build(name: str) -> nn.Module:
+    """Return a model without storage, in bfloat16."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = MODELS[name]().eval()
+            model.tie_weights()
+            return model
+    finally:
+        torch.set_default_dtype(before)
+
+
+def batches(model: nn.Module, image_tokens: int) -> list[dict[str, torch.Tensor]]:
+    """Return processed batches of a picture and text a sample; all of them are views of one number."""
+    length = image_tokens + TEXT_TOKENS
+    ids = torch.ones(1, length, dtype=torch.long)
+    ids[0, 8 : 8 + image_tokens] = model.config.image_token_id
+    one = {"input_ids": ids.expand(8, length), "attention_mask": torch.ones(1, 1, dtype=torch.long).expand(8, length)}
+    return [one] * (SAMPLES // 8)
+
+
+def packed_bytes(name: str, **fields: int) -> int:
+    """Return the bytes of a packed checkpoint."""
+    model = build(name)
+    config = SABQuantizationConfig(budget="uniform", **fields)
+    plan = make_plan(model, config, None, batches(model, IMAGE_TOKENS[name.rpartition("-")[0]])[:1])
+    modules = plan.modules | {inner: [planes, 0] for inner, planes in plan.rest.items()}
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with torch.device("meta"):
+        swap_in_empty(model, modules, tied and bool(plan.rest), [])
+    return sab_hf.report(model).total_bytes
+
+
+def working_bytes(name: str, ram: int, **fields: int) -> float:
+    """Return the peak of RAM on a machine with `ram` bytes and no GPU: the dense model and what binarizing takes beside it.
+
+    A run adapts to what is free: fewer blocks are trained together, and hidden states go to disk.
+    """
+    model = build(name)
+    dense = sum(p.nbytes for p in model.parameters())
+    config = SABQuantizationConfig(compute_device="cpu", **fields)
+    free = SimpleNamespace(total=ram, available=ram - SYSTEM - dense)
+    with mock.patch("psutil.virtual_memory", return_value=free):
+        estimate = sab_hf.estimate(model, None, batches(model, IMAGE_TOKENS[name.rpartition("-")[0]]), config)
+    return estimate.peak_ram - estimate.weights + dense
+
+
+def where_it_fits(name: str, **fields: int) -> str:
+    """Return the smallest of the laptops that binarizes the model, with the predicted peak there."""
+    for ram in LAPTOPS:
+        needed = working_bytes(name, ram * GIB, **fields)
+        if needed < ram * GIB - SYSTEM:
+            return f"{ram} GiB ({needed / GIB:.1f})"
+    return f"none ({needed / GIB:.0f})"
+
+
+def main() -> None:
+    logging.getLogger("sab_hf").setLevel(logging.ERROR)  # the batches hold no pixels, which a run would warn of
+    print("| model | weights | 16 bits | packed | packed, `rest_bits=4` | binarizing | without training |")
+    print("|---|---|---|---|---|---|---|")
+    for name in MODELS:
+        model = build(name)
+        weights = sum(p.numel() for p in model.parameters())
+        sizes = [sum(p.nbytes for p in model.parameters()), packed_bytes(name), packed_bytes(name, rest_bits=4)]
+        columns = [f"{weights / 1e6:,.0f} M", *(f"{size / GIB:.2f} GiB" for size in sizes)]
+        columns += [where_it_fits(name), where_it_fits(name, refine_steps=0, distil_steps=0)]
+        print(f"| {name} | {' | '.join(columns)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
