@@ -71,8 +71,9 @@ EFFICIENCY: dict[str, dict[str, Efficiency]] = {
         "binarized outputs": Efficiency(1.50),
         "distillation": Efficiency(0.54),
     },
-    # Qwen2.5-VL-7B's and -72B's shapes on an H200, 2026-11-27 and 28; benchmarks/results/quantize_7b.json. Distillation, the rest
-    # and written samples were not measured at such shapes: the first is taken to be as refinement is, after 20 s of compilation.
+    # Qwen2.5-VL-7B's and -72B's shapes on an H200, 2026-11-27 and 28; benchmarks/results/quantize_7b.json. Distillation: 0.645 s a
+    # step of 8 x 514 tokens at the 7B shape, blocks run twice, 2026-11-29; benchmarks/LOG.md; 20 s of compilation are a guess. The
+    # rest and written samples were not measured at such shapes.
     "cuda": {
         "written samples": Efficiency(0.2),
         "towers, embedding, head": Efficiency(0.5),
@@ -83,7 +84,7 @@ EFFICIENCY: dict[str, dict[str, Efficiency]] = {
         "fit": Efficiency(1.3, 15.0),
         "refinement": Efficiency(0.59),
         "binarized outputs": Efficiency(0.3, 2.5),
-        "distillation": Efficiency(0.59, 20.0),
+        "distillation": Efficiency(0.34, 20.0),
     },
 }
 """By kind of device and stage."""
