@@ -105,7 +105,9 @@ def test_config_alone_has_assumed_tokens(nameless):
     assert text.tokens < found.tokens
 
 
-def test_stages_follow_the_settings(without_weights):
+def test_stages_follow_the_settings(without_weights, monkeypatch):
+    monkeypatch.setattr("sab_hf.machine.rates.crowding", lambda: 1.0)  # others come and go
+
     def stages(**changes) -> dict[str, float]:
         return sab_hf.estimate(
             AutoConfig.from_pretrained(without_weights), config=SABQuantizationConfig(**changes)
