@@ -71,8 +71,8 @@ EFFICIENCY: dict[str, dict[str, Efficiency]] = {
         "binarized outputs": Efficiency(1.50),
         "distillation": Efficiency(0.54),
     },
-    # Qwen2.5-VL-7B's and -72B's shapes on an H200, 2026-11-27 and 28; benchmarks/results/quantize_7b.json. Distillation: 0.645 s a
-    # step of 8 x 514 tokens at the 7B shape, blocks run twice, 2026-11-29; benchmarks/LOG.md; 20 s of compilation are a guess. The
+    # Qwen2.5-VL-7B's and -72B's shapes on an H200, 2026-11-27 and 28; benchmarks/results/quantize_7b.json. Distillation: 0.645 s
+    # a step of 8 x 514 tokens at the 7B shape, blocks run twice, 2026-11-29, benchmarks/LOG.md; its compilation is a guess. The
     # rest and written samples were not measured at such shapes.
     "cuda": {
         "written samples": Efficiency(0.2),
