@@ -11,7 +11,7 @@ python -m tiny_vlm.export "$work/questions" --samples 330 --seed held-out
 python -m sab_hf.cli quantize examples/tiny_vlm/checkpoint "$work/tiny_vlm-sab" --calibration "$work/calibration/data.jsonl" \
     --license apache-2.0
 python -m sab_hf.cli eval "$work/tiny_vlm-sab" --original examples/tiny_vlm/checkpoint --data "$work/questions/data.jsonl" \
-    --num-samples 330 --dtype float32 --output "$work/evaluation.json"
+    --num-samples 330 --dtype float32 --examples 4 --output "$work/evaluation.json"
 python -m sab_hf.cli card "$work/tiny_vlm-sab" --evaluation "$work/evaluation.json" --license apache-2.0
 rm -rf examples/tiny_vlm-sab
 cp -r "$work/tiny_vlm-sab" examples/tiny_vlm-sab
