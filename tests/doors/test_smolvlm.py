@@ -52,7 +52,10 @@ def smolvlm(tmp_path_factory):
     model = Idefics3ForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = END, PAD
     model.save_pretrained(folder)
-    images = Idefics3ImageProcessor(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    try:
+        images = Idefics3ImageProcessor(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    except ImportError as error:  # some versions of transformers have it for torchvision alone
+        pytest.skip(str(error).strip())
     Idefics3Processor(images, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=TEMPLATE).save_pretrained(folder)
     return folder
 
