@@ -21,13 +21,16 @@ class SampleLimit:
     def __init__(self) -> None:
         self.samples: int | None = None
 
-    def retry(self, what: str, largest: int, work: Callable[[], Result]) -> Result:
+    def retry(
+        self, what: str, largest: int, work: Callable[[], Result], undo: Callable[[], None] | None = None
+    ) -> Result:
         """Run `work`, again with half as many samples at once each time it runs out of memory.
 
         Args:
             what: is done, for the log.
             largest: samples of the largest batch that `work` runs.
             work: can be run again from its start.
+            undo: takes back what an attempt has left that ran out of memory.
         Raises:
             RuntimeError: one sample at a time is still too much; the message says what to lower.
         """
@@ -38,6 +41,8 @@ class SampleLimit:
                 self._halve(what, largest, error)
             if torch.cuda.is_available():  # outside of the handler, which keeps the failed pass alive
                 torch.cuda.empty_cache()
+            if undo is not None:
+                undo()
 
     def _halve(self, what: str, largest: int, error: torch.OutOfMemoryError) -> None:
         now = min(largest, self.samples or largest)

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..method.trainable import pass_dtype
 from .placement import free_memory
 from .threads import crowding
 from .workspace import Workspace
@@ -76,7 +77,7 @@ class Machine:
         """
         device = workspace.device
         n, m = (min(size, _MOST) for size in shape)
-        dtypes = tuple(sorted({dtype, torch.float32, training_dtype(device)}, key=str))
+        dtypes = tuple(sorted({dtype, torch.float32, pass_dtype(device)}, key=str))
         threads = torch.get_num_threads()
         rates = _measured(device, n, m, dtypes, seconds, threads)
         cuda = device.type == "cuda"
@@ -86,11 +87,6 @@ class Machine:
         room = workspace.store.room
         ram = psutil.virtual_memory().available
         return cls(device, name, free_memory(device), ram, room, rates, 1.0 if cuda else crowding())
-
-
-def training_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of the products in refinement and distillation."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @lru_cache(maxsize=64)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 
 from ..config import SABQuantizationConfig
-from ..machine.rates import Machine, training_dtype
+from ..machine.rates import Machine
 from ..method.fit import MAX_SYSTEM
+from ..method.trainable import pass_dtype
 from .distil import MEASUREMENTS
 from .settings import DistilSettings, RefineSettings
 
@@ -245,7 +246,7 @@ def seconds_of(work: dict[str, Work], machine: Machine, dtype: torch.dtype, proc
     speed = {
         MODEL: rates.products[dtype],
         FLOAT32: rates.products[torch.float32],
-        TRAINING: rates.products[training_dtype(machine.device)],
+        TRAINING: rates.products[pass_dtype(machine.device)],
     }
     known = EFFICIENCY[device]
     return {

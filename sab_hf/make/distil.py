@@ -411,17 +411,12 @@ class _Loss:
         """Add up the gradients of the mean loss over the tokens of some batches."""
         self._factor.fill_(1 / sum(self.tokens[number] for number in numbers))
         own = [self.own[number] for number in numbers if number in self.own]
-        retried = False
 
         def run() -> None:
-            nonlocal retried
-            if retried:
-                adam.clear()
-            retried = True
             for state in own:
                 self._run(state, train=True)
 
-        self.limit.retry("distilling", max((state.rows for state in own), default=1), run)
+        self.limit.retry("distilling", max((state.rows for state in own), default=1), run, adam.clear)
 
     @torch.no_grad()
     def measure(self, numbers: set[int]) -> float:
@@ -492,7 +487,7 @@ class _Loss:
         """Add the loss of a batch to the sum; returns the gradient at the output, times the factor of the step, to train."""
         counted = self._counted(modality).float()
         if self.tail is None:
-            value, gradient = squared_error(output, target, counted)
+            value, gradient = _squared_error(output, target, counted)
         else:
             value, gradient = self._divergence(state, output, target, counted, train)
         self._sum.add_(value)
@@ -523,7 +518,7 @@ def _checkpointed(block: nn.Module, index: int, state: BatchState, hidden: Tenso
     return checkpoint(block_output, block, index, state, hidden, use_reentrant=False, preserve_rng_state=False)
 
 
-def squared_error(output: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+def _squared_error(output: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Return the squared error relative to the size of each token's target, summed over tokens, and its gradient at the output.
 
     Args:

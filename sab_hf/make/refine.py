@@ -117,12 +117,12 @@ def _accumulate_gradients(
     """Add up the gradients of the drawn batches, in parts where memory asks for it."""
 
     def run() -> None:
-        adam.clear()  # of an attempt that ran out of memory
         for state in drawn:
             for piece in state.pieces(index):
                 _error(block, index, piece, weights).backward()
 
-    inputs.workspace.limit.retry(f"refining block {index}", max((state.rows for state in drawn), default=1), run)
+    largest = max((state.rows for state in drawn), default=1)
+    inputs.workspace.limit.retry(f"refining block {index}", largest, run, adam.clear)
 
 
 class _ErrorWeights:

@@ -260,11 +260,15 @@ def _gradient_at_output(
 
 def positions_at_once(model: nn.Module, batch: CalibrationBatch) -> int:
     """Return for how many positions of each sample of a batch the gradient of the loss is taken at once."""
-    samples, length = batch.modality.shape
     if not makes_some_logits(model, batch.inputs):
-        return length
-    width = model.get_input_embeddings().weight.shape[0]
-    return min(length, max(1, int(LOGIT_BYTES / (BYTES_PER_LOGIT * samples * width))))
+        return batch.modality.shape[1]
+    return positions_within(batch, model.get_input_embeddings().weight.shape[0], BYTES_PER_LOGIT)
+
+
+def positions_within(batch: CalibrationBatch, width: int, bytes_per_logit: float) -> int:
+    """Return for how many positions of each sample `width` logits, and what is made of them, fit into `LOGIT_BYTES`."""
+    samples, length = batch.modality.shape
+    return min(length, max(1, int(LOGIT_BYTES / (bytes_per_logit * samples * width))))
 
 
 @contextmanager

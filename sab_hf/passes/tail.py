@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import CalibrationBatch
-from .gradients import LOGIT_BYTES
+from .gradients import positions_within
 from .states import BatchState
 from .tracing import makes_some_logits, output_of_last_block
 
@@ -57,10 +57,9 @@ class Tail:
 
     def positions(self, batch: CalibrationBatch) -> int:
         """Return for how many positions of each sample of a batch logits are made at once, so that their loss fits in memory."""
-        samples, length = batch.modality.shape
         if not (self.chain or self.chunks):
-            return length
-        return min(length, max(1, int(LOGIT_BYTES / (BYTES_PER_LOGIT * samples * self.width))))
+            return batch.modality.shape[1]
+        return positions_within(batch, self.width, BYTES_PER_LOGIT)
 
     def logits(self, batch: CalibrationBatch, state: BatchState, hidden: Tensor, part: slice) -> Tensor:
         """Return the logits [batch, positions, vocabulary] for what the last block gives, [..., batch, length, hidden_size].

@@ -136,3 +136,17 @@ def test_parts_of_a_block_s_run_are_its_whole(processor, make_config):
     parts = [block_output(block, 0, piece, piece.hidden) for piece in state.pieces(0)]
     assert [part.shape[0] for part in parts] == [3, 1]
     torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_what_a_failed_attempt_left_is_taken_back_before_the_next():
+    left = []
+
+    def work():
+        left.append("gradient")
+        if left == ["gradient"] and limit.samples != 2:
+            raise torch.OutOfMemoryError("no memory")
+        return list(left)
+
+    limit = SampleLimit()
+    assert limit.retry("testing", 8, work, left.clear) == ["gradient"]
+    assert limit.samples == 2
