@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,25 +27,28 @@ OURS = "sab_hf"
 def do(job: Job, settings: Settings) -> dict[str, Any]:
     """Return the measures of one job; see `measure.measure`, and `bits`, the stored bits/weight."""
     model, processor = load(settings.model, settings.device)
-    start = time.perf_counter()
-    row = compress(model, processor, job, settings)
-    row["quantize_seconds"] = round(time.perf_counter() - start, 1)
+    row = compress(model, processor, job, settings, calibration_samples)
     return row | measure(model, processor, settings.questions, settings.eval_batch)
 
 
-def compress(model: torch.nn.Module, processor: Any, job: Job, settings: Settings) -> dict[str, Any]:
-    """Compress the language Linears of `model` in place; return the stored bits and what else the method tells."""
+def compress(
+    model: torch.nn.Module, processor: Any, job: Job, settings: Settings, samples_of: Callable[[int, int], list]
+) -> dict[str, Any]:
+    """Compress the language Linears of `model` in place; return the stored bits, the seconds, and what else the method tells.
+
+    samples_of: from a number and a seed to calibration samples, conversations or processed batches
+    """
+    start = time.perf_counter()
     if job.method == FULL_PRECISION:
-        return {"bits": stored_dtype_bits(settings.model)}
-    return compress_with(
-        model, processor, calibration_samples(job.samples or settings.samples, job.seed), job, settings
-    )
+        row = {"bits": stored_dtype_bits(settings.model)}
+    else:
+        row = _compress_with(model, processor, samples_of(job.samples or settings.samples, job.seed), job, settings)
+    return row | {"quantize_seconds": round(time.perf_counter() - start, 1)}
 
 
-def compress_with(
+def _compress_with(
     model: torch.nn.Module, processor: Any, samples: list, job: Job, settings: Settings
 ) -> dict[str, Any]:
-    """Compress as `compress` does, on given samples: conversations or processed batches."""
     if job.method == OURS:
         return quantize_ours(model, processor, samples, job, settings)
     if job.method in BASELINES:

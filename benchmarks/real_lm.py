@@ -15,9 +15,9 @@ import argparse
 import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples"), str(HERE.parent)]
 import tables  # noqa: E402
 import torch  # noqa: E402
 from fidelity import BASELINE_LABELS  # noqa: E402
-from methods import OURS, compress, compress_with, floor_bits  # noqa: E402
+from methods import OURS, compress, floor_bits  # noqa: E402
 from runner import DONE, Job, Settings  # noqa: E402
 from tables import BITS_STORED, FULL_PRECISION, SECONDS, Column, add_options  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -255,13 +255,7 @@ def do(job: Job, settings: TextSettings) -> dict[str, Any]:
     inputs = prompts_of(tokenizer, settings.questions)
     pad = tokenizer.pad_token_id
     reference = greedy_answers(model, inputs, pad)
-    start = time.perf_counter()
-    if job.method == FULL_PRECISION:
-        row = compress(model, tokenizer, job, settings)
-    else:
-        batches = calibration_batches(tokenizer, settings, job.samples or settings.samples, job.seed)
-        row = compress_with(model, tokenizer, batches, job, settings)
-    row["quantize_seconds"] = round(time.perf_counter() - start, 1)
+    row = compress(model, tokenizer, job, settings, partial(calibration_batches, tokenizer, settings))
     model.eval()
     answers = greedy_answers(model, inputs, pad)
     return row | {

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import tables  # noqa: E402
 import torch  # noqa: E402
 from fidelity import QUESTION_COLUMNS, add_world_options, compare  # noqa: E402
 from measure import calibration_samples, load, measure  # noqa: E402
-from methods import compress, compress_with, floor_bits  # noqa: E402
+from methods import compress, floor_bits  # noqa: E402
 from real_lm import (  # noqa: E402
     TextSettings,
     add_text_folder,
@@ -44,7 +45,7 @@ from real_lm import (  # noqa: E402
     tokens_of,
 )
 from runner import Job  # noqa: E402
-from tables import FULL_PRECISION, SECONDS, Column, add_options  # noqa: E402
+from tables import SECONDS, Column, add_options  # noqa: E402
 from tiny_vlm import train as recipe  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import (  # noqa: E402
@@ -273,13 +274,7 @@ def do(job: Job, settings: MixedSettings) -> dict[str, Any]:
     """Return the measures of one job: those of `measure.measure`, and "perplexity" of the test text."""
     model, processor = load(settings.model, settings.device, getattr(torch, settings.dtype))
     test = tokens_of(processor.tokenizer, settings.text, "test")  # a missing file is told before the work
-    start = time.perf_counter()
-    if job.method == FULL_PRECISION:
-        row = compress(model, processor, job, settings)
-    else:
-        samples = mixed_samples(processor, settings, job.samples or settings.samples, job.seed)
-        row = compress_with(model, processor, samples, job, settings)
-    row["quantize_seconds"] = round(time.perf_counter() - start, 1)
+    row = compress(model, processor, job, settings, partial(mixed_samples, processor, settings))
     model.eval()
     row |= measure(model, processor, settings.questions, settings.eval_batch)
     return row | {"perplexity": perplexity(model, test, settings)}
