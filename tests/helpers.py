@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import random
 import struct
 from pathlib import Path
 
@@ -171,6 +172,27 @@ def build_samples(count: int = 6) -> list[list[dict]]:
         answer = [{"type": "text", "text": f"A box, number {i}."}]
         samples.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
     return samples
+
+
+QUICK_OPTIONS = (
+    "--set",
+    "alternations=1",
+    "--set",
+    "refine_steps=0",
+    "--set",
+    "distil_steps=0",
+    "--set",
+    "allow_text_only=true",
+)
+"""Options of `sab-hf quantize` for a run that takes a second."""
+
+
+def write_texts(folder: Path, words: int) -> None:
+    """Write the texts that benchmarks of language models read, of random words."""
+    draw = random.Random(0)
+    for split in ("valid", "test"):
+        text = (draw.choice(["sea", "lake", "fox", "crow", "sky", "blue"]) for _ in range(words))
+        (folder / f"wikitext2_{split}.txt").write_text(" ".join(text))
 
 
 def save_dense(model: nn.Module, path: Path) -> Path:

@@ -49,12 +49,19 @@ def build_portable(family: str, seed: int = 0, **changes) -> nn.Module:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **_SIZES | FAMILIES.get(family, {}) | changes)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(torch.rand_like(parameter) - 0.5)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.1)
+    return _with_uneven_gains(model)
+
+
+@torch.no_grad()
+def _with_uneven_gains(model: nn.Module, has_tower: bool = False) -> nn.Module:
+    """Give a model gains and biases that are not all alike, a tower with larger weights, and no end token."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.add_(torch.rand_like(parameter) - 0.5)
+        elif name.endswith("bias"):
+            parameter.normal_(std=0.1)
+        elif has_tower and "language_model" not in name and "lm_head" not in name:
+            parameter.normal_(std=0.15)
     model.generation_config.eos_token_id = None
     return model
 
@@ -75,16 +82,7 @@ def build_vlm(family: str, seed: int = 0) -> nn.Module:
         own = {"image_token_id": IMAGE, "tie_word_embeddings": False}
     config = AutoConfig.for_model(family, text_config=text.to_dict(), vision_config=vision, **own)
     model = AutoModelForImageTextToText.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(torch.rand_like(parameter) - 0.5)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.1)
-            elif "language_model" not in name and "lm_head" not in name:
-                parameter.normal_(std=0.15)
-    model.generation_config.eos_token_id = None
-    return model
+    return _with_uneven_gains(model, has_tower=True)
 
 
 def build_tokenizer(kind: str = "gpt-2") -> PreTrainedTokenizerFast:

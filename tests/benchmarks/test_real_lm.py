@@ -2,13 +2,12 @@
 
 import json
 import math
-import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import END, PAD, build_llama, build_tokenizer
+from helpers import END, PAD, build_llama, build_tokenizer, write_texts
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,10 +31,7 @@ def folder(tmp_path_factory):
     tokenizer = build_tokenizer()
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(path)
-    draw = random.Random(0)
-    for split in ("valid", "test"):
-        words = (draw.choice(["sea", "lake", "fox", "crow", "sky", "blue"]) for _ in range(700))
-        (path / f"wikitext2_{split}.txt").write_text(" ".join(words))
+    write_texts(path, 700)
     return path
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import build_llama
+from helpers import build_llama, write_texts
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -41,10 +41,7 @@ def language(tmp_path_factory):
     fast.save_pretrained(path)
     shape = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": VOCAB_SIZE, "tie_word_embeddings": True}
     build_llama(**shape, eos_token_id=257, pad_token_id=257, max_position_embeddings=1024).save_pretrained(path)
-    draw = random.Random(0)
-    for split in ("valid", "test"):
-        words = (draw.choice(["sea", "lake", "fox", "crow", "sky", "blue"]) for _ in range(300))
-        (path / f"wikitext2_{split}.txt").write_text(" ".join(words))
+    write_texts(path, 300)
     return path
 
 

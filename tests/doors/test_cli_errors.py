@@ -13,22 +13,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from helpers import file_bytes
+from helpers import QUICK_OPTIONS, file_bytes
 
 from sab_hf.cli import main
 from sab_hf.publish import save as hub_module
 
 ROOT = Path(__file__).parents[2]
-QUICK = (
-    "--set",
-    "alternations=1",
-    "--set",
-    "refine_steps=0",
-    "--set",
-    "distil_steps=0",
-    "--set",
-    "allow_text_only=true",
-)
 
 
 @pytest.fixture
@@ -199,7 +189,7 @@ def test_evaluation_replaces_no_other_file(capsys, saved, tmp_path, monkeypatch,
 def test_a_full_disk_leaves_nothing(command, saved, vlm_dir, questions, tmp_path):
     """A limit on the size of files stands for it."""
     arguments = {
-        "quantize": [vlm_dir, tmp_path / "out" / "folder", "--calibration", questions, *QUICK],
+        "quantize": [vlm_dir, tmp_path / "out" / "folder", "--calibration", questions, *QUICK_OPTIONS],
         "dequantize": [saved, tmp_path / "out" / "folder"],
     }[command]
     (tmp_path / "out").mkdir()
@@ -224,7 +214,7 @@ def test_a_stopped_run_leaves_nothing(capsys, vlm_dir, questions, tmp_path, monk
 
     monkeypatch.setattr(hub_module, "html_report", stop)  # the last thing that is written
     (tmp_path / "out").mkdir()
-    argv = ["quantize", vlm_dir, tmp_path / "out" / "folder", "--calibration", questions, *QUICK]
+    argv = ["quantize", vlm_dir, tmp_path / "out" / "folder", "--calibration", questions, *QUICK_OPTIONS]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         found = main([str(argument) for argument in argv])
@@ -261,7 +251,7 @@ def test_publishing_needs_a_login_and_a_possible_name_before_work_is_done(capsys
 def test_a_checkpoint_that_could_not_be_published_is_kept(capsys, vlm_dir, questions, hub, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     hub.refused = "commit"
-    assert main(["quantize", str(vlm_dir), "me/tiny", "--push", "--calibration", questions, *QUICK]) == 1
+    assert main(["quantize", str(vlm_dir), "me/tiny", "--push", "--calibration", questions, *QUICK_OPTIONS]) == 1
     said = capsys.readouterr().err
     assert "no quota" in said
     kept = Path(re.search(r"complete in (\S+)\.", said)[1])
@@ -273,6 +263,6 @@ def test_a_checkpoint_that_could_not_be_published_is_kept(capsys, vlm_dir, quest
 
 def test_nothing_is_kept_of_what_was_published(capsys, vlm_dir, questions, hub, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert main(["quantize", str(vlm_dir), "me/tiny", "--push-to-hub", "--calibration", questions, *QUICK]) == 0
+    assert main(["quantize", str(vlm_dir), "me/tiny", "--push-to-hub", "--calibration", questions, *QUICK_OPTIONS]) == 0
     assert "model.safetensors" in hub.files("me/tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]

@@ -14,23 +14,12 @@ import time
 
 import huggingface_hub
 import pytest
-from helpers import load, save_dense
+from helpers import QUICK_OPTIONS, load, save_dense
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
 from sab_hf.cli import main, make_parser
 from sab_hf.commands import COMMANDS
-
-QUICK = [
-    "--set",
-    "alternations=1",
-    "--set",
-    "refine_steps=0",
-    "--set",
-    "distil_steps=0",
-    "--set",
-    "allow_text_only=true",
-]
 
 
 def refused(capsys, *argv: str) -> str:
@@ -86,7 +75,7 @@ def test_misspelt_names_are_told(argv, message, capsys):
 
 
 def test_quiet_and_verbose(vlm_dir, questions, tmp_path, capsys):
-    argv = ["quantize", str(vlm_dir), str(tmp_path / "out"), "--calibration", questions, *QUICK]
+    argv = ["quantize", str(vlm_dir), str(tmp_path / "out"), "--calibration", questions, *QUICK_OPTIONS]
     assert main([*argv, "--quiet"]) == 0
     captured = capsys.readouterr()
     assert "saved: " in captured.out
@@ -136,7 +125,7 @@ def test_interrupted_run_says_where_the_finished_blocks_are(vlm_dir, questions, 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    argv = ["quantize", str(vlm_dir), str(tmp_path / "out"), "--calibration", questions, *QUICK]
+    argv = ["quantize", str(vlm_dir), str(tmp_path / "out"), "--calibration", questions, *QUICK_OPTIONS]
     argv += ["--set", f"checkpoint_dir={tmp_path / 'run'}"]
     with monkeypatch.context() as patched:
         patched.setattr("sab_hf.publish.save.save", stop)
@@ -189,7 +178,7 @@ def test_code_of_a_model_is_run_only_when_asked_for(tmp_path, capsys, questions)
     names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": names}
     (folder / "config.json").write_text(json.dumps(config))
-    argv = ["quantize", str(folder), str(tmp_path / "out"), "--calibration", questions, *QUICK]
+    argv = ["quantize", str(folder), str(tmp_path / "out"), "--calibration", questions, *QUICK_OPTIONS]
     assert main(argv) == 1
     assert "trust_remote_code" in capsys.readouterr().err
     assert main([*argv, "--trust-remote-code"]) == 0
