@@ -16,6 +16,7 @@ import sab_hf
 from sab_hf import SABQuantizationConfig
 from sab_hf.cli import main
 from sab_hf.commands import quantize
+from sab_hf.machine.rates import Rates
 
 QUICK = {"num_samples": 8, "refine_steps": 0, "distil_steps": 0, "alternations": 1, "budget": "uniform"}
 
@@ -106,7 +107,10 @@ def test_config_alone_has_assumed_tokens(nameless):
 
 
 def test_stages_follow_the_settings(without_weights, monkeypatch):
-    monkeypatch.setattr("sab_hf.machine.rates.crowding", lambda: 1.0)  # others come and go
+    # the rates of one machine for every call: what is measured now differs from moment to moment
+    products = dict.fromkeys((torch.float32, torch.bfloat16), 1e11)
+    monkeypatch.setattr("sab_hf.machine.rates._measured", lambda *_: Rates(products, bandwidth=1e10, calls=1e5))
+    monkeypatch.setattr("sab_hf.machine.rates.crowding", lambda: 1.0)
 
     def stages(**changes) -> dict[str, float]:
         return sab_hf.estimate(
@@ -122,7 +126,7 @@ def test_stages_follow_the_settings(without_weights, monkeypatch):
     assert "written samples" in stages(written_samples=64)
     assert sum(fast.values()) < sum(balanced.values()) < sum(best.values())
     assert stages(distil_steps=200)["distillation"] == pytest.approx(
-        2 * stages(distil_steps=100)["distillation"], rel=0.3
+        2 * stages(distil_steps=100)["distillation"], rel=0.05
     )
 
 
