@@ -120,7 +120,7 @@ def predict(
         machine = Machine(CUDA, "one NVIDIA H200", 140.0 * GIB, 256.0 * GIB, room, H200)
     elif machine is None:
         largest = max(plan.shapes.values(), key=lambda shape: shape[0] * shape[1])
-        here = Machine.here(Workspace.of(model, config), largest, torch.float32, 0.15)
+        here = Machine.here(Workspace.of(model, config)).measured(largest, torch.float32, 0.15)
         machine = dataclasses.replace(here, ram=256.0 * GIB, free=256.0 * GIB, room={"ram": 64.0 * GIB}, crowded=1.0)
     return estimate_on(machine, model, plan, config)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,9 +291,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         if self.preset is None:
             return
         if not isinstance(self.preset, str) or self.preset not in PRESETS:
-            near = difflib.get_close_matches(str(self.preset), PRESETS, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"`preset` must be one of {list(PRESETS)}, got {self.preset!r:.80}{hint}")
+            meant = did_you_mean(str(self.preset), PRESETS)
+            raise ValueError(f"`preset` must be one of {list(PRESETS)}, got {self.preset!r:.80}{meant}")
         for name, value in PRESETS[self.preset].items():
             if name not in given:
                 setattr(self, name, value)

@@ -5,21 +5,18 @@ torchrun --nproc-per-node 2 scale_worker.py OUTPUT_RANK.safetensors CONFIG.json
 
 from __future__ import annotations
 
-import faulthandler
 import json
-import multiprocessing
 import os
 import signal
 import socket
 import sys
-import threading
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from helpers import build_llava, build_processor, build_samples
+from processes import FORK, begin_forked
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import sab_hf.make.binarize
 from sab_hf import SABQuantizationConfig, quantize
@@ -56,16 +53,6 @@ def run(family: str | None = None, **changes) -> torch.nn.Module:
     return model
 
 
-def begin_forked(limit: int = 100) -> None:
-    """Call first in a forked process that may be killed; one that hangs says where after `limit` s, and ends.
-
-    The progress bars of forked processes share a semaphore, which one that is killed while it draws never gives back.
-    """
-    tqdm.set_lock(threading.RLock())
-    faulthandler.register(signal.SIGALRM, chain=True)
-    signal.alarm(limit)
-
-
 def launch(count: int, output: Path, errors: Path, mortal: int | None = None, **changes) -> list[int]:
     """Run `count` processes with the environment that `torchrun` gives them; returns their exit codes.
 
@@ -75,9 +62,8 @@ def launch(count: int, output: Path, errors: Path, mortal: int | None = None, **
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
     arguments = (count, port, output, errors, mortal, changes)
-    processes = [context.Process(target=_process, args=(rank, *arguments)) for rank in range(count)]
+    processes = [FORK.Process(target=_process, args=(rank, *arguments)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:

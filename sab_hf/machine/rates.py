@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Machine:
         free: bytes that are free on the compute device.
         ram: bytes that are free in RAM.
         room: bytes of hidden states kept by place, as `StateStore.room`.
-        rates: of the compute device.
+        rates: of the compute device; None: not known, so that nothing can be said about time.
         crowded: how many times as long a thread takes because others want the cores too, at least 1.
     """
 
@@ -62,31 +62,31 @@ class Machine:
     free: float
     ram: float
     room: dict[str, float]
-    rates: Rates
+    rates: Rates | None = None
     crowded: float = 1.0
 
     @classmethod
-    def here(cls, workspace: Workspace, shape: tuple[int, int], dtype: torch.dtype, seconds: float = QUICK) -> Machine:
-        """Return this machine, with rates that are measured now.
-
-        Args:
-            workspace: of the run.
-            shape: (out_features, in_features) of a Linear as the model has them: small ones are slower.
-            dtype: of the model's weights.
-            seconds: for each rate.
-        """
-        device = workspace.device
-        n, m = (min(size, _MOST) for size in shape)
-        dtypes = tuple(sorted({dtype, torch.float32, pass_dtype(device)}, key=str))
-        threads = torch.get_num_threads()
-        rates = _measured(device, n, m, dtypes, seconds, threads)
+    def here(cls, workspace: Workspace) -> Machine:
+        """Return this machine with what is free on it, for the run of a workspace; rates are not measured."""
+        device, threads = workspace.device, torch.get_num_threads()
         cuda = device.type == "cuda"
         name = (
             torch.cuda.get_device_name(device) if cuda else f"{threads} thread{'s' * (threads > 1)} of {_processor()}"
         )
-        room = workspace.store.room
         ram = psutil.virtual_memory().available
-        return cls(device, name, free_memory(device), ram, room, rates, 1.0 if cuda else crowding())
+        return cls(device, name, free_memory(device), ram, workspace.store.room, crowded=1.0 if cuda else crowding())
+
+    def measured(self, shape: tuple[int, int], dtype: torch.dtype, seconds: float = QUICK) -> Machine:
+        """Return the same machine, this one, with rates that are measured now.
+
+        Args:
+            shape: (out_features, in_features) of a Linear as the model has them: small ones are slower.
+            dtype: of the model's weights.
+            seconds: for each rate.
+        """
+        n, m = (min(size, _MOST) for size in shape)
+        dtypes = tuple(sorted({dtype, torch.float32, pass_dtype(self.device)}, key=str))
+        return replace(self, rates=_measured(self.device, n, m, dtypes, seconds, torch.get_num_threads()))
 
 
 @lru_cache(maxsize=64)

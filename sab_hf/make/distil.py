@@ -437,7 +437,7 @@ class _Loss:
         count = len(self.blocks)
         if len(self.limit.slices(state.rows)) == 1:
             piece, form, tensors = self._whole(state)
-            work = partial(self._pass, state, piece, train)
+            work = partial(self._pass, state, piece, tensors, train)
             if self.tail is None or self.tail.chain:
                 self.replay.run((train, form), tensors, work)
             else:
@@ -465,9 +465,12 @@ class _Loss:
             self._ready[state.number] = found
         return self._ready[state.number]
 
-    def _pass(self, state: BatchState, piece: BatchState, train: bool, tensors: list[Tensor]) -> None:
-        """Do one pass on a whole batch, whose tensors are given."""
-        piece = piece.with_tensors(tensors)
+    def _pass(
+        self, state: BatchState, piece: BatchState, own: list[Tensor], train: bool, tensors: list[Tensor]
+    ) -> None:
+        """Do one pass on a whole batch, whose `own` tensors may have others in their place: those of a captured graph."""
+        if tensors is not own:
+            piece = piece.with_tensors(tensors)
         output = self._output(piece)
         gradient = self._loss(state, output.detach(), piece.target, piece.modality, train)
         if train:

@@ -242,16 +242,19 @@ def estimate_run(
         tokens_from: how the tokens are known, if not from the calibration set itself.
     """
     linears = max(plan.shapes.values(), key=math.prod)
-    machine = Machine.here(workspace, linears, model.dtype)
-    found = estimate_on(machine, model, plan, config)
+    machine = Machine.here(workspace)
+    found = estimate_on(machine.measured(linears, model.dtype), model, plan, config)
     if found.all_seconds > _SHORT:
-        found = estimate_on(Machine.here(workspace, linears, model.dtype, THOROUGH), model, plan, config)
+        found = estimate_on(machine.measured(linears, model.dtype, THOROUGH), model, plan, config)
     advice = "" if found.fits else _advice(found, model, plan, config)
     return replace(found, tokens_from=tokens_from or found.tokens_from, advice=advice)
 
 
 def estimate_on(machine: Machine, model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Estimate:
-    """Predict what a run will need on a machine; `model`, `plan` and `config` as in `estimate_run`."""
+    """Predict what a run will need on a machine; `model`, `plan` and `config` as in `estimate_run`.
+
+    Without the rates of the machine, `seconds` is empty.
+    """
     block_names, shapes, modules, calibration = plan.roles.blocks, plan.shapes, plan.modules, plan.calibration
     refine_steps = plan.refine.beside(bool(plan.distil.steps)).steps
     measured = needs_sensitivity(config, plan.refine.steps) and len(plan.roles.stacks) == 1
@@ -292,7 +295,7 @@ def estimate_on(machine: Machine, model: nn.Module, plan: Plan, config: SABQuant
         not any(p.is_meta for p in model.parameters()),
         packed,
         most | {"device": states["device"]},
-        seconds_of(work, machine, model.dtype, distributed.size()),
+        seconds_of(work, machine, model.dtype, distributed.size()) if machine.rates else {},
         _runs(plan, amounts),
         work,
         data.tokens,
@@ -314,8 +317,8 @@ def check_room(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> N
     Raises:
         OSError: there is too little.
     """
-    workspace = Workspace.of(model, config)
-    check_disk(disk_needs(estimate_run(model, plan, config, workspace), config))
+    machine = Machine.here(Workspace.of(model, config))  # its rates, which take a while to measure, say nothing of room
+    check_disk(disk_needs(estimate_on(machine, model, plan, config), config))
 
 
 def log_estimate(estimate: Estimate) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import transformers
 from families import Outcome, check, run
@@ -10,9 +12,14 @@ from family_zoo import table as family_table
 from helpers import V5
 
 from sab_hf.anatomy.roles import find_roles
+from sab_hf.config import DENSE
 
-QUICK = ("qwen2_5_vl", "mllama", "florence2", "qwen3_moe", "llama4_text", "gemma3n", "voxtral", "kosmos2", "aria")
-"""Structurally different ones; docs/families.md holds the outcome of all."""
+QUICK = {
+    **dict.fromkeys(("qwen2_5_vl", "mllama", "qwen3_moe", "llama4_text", "gemma3n", "voxtral", "aria"), DENSE),
+    **dict.fromkeys(("gemma3", "kosmos2", "florence2", "blip_2_t5"), 4),
+}
+"""Structurally different ones, with the planes of what is outside their blocks: the last four have embeddings unlike others,
+which are scaled, read by name, one matrix for three, or tied in T5's way. docs/families.md holds the outcome of all."""
 
 BROKEN = {
     ("llama4", "5.24.0"): "its own forward reads an output that its text model does not give",
@@ -36,36 +43,21 @@ REFUSED = {
 }
 """Families that are refused, and a part of the reason."""
 
-PACKED_REST = ("gemma3", "kosmos2", "florence2", "blip_2_t5")
-"""Quick ones whose embeddings, packed too, are unlike others: scaled, read by name, one matrix for three, tied in T5's way."""
+
+def cases():
+    for name, rest_bits in itertools.product(FAMILIES, (DENSE, 4)):
+        yield pytest.param(name, rest_bits, marks=() if QUICK.get(name) == rest_bits else pytest.mark.slow)
 
 
-def quick(names):
-    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-
-
-@pytest.mark.parametrize("name", quick(PACKED_REST))
-def test_round_trip_with_the_rest_packed(name, tmp_path):
-    if name in REFUSED:
-        pytest.skip("refused")
-    if (name, transformers.__version__) in BROKEN:
-        pytest.xfail(BROKEN[name, transformers.__version__])
-    try:
-        outcome = check(name, tmp_path, rest_bits=4)
-    except ImportError as error:
-        pytest.skip(str(error))
-    assert outcome.coverage > 0.9
-
-
-@pytest.mark.parametrize("name", quick(QUICK))
-def test_round_trip(name, tmp_path):
+@pytest.mark.parametrize(("name", "rest_bits"), cases())
+def test_round_trip(name, rest_bits, tmp_path):
     if (name, transformers.__version__) in BROKEN:
         pytest.xfail(BROKEN[name, transformers.__version__])
     if name in REFUSED:
         check_refused(name, tmp_path)
         return
     try:
-        outcome = check(name, tmp_path)
+        outcome = check(name, tmp_path, rest_bits)
     except ImportError as error:
         pytest.skip(str(error))
     assert outcome.coverage > 0.9

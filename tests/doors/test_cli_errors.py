@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,11 +14,10 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import QUICK_OPTIONS, file_bytes
+from processes import as_main, forked
 
 from sab_hf.cli import main
 from sab_hf.publish import save as hub_module
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -194,14 +193,12 @@ def test_a_full_disk_leaves_nothing(command, saved, vlm_dir, questions, tmp_path
     }[command]
     (tmp_path / "out").mkdir()
     limit = min(file_bytes(saved), file_bytes(vlm_dir)) // 2
-    script = (
-        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "from sab_hf.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, command, *map(str, arguments)],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        sys.exit(main([command, *map(str, arguments)]))
+
+    done = forked(run)
     assert done.returncode == 1, done.stderr
     assert f"error: `{tmp_path / 'out' / 'folder'}` could not be written, and nothing was left there" in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
@@ -227,12 +224,12 @@ def test_a_stopped_run_leaves_nothing(capsys, vlm_dir, questions, tmp_path, monk
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_reader_that_has_enough_is_no_error(saved):
-    command = f"{sys.executable} -m sab_hf.cli inspect '{saved}' | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert done.stdout.strip() == "0"
+def test_a_reader_that_has_enough_is_no_error(saved, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = forked(as_main("sab_hf.cli", "inspect", saved, folder=tmp_path), stdout=writer)
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -20,6 +20,7 @@ import torch
 from docs_reader import ALL_PAGES, DOCS, PAGES, ROOT, Block, anchors, links, read_page
 from gguf_files import as_converted, write
 from helpers import build_llama, build_llava, build_tokenizer, save_dense, text_config
+from tiny_vlm import world
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from sab_hf import SABQuantizationConfig, cli
@@ -51,14 +52,9 @@ ELSEWHERE = {"openai": "tests/doors/test_serving.py"}
 """Modules whose snippets another test runs, against a server; that of vllm.md is run by `tests/vllm_server.py`."""
 
 
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory) -> Path:
-    """A folder with what pages name: the dense model `tiny`, a packed one, questions about pictures, a GGUF file of `tiny`."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from tiny_vlm import world
-
-    folder = tmp_path_factory.mktemp("materials")
-    (folder / "tiny").symlink_to(TINY)
+def write_materials(folder: Path, dense: Path) -> None:
+    """Write what pages name into a folder: the `dense` model as `tiny`, a packed one, and questions about pictures."""
+    (folder / "tiny").symlink_to(dense)
     rows = []
     for i, sample in enumerate(world.samples(8, "docs", world.VISUAL_SKILLS)):
         sample.image.save(folder / f"{i}.png")
@@ -67,12 +63,33 @@ def materials(tmp_path_factory) -> Path:
     config = SABQuantizationConfig(
         calibration=str(folder / "questions.jsonl"), num_samples=8, alternations=1, refine_steps=0, distil_steps=0
     )
-    model = AutoModelForImageTextToText.from_pretrained(TINY, quantization_config=config, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(dense, quantization_config=config, dtype=torch.float32)
     model.save_pretrained(folder / "packed")
-    AutoProcessor.from_pretrained(TINY).save_pretrained(folder / "packed")
+    AutoProcessor.from_pretrained(dense).save_pretrained(folder / "packed")
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory) -> Path:
+    """A folder with what pages name, of a random model with the text widths of the example's, and a GGUF file of `tiny`.
+
+    A picture is 4 of its tokens, where it is 144 of the example's.
+    """
+    dense = build_llava(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8
+    )
+    dense.generation_config.eos_token_id = list(range(128, 256))  # half of all tokens end an answer
+    folder = tmp_path_factory.mktemp("materials")
+    write_materials(folder, save_dense(dense, tmp_path_factory.mktemp("dense")))
     if find_spec("gguf"):
-        dense = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
         write(folder / "tiny-F16.gguf", as_converted(dense, "model.language_model."))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The same of the example's model, which gives right answers."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_materials(folder, TINY)
     return folder
 
 
@@ -157,11 +174,12 @@ def test_snippets_of_the_page_run(page, materials, hub, tmp_path, monkeypatch):
         ("-m lmms_eval", "lmms_eval", {"doc_to_image": "doc_to_visual", '"<image>{{question}}"': "question"}),
     ],
 )
-def test_harnesses_score_as_the_package_does(program, module, changes, materials, tmp_path):
+def test_harnesses_score_as_the_package_does(program, module, changes, request, tmp_path):
     """The task of the page, with its command in a process of its own; lmms-eval needs decord as well."""
     pytest.importorskip(module)
     if module == "lmms_eval":
         pytest.importorskip("decord")
+    materials = request.getfixturevalue("trained")
     blocks = read_page("evaluate.md")[0]
     task = next(block.code for block in blocks if block.kind == "yaml")
     for old, new in changes.items():
@@ -188,10 +206,10 @@ def test_harnesses_score_as_the_package_does(program, module, changes, materials
 
 
 @pytest.mark.slow  # lmms-eval reads all its tasks first
-def test_tasks_of_the_page_are_asked(materials, tmp_path, monkeypatch, capfd):
+def test_tasks_of_the_page_are_asked(trained, tmp_path, monkeypatch, capfd):
     """The command of the page, with copies of the data on this machine."""
     pytest.importorskip("lmms_eval")
-    for item in materials.iterdir():
+    for item in trained.iterdir():
         (tmp_path / item.name).symlink_to(item)
     task_data.write(tmp_path / "copies")
     monkeypatch.chdir(tmp_path)

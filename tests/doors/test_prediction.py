@@ -184,7 +184,7 @@ def test_help_shows_all_defaults(capsys):
 def test_wrong_preset_is_said_with_a_suggestion(capsys, without_weights):
     code, out, err = dry_run(capsys, without_weights, "--preset", "bset")
     assert (code, out) == (2, "")
-    assert "`preset` must be one of ['fast', 'balanced', 'best'], got 'bset'; did you mean 'best'?" in err
+    assert "`preset` must be one of ['fast', 'balanced', 'best'], got 'bset'; did you mean `best`?" in err
 
 
 def test_model_that_does_not_exist(capsys, hub):

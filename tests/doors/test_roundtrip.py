@@ -36,24 +36,22 @@ def assert_same_tensors(one, other):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bits", "num_planes"), [(None, 1), (4.0, 2)])
-@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
-def test_reloaded_model_is_bitwise_the_saved_one(
-    vlm_dir, make_config, inputs, tmp_path, dtype, bits, num_planes, max_shard_size
-):
+def test_reloaded_model_is_bitwise_the_saved_one(vlm_dir, make_config, inputs, tmp_path, dtype, bits, num_planes):
     model = load(vlm_dir, dtype, quantization_config=make_config(bits=bits))
     linears = packed_linears(model)
     assert len(linears) == 7 * helpers.NUM_BLOCKS
     assert {linear.num_planes for linear in linears.values()} == {num_planes}
     assert {linear.num_significant > 0 for linear in linears.values()} >= {True}  # residual planes are stored
     expected, tokens = logits(model, inputs), generate(model, inputs)
-    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
-
-    again = load(tmp_path, dtype)
-    assert_same_tensors(model.state_dict(), again.state_dict())
-    assert torch.equal(logits(again, inputs), expected)
-    assert generate(again, inputs) == tokens
-    assert again.dtype == dtype
+    for max_shard_size in ("5GB", "20KB"):
+        folder = tmp_path / max_shard_size
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        assert (len(list(folder.glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
+        again = load(folder, dtype)
+        assert_same_tensors(model.state_dict(), again.state_dict())
+        assert torch.equal(logits(again, inputs), expected)
+        assert generate(again, inputs) == tokens
+        assert again.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,8 +75,9 @@ def test_refinement_in_bfloat16_keeps_the_precision_of_scales(vlm_dir, make_conf
     assert (scales != scales.bfloat16().half()).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, None])
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
 def test_device_map_changes_nothing(vlm_dir, packed_dir, make_config, inputs, device_map):
+    """Against the checkpoint that was made without one."""
     reference = logits(load(packed_dir), inputs)
     assert torch.equal(logits(load(packed_dir, device_map=device_map), inputs), reference)
     quantized = load(vlm_dir, quantization_config=make_config(), device_map=device_map)
@@ -106,8 +105,7 @@ def test_dtype_of_loading_leaves_packed_tensors_alone(packed_dir):
         assert_same_tensors(linear.packed_tensors(), other[name].packed_tensors())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("refine_steps", [0, 1])
+@pytest.mark.parametrize(("dtype", "refine_steps"), [(torch.float32, 1), (torch.bfloat16, 0), (torch.bfloat16, 1)])
 def test_packed_weights_answer_the_dtype_of_the_model(vlm_dir, make_config, tmp_path, dtype, refine_steps):
     """Quantized while loading, refined or not, and loaded again in another dtype; embeddings and towers too."""
     quantized = load(vlm_dir, dtype, quantization_config=make_config(rest_bits=2, refine_steps=refine_steps))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import generate, load
+from processes import as_main, forked
 
 import sab_hf
 from sab_hf import run
@@ -88,11 +89,15 @@ def test_command_of_an_installed_package(monkeypatch, tmp_path):
 
 def test_a_peft_that_cannot_be_imported_stops_no_program(script, packed_dir, tmp_path):
     (script.parent / "peft.py").write_text("raise ImportError('its own reasons')")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent), str(ROOT)])}
-    done = subprocess.run(
-        [sys.executable, "-m", "sab_hf.run", str(script), str(packed_dir)],
-        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
-    )  # fmt: skip
+
+    def program() -> None:
+        for name in [name for name in sys.modules if name == "sab_hf.peft" or name.partition(".")[0] == "peft"]:
+            del sys.modules[name]
+        vars(sab_hf).pop("peft", None)
+        sys.path.insert(0, str(script.parent))
+        as_main("sab_hf.run", script, packed_dir, folder=tmp_path)()
+
+    done = forked(program)
     assert done.returncode == 3, done.stderr
     assert done.stdout.strip().endswith("True")
     assert "adapters on packed models will not load" in done.stderr

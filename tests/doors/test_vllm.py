@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch.distributed as dist
 from helpers import inputs, random_planes, sizes
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import FORK, begin_forked
 from safetensors.torch import load_file, save_file
-from scale_worker import begin_forked
 from torch import nn
 
 import sab_hf.vllm
@@ -174,8 +173,7 @@ def _mlp() -> tuple[SignPlanes, SignPlanes]:
 
 
 def test_two_processes_give_the_outputs_of_one(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=_layers_of_rank, args=(rank, tmp_path)) for rank in range(2)]
+    processes = [FORK.Process(target=_layers_of_rank, args=(rank, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -6,7 +6,6 @@ Skipped where vLLM is not installed; `.ci/vllm` has an environment with it.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import inputs, random_planes
+from processes import FORK, begin_forked
 from safetensors.torch import load_file, save_file
-from scale_worker import begin_forked
 from transformers import AutoConfig
 
 vllm = pytest.importorskip("vllm")
@@ -134,8 +133,7 @@ def alone(tmp_path):
 
 def test_two_ranks_give_the_outputs_of_one(tmp_path):
     """Planes cut inside of bytes (36 columns, 18 on each rank), significant columns dealt out, a vocabulary filled up."""
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=_rank, args=(rank, tmp_path)) for rank in range(2)]
+    processes = [FORK.Process(target=_rank, args=(rank, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -296,7 +296,7 @@ def test_preset_survives_copies_and_only_its_values_are_saved(preset):
 
 @pytest.mark.parametrize(
     ("preset", "hint"),
-    [("bset", "; did you mean 'best'?"), ("Fast", "; did you mean 'fast'?"), (3, "got 3"), ("x" * 99, "")],
+    [("bset", "; did you mean `best`?"), ("Fast", "; did you mean `fast`?"), (3, "got 3"), ("x" * 99, "")],
 )
 def test_wrong_preset_is_refused_with_the_names_that_there_are(preset, hint):
     with pytest.raises(ValueError, match=r"`preset` must be one of \['fast', 'balanced', 'best'\], got") as error:

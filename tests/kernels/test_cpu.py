@@ -100,10 +100,11 @@ def test_lut_error_is_far_below_the_binarization_error(isa, outliers):
     assert error < 0.36 / 1000
 
 
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("num_significant", [0, 5])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_op_on_cpu_passes_opcheck(isa, dtype, num_significant, exact):
+@pytest.mark.parametrize(
+    ("dtype", "num_significant", "exact"),
+    [(torch.float32, 0, True), (torch.float32, 5, False), (torch.bfloat16, 5, True), (torch.float16, 0, False)],
+)
+def test_op_on_cpu_passes_opcheck(dtype, num_significant, exact):
     planes = random_planes(6, 13, 2, num_significant)
     torch.library.opcheck(sab_linear, (inputs(2, 3, 13, dtype=dtype), *operands(planes), exact))
 

@@ -7,6 +7,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import build_llava
+from processes import FORK, begin_forked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from scale_worker import MEASURED, NUM_BLOCKS, begin_forked, build_config, run, write
+from scale_worker import MEASURED, NUM_BLOCKS, build_config, run, write
 
 import sab_hf
 from sab_hf.machine.commits import RunFolder
@@ -29,7 +31,7 @@ PAUSE = 0.1  # s before and after each commit of a run that will be killed, so t
 def start(output: Path, folder: Path) -> multiprocessing.Process:
     """Start a run in a process of its own, which makes the file `begun` when it has the folder to itself."""
     begun(folder).unlink(missing_ok=True)
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(output, folder))
+    process = FORK.Process(target=_child, args=(output, folder))
     process.start()
     return process
 
@@ -62,6 +64,20 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture(scope="module")
 def uninterrupted() -> dict[str, torch.Tensor]:
     return run().state_dict()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """The folder of a run that came to its end."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(checkpoint_dir=str(folder))
+    return folder
+
+
+@pytest.fixture
+def finished(finished_run, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(finished_run, tmp_path / "finished")
 
 
 def test_run_killed_ten_times_gives_the_bytes_of_one_that_was_not(uninterrupted, tmp_path):
@@ -128,19 +144,17 @@ def test_random_generator_continues_where_it_was(tmp_path, monkeypatch):
         ({"seed": 1}, "`seed` was 0, is 1; the calibration data changed"),
     ],
 )
-def test_another_config_is_refused_with_the_reason(tmp_path, changes, reason):
-    run(checkpoint_dir=str(tmp_path))
+def test_another_config_is_refused_with_the_reason(finished, changes, reason):
     with pytest.raises(ValueError, match=f"belongs to another run: .*{reason}.*4 finished steps"):
-        run(checkpoint_dir=str(tmp_path), **changes)
+        run(checkpoint_dir=str(finished), **changes)
 
 
-def test_another_model_is_refused_for_one_changed_weight(tmp_path, processor):
-    run(checkpoint_dir=str(tmp_path))
+def test_another_model_is_refused_for_one_changed_weight(finished, processor):
     model = build_llava(attention_bias=True, num_hidden_layers=NUM_BLOCKS)
     with torch.no_grad():
         model.lm_head.weight[3, 4] += 1
     with pytest.raises(ValueError, match=r"weights changed \(1 tensors, first `lm_head.weight`\)"):
-        sab_hf.quantize(model, processor, None, build_config(checkpoint_dir=str(tmp_path)))
+        sab_hf.quantize(model, processor, None, build_config(checkpoint_dir=str(finished)))
 
 
 def test_another_software_is_a_warning(tmp_path, caplog):
@@ -179,16 +193,15 @@ def test_folder_in_use_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:3], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
-def test_damaged_step_is_named_and_the_others_are_kept(tmp_path, uninterrupted, damage):
-    run(checkpoint_dir=str(tmp_path))
-    files = sorted(tmp_path.glob("*.safetensors"))
+def test_damaged_step_is_named_and_the_others_are_kept(finished, uninterrupted, damage):
+    files = sorted(finished.glob("*.safetensors"))
     kept = {file.name: file.read_bytes() for file in files if file != files[1]}
     files[1].write_bytes(damage(files[1].read_bytes()))
     with pytest.raises(ValueError, match=rf"{files[1].name} is damaged .*delete it"):
-        run(checkpoint_dir=str(tmp_path))
-    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+        run(checkpoint_dir=str(finished))
+    assert {name: (finished / name).read_bytes() for name in kept} == kept
     files[1].unlink()
-    assert same(run(checkpoint_dir=str(tmp_path)).state_dict(), uninterrupted)
+    assert same(run(checkpoint_dir=str(finished)).state_dict(), uninterrupted)
 
 
 def test_full_disk_loses_nothing(tmp_path, uninterrupted, monkeypatch):
@@ -212,15 +225,15 @@ def test_full_disk_loses_nothing(tmp_path, uninterrupted, monkeypatch):
     assert same(run(checkpoint_dir=str(tmp_path)).state_dict(), uninterrupted)
 
 
-@pytest.mark.parametrize("kept", [1, 3])
-def test_sensitivity_is_measured_once(tmp_path, monkeypatch, kept):
+def test_sensitivity_is_measured_once(tmp_path, monkeypatch):
     """A run that resumes reads what was measured, and gives the same sizes and bytes."""
     expected = run(**MEASURED, checkpoint_dir=str(tmp_path)).state_dict()
     assert (tmp_path / "sensitivity.safetensors").exists()
-    for file in sorted(tmp_path.glob("model*.safetensors"))[kept:]:
-        file.unlink()
     monkeypatch.setattr("sab_hf.make.sizes.measure_sensitivity", None)
-    assert same(run(**MEASURED, checkpoint_dir=str(tmp_path)).state_dict(), expected)
+    for kept in (1, 3):
+        for file in sorted(tmp_path.glob("model*.safetensors"))[kept:]:
+            file.unlink()
+        assert same(run(**MEASURED, checkpoint_dir=str(tmp_path)).state_dict(), expected)
 
 
 def test_steps_without_a_fingerprint_are_refused(tmp_path):
@@ -239,16 +252,15 @@ def test_steps_without_a_fingerprint_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("swapped", [True, False])
-def test_steps_under_each_other_s_names_are_refused(tmp_path, swapped):
-    run(checkpoint_dir=str(tmp_path))
-    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+def test_steps_under_each_other_s_names_are_refused(finished, swapped):
+    first, second = sorted(finished.glob("*.safetensors"))[:2]
     contents = first.read_bytes(), second.read_bytes()
     first.write_bytes(contents[1])
     second.write_bytes(contents[0 if swapped else 1])
     with pytest.raises(
         ValueError, match=rf"{first.name} is damaged \(it is `{second.stem}`; files were renamed.*delete it"
     ):
-        run(checkpoint_dir=str(tmp_path))
+        run(checkpoint_dir=str(finished))
 
 
 def test_a_step_of_another_run_is_refused(tmp_path):

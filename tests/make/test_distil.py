@@ -16,6 +16,7 @@ from sab_hf import SABQuantizationConfig
 from sab_hf.machine.limits import SampleLimit
 from sab_hf.make import distil
 from sab_hf.make.plan import make_plan
+from sab_hf.passes.states import BatchState
 
 IDS = torch.randint(0, 256, (32, 20), generator=torch.Generator().manual_seed(0))
 TEXT = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in IDS.split(1)]
@@ -91,6 +92,12 @@ def test_compact_training_gives_nearly_the_same(monkeypatch):
         results += sab_hf.quantize(build_llama(), None, TEXT, config(distil_steps=30)).distillations
     assert results[0].after < 0.98 * results[0].before
     assert results[1].after == pytest.approx(results[0].after, rel=2e-3)
+
+
+def test_batches_are_not_built_again_where_nothing_is_captured(monkeypatch):
+    monkeypatch.setattr(BatchState, "with_tensors", None)
+    record = sab_hf.quantize(build_llama(), None, TEXT[:4], config(num_samples=4, distil_steps=1))
+    assert len(record.distillations) == 1
 
 
 def test_what_fits_into_one_window_decides_how_it_is_trained():

@@ -16,6 +16,8 @@ import torch
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
+from sab_hf.make.plan import make_plan
+from sab_hf.make.preflight import check_room
 
 MIB = 2**20
 
@@ -40,32 +42,42 @@ def resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _measure(hidden: int, intermediate: int, sender) -> None:
+def _measure(sender) -> None:
     torch.set_num_threads(1)
     model, given = small_model(64, 160)
     sab_hf.quantize(model, None, None, config(given))  # what is imported and allocated once
-    model, given = small_model(hidden, intermediate)
-    predicted = sab_hf.estimate(model, None, None, config(given)).peak_ram
-    weights = sum(p.nbytes for p in model.parameters())
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
-    before = resident("VmRSS") - weights
-    sab_hf.quantize(model, None, None, config(given))
-    sender.send((predicted, resident("VmHWM") - before))
+    for hidden, intermediate in ((256, 704), (448, 1216)):
+        model, given = small_model(hidden, intermediate)
+        predicted = sab_hf.estimate(model, None, None, config(given)).peak_ram
+        weights = sum(p.nbytes for p in model.parameters())
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
+        before = resident("VmRSS") - weights
+        sab_hf.quantize(model, None, None, config(given))
+        sender.send((predicted, resident("VmHWM") - before))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("hidden", "intermediate"), [(256, 704), (448, 1216)])
-def test_predicted_peak_is_the_measured_one(hidden, intermediate):
-    """Peak resident memory above what a fresh process had."""
+def test_predicted_peak_is_the_measured_one():
+    """Peak resident memory above what a fresh process had, for two widths."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=_measure, args=(hidden, intermediate, sender))
+    process = multiprocessing.get_context("spawn").Process(target=_measure, args=(sender,))
     process.start()
     sender.close()
-    predicted, measured = receiver.recv()
+    found = [receiver.recv() for _ in range(2)]
     process.join()
-    assert 0.75 * measured < predicted < 1.34 * measured, f"{predicted / MIB:.0f} MiB, was {measured / MIB:.0f} MiB"
+    for predicted, measured in found:
+        assert 0.75 * measured < predicted < 1.34 * measured, f"{predicted / MIB:.0f} MiB, was {measured / MIB:.0f} MiB"
+
+
+def test_room_is_checked_without_measuring_rates(monkeypatch):
+    model, given = small_model(64, 160)
+    settings = config(given)
+    monkeypatch.setattr("sab_hf.machine.rates._measured", None)
+    check_room(model, make_plan(model, settings), settings)
+    with pytest.raises(TypeError, match="not callable"):
+        sab_hf.estimate(model, None, None, settings)
 
 
 def test_estimate_counts_weights_packed_bytes_and_states():

@@ -133,9 +133,8 @@ def test_column_scales_by_blocks_converge_to_the_whole_system(monkeypatch, large
     state = start.copy()
     update_column_scales(W, H, state)
     assert output_error(W, state.dense(), H) > 1.0001 * least  # one pass over blocks is not the whole
-    for _ in range(500):
-        update_column_scales(W, H, state)
-    assert output_error(W, state.dense(), H) == pytest.approx(least, rel=1e-5)
+    reached = pytest.approx(least, rel=1e-5)
+    assert any(update_column_scales(W, H, state) or output_error(W, state.dense(), H) == reached for _ in range(500))
 
 
 def test_row_scales_of_a_row_depend_on_that_row_only():

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
+from processes import forked
 
 from sab_hf.publish import folders
 from sab_hf.publish.folders import atomic_folder, check_target, write_file
 from sab_hf.publish.locate import check_name
 
-ROOT = Path(__file__).parents[2]
 CONFIG = json.dumps({"quantization_config": {"quant_method": "sab"}})
 OLD = {
     "config.json": CONFIG,
@@ -144,36 +141,29 @@ def test_an_exchange_that_fails_anywhere_is_undone(tmp_path, monkeypatch, step):
     assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
 
 
-KILLED = """
-    import os, sys
-    from pathlib import Path
-    sys.path.insert(0, sys.argv[1])
-    from publish.test_folders import NEW, folders, write
-    move, steps = folders._move, int(sys.argv[3])
+def save_killed(path: Path, steps: int) -> None:
+    """Save, and be killed after so many steps of the exchange; -1: before the first of them, while files are written."""
+    move = folders._move
 
     def killed(source, target):
-        global steps
+        nonlocal steps
         if steps == 0:
             os._exit(9)
         steps -= 1
         move(source, target)
 
     folders._move = killed
-    with folders.atomic_folder(sys.argv[2]) as partial:
+    with folders.atomic_folder(path) as partial:
         write(partial, NEW)
         if steps < 0:
             os._exit(9)
-"""
 
 
 def test_what_a_kill_leaves_is_put_right_by_the_next_save(tmp_path, caplog):
     """Killed while it writes (-1), before the first step, between two, and between the last two."""
     for steps in (-1, 0, 4, 11):
         path = write(tmp_path / str(steps), OLD | THEIRS)
-        command = [sys.executable, "-c", textwrap.dedent(KILLED), str(ROOT / "tests"), str(path), str(steps)]
-        done = subprocess.run(
-            command, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-        )
+        done = forked(lambda path=path, steps=steps: save_killed(path, steps))
         assert done.returncode == 9, done.stderr
         hidden = [entry.name for entry in path.iterdir() if entry.name.startswith(".sab_hf.") and entry.is_dir()]
         assert len(hidden) == (1 if steps < 0 else 2)
