@@ -20,7 +20,7 @@ from tqdm import tqdm
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 
 
-def begin_forked(limit: int = 100) -> None:
+def begin_forked(limit: int = 300) -> None:
     """Call first in a forked process that may be killed; one that hangs says where after `limit` s, and ends.
 
     The progress bars of forked processes share a semaphore, which one that is killed while it draws never gives back.

@@ -67,7 +67,7 @@ def launch(count: int, output: Path, errors: Path, mortal: int | None = None, **
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=320)
         process.kill()
     return [process.exitcode for process in processes]
 

@@ -3,13 +3,13 @@
 The minutes are in `costs.py`.
 
 The memory, for one block at a time (bytes; n × m are the Linears of a block, each expert one, z modalities, P full planes,
-R = 1 with a residual plane on the share s of the columns, T tokens of the largest forward pass, T_s those on which sensitivity is
-measured, V the vocabulary, E bytes of an activation):
+R = 1 with a residual plane, T tokens of the largest forward pass, T_s those on which sensitivity is measured, V the
+vocabulary, E bytes of an activation):
 
     moments      = 4 z Σ m²                                  over the different inputs of the block; each expert has its own
     fit          = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the largest Linear
     distillation = Σ 20 n m (compact: 8) + 4 T Σ (n + 2 m) + min(24 T V, 4 GiB)     over the blocks of a window, as many as fit
-    refinement   = Σ n m (25 (P + s R) + 20) + 4 T Σ (n + 2 m)
+    refinement   = Σ 20 n m + (8 (P + R) + 10) n m + 4 T Σ (n + 2 m)     the second for the largest Linear: levels, Adam
     capture      = everything beside the blocks + 3 E T max (n + m)
     sensitivity  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
     device       = block's dense weights + max(capture, sensitivity + further states, moments + fit, refinement, distillation)
@@ -274,7 +274,7 @@ def estimate_on(machine: Machine, model: nn.Module, plan: Plan, config: SABQuant
     working["capture"] = beside + moved * dearest.dense + _activations(dearest, data)
     working["fit"] = moved * dearest.dense + _moments(dearest, data) + _fit(dearest, data)
     if refine_steps:
-        working["refinement"] = _refine(dearest, data)
+        working["refinement"] = moved * dearest.dense + _refine(dearest, data)
     if plan.distil.steps:
         working["distillation"] = beside + _distil(blocks, data, machine)
     states, most = (_places(size, machine.room) for size in (data.state_bytes, data.most_state_bytes))
@@ -486,8 +486,10 @@ def _fit(block: _Block, data: _Data) -> float:
 
 
 def _refine(block: _Block, data: _Data) -> float:
-    trained = sum(n * m * (25 * (planes + significant / m) + 20) for n, m, planes, significant in block.linears)
-    return trained + 4 * data.largest * sum(n + 2 * m for n, m, _, _ in block.linears)
+    """Return the peak of training one block; each step works on one Linear after the other."""
+    at_once = max((n * m * (8 * (planes + bool(k)) + 10) for n, m, planes, k in block.linears), default=0)
+    shapes = [(n, m) for n, m, _, _ in block.linears]
+    return BYTES_PER_WEIGHT["built"] * block.weights + at_once + activation_bytes(shapes, data.largest)
 
 
 def _distil(blocks: list[_Block], data: _Data, machine: Machine) -> float:

@@ -49,7 +49,7 @@ def cases():
         yield pytest.param(name, rest_bits, marks=() if QUICK.get(name) == rest_bits else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "rest_bits"), cases())
+@pytest.mark.parametrize(("name", "rest_bits"), list(cases()))
 def test_round_trip(name, rest_bits, tmp_path):
     if (name, transformers.__version__) in BROKEN:
         pytest.xfail(BROKEN[name, transformers.__version__])

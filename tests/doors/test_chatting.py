@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers import build_llama, build_processor, build_tokenizer, generate, load
@@ -174,8 +175,9 @@ def test_conversation_at_a_terminal(packed_dir, pictures):
         ("\x03", "Ctrl-D or /quit ends."),
         ("And why?", ""),
     ):
-        if typed == "\x03":
-            time.sleep(0.5)  # a signal that comes while the line editor starts is not seen until the next key
+        # a signal that comes while the line editor starts is not seen until the next key
+        while typed == "\x03" and psutil.Process(child).status() != psutil.STATUS_SLEEPING:
+            time.sleep(0.01)
         os.write(terminal, typed.encode() + (b"" if typed == "\x03" else b"\n"))
         seen = until("\n" + command.SIGN) if typed == "\x03" else until("\r\n" + command.SIGN)
         assert answer in seen, seen
