@@ -14,7 +14,8 @@ static inline void add_scaled(float *sums, uint16x8_t words, int16x8_t zero, flo
 
 /* As in avx2.c: two lookups fit a byte, even and odd bytes are summed apart in 16 bits. 16 bytes are the rows r to r+7 and
  * r+16 to r+23 of the tile. */
-static void lut_token(const uint8_t *codes, int64_t column_bytes, const uint8_t *tables, const float *scales, float *sums) {
+static void lut_one(const uint8_t *codes, int64_t column_bytes, const uint8_t *tables, const float *scales, float *sums) {
+    memset(sums, 0, SAB_TILE * sizeof(float));
     for (int64_t start = 0; start < column_bytes; start += SAB_BLOCK) {
         int64_t bytes = column_bytes - start < SAB_BLOCK ? column_bytes - start : SAB_BLOCK;
         uint16x8_t all[4], odd[4];
@@ -39,24 +40,23 @@ static void lut_token(const uint8_t *codes, int64_t column_bytes, const uint8_t 
     }
 }
 
-static void lut_tile(const uint8_t *codes, int64_t column_bytes, const uint8_t *tables, int64_t table_stride,
-                     const float *scales, int64_t scale_stride, int tokens, float *sums) {
-    memset(sums, 0, (size_t)tokens * SAB_TILE * sizeof(float));
-    for (int token = 0; token < tokens; token++)
-        lut_token(codes, column_bytes, tables + token * table_stride, scales + token * scale_stride,
-                  sums + SAB_TILE * token);
+static void lut_group(const uint8_t *codes, int64_t column_bytes, const uint8_t *tables, int64_t table_stride,
+                      const float *scales, int64_t scale_stride, float *sums) {
+    for (int token = 0; token < SAB_GROUP_TOKENS; token++)
+        lut_one(codes, column_bytes, tables + token * table_stride, scales + token * scale_stride, sums + SAB_TILE * token);
 }
 
 const sab_kernels sab_kernels_neon = {
     .name = "neon",
     .exact_entries = 16,
-    .group_tokens = 4,
     .has_lut = 1,
     .to_float = sab_portable_to_float,
     .from_float = sab_portable_from_float,
+    .byte_sizes = sab_portable_byte_sizes,
     .lut_tables = sab_portable_lut_tables,
     .exact_tables = sab_portable_exact_tables,
-    .lut_tile = lut_tile,
+    .lut_one = lut_one,
+    .lut_group = lut_group,
     .exact_tile = sab_portable_exact_tile,
     .dense_row = sab_portable_dense_row,
 };

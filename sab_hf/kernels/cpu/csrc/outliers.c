@@ -6,22 +6,14 @@
 
 static const float STANDS_OUT = 6; /* times the mean of the block without its two largest bytes; Gaussian inputs reach 2 */
 
-/* Largest sum of 4 absolute values of the 8 numbers of a byte. */
-static float size_of_byte(const float *z) {
-    float low = fabsf(z[0]) + fabsf(z[1]) + fabsf(z[2]) + fabsf(z[3]);
-    float high = fabsf(z[4]) + fabsf(z[5]) + fabsf(z[6]) + fabsf(z[7]);
-    return low > high ? low : high;
-}
-
-/* Take the column bytes that stand out, at most SAB_BLOCK_OUTLIERS a block, out of z [8 * column_bytes]: their inputs become 0
- * there and go to `values` [count][8], their places to `list`. Returns count. */
-int64_t sab_take_outliers(float *z, int64_t column_bytes, int32_t *list, float *values) {
+/* Take the column bytes that stand out, at most SAB_BLOCK_OUTLIERS a block, out of z [8 * column_bytes]: their inputs and their
+ * sizes [column_bytes] become 0, the inputs go to `values` [count][8] and their places to `list`. Returns count. */
+int64_t sab_take_outliers(float *z, float *sizes, int64_t column_bytes, int32_t *list, float *values) {
     int64_t count = 0;
     for (int64_t start = 0; start < column_bytes; start += SAB_BLOCK) {
         int64_t bytes = column_bytes - start < SAB_BLOCK ? column_bytes - start : SAB_BLOCK;
-        float size[SAB_BLOCK], sum = 0, first = 0, second = 0;
+        float *size = sizes + start, sum = 0, first = 0, second = 0;
         for (int64_t i = 0; i < bytes; i++) {
-            size[i] = size_of_byte(z + 8 * (start + i));
             sum += size[i];
             const float less = size[i] < first ? size[i] : first; /* one instruction each, no jumps */
             second = less > second ? less : second;
@@ -35,6 +27,7 @@ int64_t sab_take_outliers(float *z, int64_t column_bytes, int32_t *list, float *
             float *inputs = z + 8 * (start + i);
             memcpy(values + 8 * count, inputs, 8 * sizeof(float));
             memset(inputs, 0, 8 * sizeof(float));
+            size[i] = 0;
             list[count++] = (int32_t)(start + i);
             taken++;
         }

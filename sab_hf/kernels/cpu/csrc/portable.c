@@ -38,16 +38,18 @@ void sab_portable_exact_tables(const float *z, int64_t column_bytes, float *tabl
     }
 }
 
-void sab_portable_lut_tables(const float *z, int64_t column_bytes, uint8_t *tables, float *scales) {
+void sab_portable_byte_sizes(const float *z, int64_t column_bytes, float *sizes) {
+    for (int64_t byte = 0; byte < column_bytes; byte++, z += 8) {
+        float low = (fabsf(z[0]) + fabsf(z[1])) + (fabsf(z[2]) + fabsf(z[3]));
+        float high = (fabsf(z[4]) + fabsf(z[5])) + (fabsf(z[6]) + fabsf(z[7]));
+        sizes[byte] = (low > high ? low : high) + ((low - low) + (high - high)); /* infinity - infinity is NaN */
+    }
+}
+
+void sab_portable_lut_tables(const float *z, const float *sizes, int64_t column_bytes, uint8_t *tables, float *scales) {
     for (int64_t start = 0; start < column_bytes; start += SAB_BLOCK) {
-        int64_t groups = 2 * (column_bytes - start < SAB_BLOCK ? column_bytes - start : SAB_BLOCK);
-        float largest = 0, entries[8];
-        for (int64_t group = 0; group < groups; group++) {
-            const float *four = z + 8 * start + 4 * group;
-            float sum = fabsf(four[0]) + fabsf(four[1]) + fabsf(four[2]) + fabsf(four[3]);
-            largest = sum <= largest ? largest : sum; /* a NaN replaces any number, and nothing replaces it */
-        }
-        float inverse = sab_lut_inverse(largest);
+        int64_t bytes = column_bytes - start < SAB_BLOCK ? column_bytes - start : SAB_BLOCK, groups = 2 * bytes;
+        float largest = sab_largest(sizes + start, bytes), entries[8], inverse = sab_lut_inverse(largest);
         *scales++ = sab_lut_scale(largest);
         for (int64_t group = 0; group < groups; group++, tables += 16) {
             half_table(z + 8 * start + 4 * group, entries);

@@ -9,13 +9,25 @@
 SAB_HIDDEN void sab_portable_to_float(const void *x, int dtype, int64_t count, float *out);
 SAB_HIDDEN void sab_portable_from_float(const float *x, int dtype, int64_t count, void *out);
 SAB_HIDDEN void sab_portable_exact_tables(const float *z, int64_t column_bytes, float *tables);
-SAB_HIDDEN void sab_portable_lut_tables(const float *z, int64_t column_bytes, uint8_t *tables, float *scales);
+SAB_HIDDEN void sab_portable_byte_sizes(const float *z, int64_t column_bytes, float *sizes);
+SAB_HIDDEN void sab_portable_lut_tables(const float *z, const float *sizes, int64_t column_bytes, uint8_t *tables,
+                                        float *scales);
 SAB_HIDDEN void sab_portable_exact_tile(const uint8_t *codes, const int32_t *list, int64_t column_bytes,
                                         const float *tables, float *sums);
 SAB_HIDDEN void sab_portable_dense_row(const uint8_t *bits, int64_t columns, const float *c, float r, int add, float *out);
 
 static inline void sab_to_row_order(const float *by_position, float *sums) {
     for (int row = 0; row < SAB_TILE; row++) sums[row] = by_position[SAB_POSITION(row)];
+}
+
+/* NaN where one of them is. */
+static inline float sab_largest(const float *sizes, int64_t count) {
+    float largest = 0, wrong = 0;
+    for (int64_t i = 0; i < count; i++) {
+        largest = sizes[i] > largest ? sizes[i] : largest;
+        wrong += sizes[i] - sizes[i]; /* 0, or NaN from the first NaN on */
+    }
+    return largest + wrong;
 }
 
 /* Table entries are value * inverse, rounded; 0 where the block is zero or no number, so that nothing overflows. */
