@@ -1,8 +1,8 @@
 """`generate` on a CPU with a vision-language model of half a billion parameters: dense, PyTorch's int8 and bf16, packed.
 
-The shape is Qwen2-0.5B's as the language model of LLaVA with a small SigLIP tower (`--shape` has larger ones); weights are random, planes are made
-directly, because speed and memory do not depend on their values. Every variant runs in a process of its own, so that
-its resident memory is its own. Rows of an output file that are not measured again stay in it.
+The shape is Qwen2-0.5B's as the language model of LLaVA with a small SigLIP tower; `--shape` has larger ones. Weights are random,
+planes are made directly, because speed and memory do not depend on their values. Every variant runs in a process of its own, so
+that its resident memory is its own. Rows of an output file that are not measured again stay in it.
 
     python benchmarks/speed_cpu_model.py --threads 2 --output speed_cpu_model.json
 """

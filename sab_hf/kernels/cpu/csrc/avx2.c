@@ -57,7 +57,7 @@ void sab_avx2_lut_tables(const float *z, const float *sizes, int64_t column_byte
     const __m256i offset = _mm256_set1_epi8(SAB_LUT_OFFSET), order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
     for (int64_t start = 0; start < column_bytes; start += SAB_BLOCK) {
         int64_t bytes = column_bytes - start < SAB_BLOCK ? column_bytes - start : SAB_BLOCK;
-        float largest = sab_largest(sizes + start, bytes);
+        float sum, largest = sab_largest(sizes + start, bytes, &sum);
         __m256 inverse = _mm256_set1_ps(sab_lut_inverse(largest));
         *scales++ = sab_lut_scale(largest);
         for (int64_t byte = 0; byte < bytes; byte++, tables += 32) {

@@ -96,9 +96,8 @@ static plane plane_at(const call *c, int64_t index) {
     return p;
 }
 
-/* Task: all tables of one token. */
-static void make_tables(void *argument, int64_t token) {
-    const call *c = argument;
+/* All tables of one token. */
+static void make_tables(const call *c, int64_t token) {
     const sab_matrix *matrix = c->matrix;
     char *own = c->memory + token * c->token_bytes;
     float *inputs = (float *)own, *scaled = (float *)(own + c->scaled), *sizes = (float *)(own + c->sizes);

@@ -20,14 +20,22 @@ static inline void sab_to_row_order(const float *by_position, float *sums) {
     for (int row = 0; row < SAB_TILE; row++) sums[row] = by_position[SAB_POSITION(row)];
 }
 
-/* NaN where one of them is. */
-static inline float sab_largest(const float *sizes, int64_t count) {
-    float largest = 0, wrong = 0;
-    for (int64_t i = 0; i < count; i++) {
-        largest = sizes[i] > largest ? sizes[i] : largest;
-        wrong += sizes[i] - sizes[i]; /* 0, or NaN from the first NaN on */
+/* The largest of the sizes of bytes, and their sum; both NaN where one of them is. Four at a time: a compiler may not reorder. */
+static inline float sab_largest(const float *sizes, int64_t count, float *sum) {
+    float sums[4] = {0}, largest[4] = {0};
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4)
+        for (int lane = 0; lane < 4; lane++) {
+            sums[lane] += sizes[i + lane];
+            largest[lane] = sizes[i + lane] > largest[lane] ? sizes[i + lane] : largest[lane];
+        }
+    for (; i < count; i++) {
+        sums[0] += sizes[i];
+        largest[0] = sizes[i] > largest[0] ? sizes[i] : largest[0];
     }
-    return largest + wrong;
+    float low = largest[0] > largest[1] ? largest[0] : largest[1], high = largest[2] > largest[3] ? largest[2] : largest[3];
+    *sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return *sum != *sum ? NAN : low > high ? low : high;
 }
 
 /* Table entries are value * inverse, rounded; 0 where the block is zero or no number, so that nothing overflows. */
