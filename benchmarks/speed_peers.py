@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import speed_cpu_model
 from speed_cpu_model import IMAGE_TOKENS, LANGUAGE, NEW_TOKENS, TEXT_TOKENS, resident_mib
-from timing import provenance, write_json
+from timing import kernels_in_use, provenance, write_json
 
 PROMPT = IMAGE_TOKENS + TEXT_TOKENS  # tokens, as many as with a picture
 OURS = "sab_hf"
@@ -190,23 +190,8 @@ def medians(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options of this script."""
-    options = argparse.ArgumentParser(description=description)
-    options.add_argument("--threads", type=int, default=os.cpu_count())
-    options.add_argument("--shape", choices=LANGUAGE, default="0.5b")
-    options.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="files for llama.cpp")
-    options.add_argument("--rounds", type=int, default=2)
-    options.add_argument("--compile", action="store_true", help="ours compiled too, which takes minutes")
-    options.add_argument("--llama-bench", help="a native build of llama.cpp's program of this name")
-    options.add_argument("--folder", default=".", help="where the files for llama.cpp are, and are written if missing")
-    options.add_argument("--output")
-    options.add_argument("--one", help=argparse.SUPPRESS)
-    return options
-
-
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure, print, and write what `options` asks for; return the medians."""
+def run(options: argparse.Namespace) -> None:
+    """Measure, print, and write what `options` asks for."""
     results: dict[str, Any] = {"provenance": provenance("cpu") | {"threads": options.threads}, "rounds": []}
     if options.output and Path(options.output).exists():
         results["rounds"] = json.loads(Path(options.output).read_text())["rounds"]
@@ -216,21 +201,31 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             results["rounds"].append({"way": f"{options.shape} {way}"} | call())
             if options.output:
                 write_json(options.output, results | {"rows": medians(results["rounds"])})
-    rows = medians(results["rounds"])
-    for row in rows:
+    for row in medians(results["rounds"]):
         print(
             f"{row['way']:32} {row['tokens_per_s']:7.1f} tokens/s, prompt {row['prompt_tokens_per_s']:7.1f} tokens/s, resident "
             f"{row['resident_mib']:6.0f} MiB ({row['resident_before_mib']:.0f} before the model), {row['rounds']} rounds",
             flush=True,
         )
-    return rows
 
 
-def main() -> None:
-    options = parser(__doc__.splitlines()[0]).parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what the arguments say, those of the command line by default."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--shape", choices=LANGUAGE, default="0.5b")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="files for llama.cpp")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="ours compiled too, which takes minutes")
+    parser.add_argument("--llama-bench", help="a native build of llama.cpp's program of this name")
+    parser.add_argument("--folder", default=".", help="where the files for llama.cpp are, and are written if missing")
+    parser.add_argument("--output")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
     if options.one:
         print(json.dumps(measure_package(options.one, options.threads)))
         return
+    kernels_in_use()
     run(options)
 
 

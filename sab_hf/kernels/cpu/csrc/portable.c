@@ -46,22 +46,6 @@ void sab_portable_byte_sizes(const float *z, int64_t column_bytes, float *sizes)
     }
 }
 
-void sab_portable_lut_tables(const float *z, const float *sizes, int64_t column_bytes, uint8_t *tables, float *scales) {
-    for (int64_t start = 0; start < column_bytes; start += SAB_BLOCK) {
-        int64_t bytes = column_bytes - start < SAB_BLOCK ? column_bytes - start : SAB_BLOCK, groups = 2 * bytes;
-        float sum, largest = sab_largest(sizes + start, bytes, &sum), entries[8], inverse = sab_lut_inverse(largest);
-        *scales++ = sab_lut_scale(largest);
-        for (int64_t group = 0; group < groups; group++, tables += 16) {
-            half_table(z + 8 * start + 4 * group, entries);
-            for (int q = 0; q < 8; q++) {
-                int entry = inverse == 0 ? 0 : (int)lrintf(entries[q] * inverse);
-                tables[q] = (uint8_t)(SAB_LUT_OFFSET + entry);
-                tables[8 + q] = (uint8_t)(SAB_LUT_OFFSET - entry);
-            }
-        }
-    }
-}
-
 void sab_portable_exact_tile(const uint8_t *codes, const int32_t *list, int64_t column_bytes, const float *tables,
                              float *sums) {
     float by_position[SAB_TILE] = {0};

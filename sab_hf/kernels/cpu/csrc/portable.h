@@ -10,8 +10,6 @@ SAB_HIDDEN void sab_portable_to_float(const void *x, int dtype, int64_t count, f
 SAB_HIDDEN void sab_portable_from_float(const float *x, int dtype, int64_t count, void *out);
 SAB_HIDDEN void sab_portable_exact_tables(const float *z, int64_t column_bytes, float *tables);
 SAB_HIDDEN void sab_portable_byte_sizes(const float *z, int64_t column_bytes, float *sizes);
-SAB_HIDDEN void sab_portable_lut_tables(const float *z, const float *sizes, int64_t column_bytes, uint8_t *tables,
-                                        float *scales);
 SAB_HIDDEN void sab_portable_exact_tile(const uint8_t *codes, const int32_t *list, int64_t column_bytes,
                                         const float *tables, float *sums);
 SAB_HIDDEN void sab_portable_dense_row(const uint8_t *bits, int64_t columns, const float *c, float r, int add, float *out);
