@@ -1,4 +1,8 @@
-"""Speed of packed weights, op by op and end to end, against dense ones in the same run. GPU: `python benchmarks/speed.py`."""
+"""Speed of packed weights, op by op and end to end, against others in the same run.
+
+GPU: `python benchmarks/speed.py`. CPU: `python benchmarks/speed.py --device cpu`, which is `speed_peers.py` (llama.cpp) with its
+options; `speed_cpu.py` and `speed_cpu_model.py` have single products, and models in PyTorch.
+"""
 
 import argparse
 import sys
@@ -8,10 +12,15 @@ from timing import Turns, provenance, write_json
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--device", choices=["cuda"], default="cuda", help="the CPU has speed_cpu.py, speed_cpu_model.py"
-    )
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    chosen, rest = device.parse_known_args()
+    if chosen.device == "cpu":
+        import speed_peers
+
+        speed_peers.main(rest)
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[device])
     parser.add_argument("--parts", nargs="+", choices=["op", "model"], default=["op", "model"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of the model")
     parser.add_argument("--tokens", type=int, default=128)
@@ -22,7 +31,7 @@ def main() -> None:
     parser.add_argument("--output", default="speed.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("no CUDA device; benchmarks/speed_cpu.py and speed_cpu_model.py measure the CPU")
+        sys.exit("no CUDA device; `--device cpu` measures the CPU")
     results = provenance("cuda") | {"command": " ".join(sys.argv)}
     if "op" in options.parts:
         import speed_gpu

@@ -14,11 +14,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from timing import copy_bandwidth, merge_rows, provenance
+from timing import copy_bandwidth, kernels_in_use, merge_rows, provenance
 from torch import Tensor
 
 from sab_hf import packing
-from sab_hf.kernels.cpu import library
 from sab_hf.kernels.ops import sab_linear
 
 SHAPES = ((18944, 3584), (3584, 18944), (4864, 896))
@@ -106,9 +105,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    kernels = library.load()
+    isa = kernels_in_use()
     bandwidth = copy_bandwidth("cpu", 256 << 20)
-    isa = "torch" if kernels is None else kernels.sab_cpu_isa().decode()
     results = {"provenance": provenance("cpu") | {"isa": isa}, "rows": []}
     print(results["provenance"], f"copy {bandwidth:.1f} GB/s", flush=True)
     for shape in arguments.shapes:

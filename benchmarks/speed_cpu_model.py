@@ -1,8 +1,8 @@
 """`generate` on a CPU with a vision-language model of half a billion parameters: dense, PyTorch's int8 and bf16, packed.
 
-The shape is Qwen2-0.5B's as the language model of LLaVA with a small SigLIP tower; weights are random, planes are made
-directly, because speed and memory do not depend on their values. Every variant runs in a process of its own, so that
-its resident memory is its own. Rows of an output file that are not measured again stay in it.
+The shape is Qwen2-0.5B's as the language model of LLaVA with a small SigLIP tower; `--shape` has larger ones. Weights are random,
+planes are made directly, because speed and memory do not depend on their values. Every variant runs in a process of its own, so
+that its resident memory is its own. Rows of an output file that are not measured again stay in it.
 
     python benchmarks/speed_cpu_model.py --threads 2 --output speed_cpu_model.json
 """
@@ -24,20 +24,27 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from timing import merge_rows, provenance
+from timing import kernels_in_use, merge_rows, provenance
 from torch import nn
 
 VARIANTS = ("float32", "bfloat16", "int8", "packed", "packed head", "packed head exact")
 IMAGE_TOKEN, IMAGE_TOKENS, TEXT_TOKENS, NEW_TOKENS = 151_646, 196, 32, 64
+LANGUAGE = {  # vocabulary, hidden and intermediate size, layers, heads of queries, and of keys and values
+    "0.5b": (151_936, 896, 4864, 24, 14, 2),  # Qwen2-0.5B
+    "3b": (151_936, 2048, 11008, 36, 16, 2),  # the language model of Qwen2.5-VL-3B
+    "7b": (152_064, 3584, 18944, 28, 28, 4),  # and of Qwen2.5-VL-7B
+}
 
 
-def config(layers: int):
-    """LLaVA of Qwen2-0.5B (24 layers of 896, vocabulary 151,936) and a SigLIP tower of 12 layers of 384."""
+def config(shape: str, layers: int | None = None):
+    """LLaVA of a language model of `shape`, with all its layers or as many as asked, and a SigLIP tower of 12 layers of 384."""
     from transformers import LlavaConfig, Qwen2Config, SiglipVisionConfig
 
+    vocabulary, hidden, intermediate, all_layers, heads, kv_heads = LANGUAGE[shape]
     text = Qwen2Config(
-        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers, num_attention_heads=14,
-        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers or all_layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=4096, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     vision = SiglipVisionConfig(
         hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=224, patch_size=16,
@@ -80,7 +87,7 @@ def pack_language(model: nn.Module, head_planes: int, residual: float) -> None:
             replace_module(model, name, random_packed(linear, head_planes, 0))
 
 
-def make_model(variant: str, layers: int, residual: float) -> nn.Module:
+def make_model(variant: str, shape: str = "0.5b", layers: int | None = None, residual: float = 0.0) -> nn.Module:
     """The model of one variant, evaluated, weights on the CPU."""
     from transformers import AutoModelForImageTextToText
 
@@ -88,7 +95,7 @@ def make_model(variant: str, layers: int, residual: float) -> nn.Module:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config(layers), dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(config(shape, layers), dtype=dtype)
     if variant.startswith("packed"):
         pack_language(model, 4 if "head" in variant else 0, residual)
     for module in model.modules():
@@ -132,43 +139,51 @@ class Clock:
         """Nothing to flush."""
 
 
-def measure(variant: str, layers: int, residual: float, compiled: bool, repeats: int) -> dict[str, float | str]:
+def measure(variant: str, options: argparse.Namespace) -> dict[str, float | str]:
     """Time `generate` of one variant: seconds of the whole, of the prefill with the first token, ms per further token.
 
     Medians over the repeats; of the tokens' times the median over all tokens of all repeats.
     """
     before = resident_mib("VmRSS")
-    model = make_model(variant, layers, residual)
+    model = make_model(variant, options.shape, options.layers, options.residual)
     arguments = {}
-    if compiled:
+    if options.compile:
         model.model.language_model.forward = torch.compile(model.model.language_model.forward, dynamic=False)
         arguments = {"cache_implementation": "static"}
-    tokens = torch.cat([torch.full((1, IMAGE_TOKENS), IMAGE_TOKEN), torch.arange(TEXT_TOKENS)[None] + 100], 1)
-    pixels = torch.randn(1, 3, 224, 224, dtype=model.dtype if variant == "bfloat16" else torch.float32)
+    if options.text:
+        tokens = torch.arange(IMAGE_TOKENS + TEXT_TOKENS)[None] + 100
+    else:
+        tokens = torch.cat([torch.full((1, IMAGE_TOKENS), IMAGE_TOKEN), torch.arange(TEXT_TOKENS)[None] + 100], 1)
+        dtype = model.dtype if variant == "bfloat16" else torch.float32
+        arguments["pixel_values"] = torch.randn(1, 3, 224, 224, dtype=dtype)
 
     def generate(new_tokens: int) -> list[float]:
         clock = Clock()
         start = time.perf_counter()
         out = model.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels, do_sample=False,
-            max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0, streamer=clock, **arguments,
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens, pad_token_id=0, streamer=clock, **arguments,
         )  # fmt: skip
         assert out.shape[1] == tokens.shape[1] + new_tokens
         return [stamp - start for stamp in clock.times[1:]]  # the first one is the prompt
 
     with torch.inference_mode():
-        generate(NEW_TOKENS if compiled else 2)  # a static cache is as long as the text, and compiled for its length
-        runs = [generate(NEW_TOKENS) for _ in range(repeats)]
+        generate(
+            NEW_TOKENS if options.compile else 2
+        )  # a static cache is as long as the text, and compiled for its length
+        runs = [generate(NEW_TOKENS) for _ in range(options.repeats)]
     steps = [later - earlier for run in runs for earlier, later in pairwise(run)]
     return {
         "variant": variant,
-        "compiled": compiled,
-        "isa": isa() if variant.startswith("packed") else "PyTorch's choice",
-        "repeats": repeats,
+        "shape": options.shape,
+        "compiled": options.compile,
+        "isa": kernels_in_use() if variant.startswith("packed") else "PyTorch's choice",
+        "repeats": options.repeats,
         "seconds": statistics.median(run[-1] for run in runs),
         "first_token_seconds": statistics.median(run[0] for run in runs),
         "ms_per_token": statistics.median(steps) * 1e3,
         "min_ms_per_token": min(steps) * 1e3,
+        "resident_before_mib": before,
         "resident_mib": settled_resident_mib() - before,
         "peak_mib": resident_mib("VmHWM") - before,
     }
@@ -182,17 +197,17 @@ def settled_resident_mib() -> float:
     return resident_mib("VmRSS")
 
 
-def isa() -> str:
-    from sab_hf.kernels.cpu import library
-
-    kernels = library.load()
-    return "torch" if kernels is None else kernels.sab_cpu_isa().decode()
+def environment() -> dict[str, str]:
+    """That of a process which measures: it imports the package of this checkout."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--shape", choices=LANGUAGE, default="0.5b")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--text", action="store_true", help="a prompt of as many tokens without a picture")
     parser.add_argument(
         "--residual", type=float, default=0.0, help="share of significant columns in the language blocks"
     )
@@ -204,14 +219,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.one:
-        rest = (arguments.layers, arguments.residual, arguments.compile, arguments.repeats)
-        print(json.dumps(measure(arguments.one, *rest)))
+        print(json.dumps(measure(arguments.one, arguments)))
         return
+    kernels_in_use()
     results = {"provenance": provenance("cpu"), "rows": []}
     for variant in arguments.variants:
         command = [sys.executable, __file__, *sys.argv[1:], "--one", variant]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1])])}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment())
         if done.returncode:
             print(f"{variant}: failed", flush=True)
             continue
@@ -223,7 +237,7 @@ def main() -> None:
             flush=True,
         )
         if arguments.output:
-            merge_rows(arguments.output, results, ("variant", "compiled", "isa"))
+            merge_rows(arguments.output, results, ("variant", "shape", "compiled", "isa"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 from speed_cpu_model import IMAGE_TOKEN, IMAGE_TOKENS, NEW_TOKENS, TEXT_TOKENS, Clock, make_model
-from timing import provenance, write_json
+from timing import kernels_in_use, provenance, write_json
 from torch import nn
 
 from sab_hf import SABLinear
@@ -105,7 +105,8 @@ def main() -> None:
     parser.add_argument("--output", default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = make_model("packed head", 24, 0.0)
+    isa = kernels_in_use()
+    model = make_model("packed head")
     packed = {name: module for name, module in model.named_modules() if isinstance(module, SABLinear)}
     inputs = {module.in_features: torch.randn(1, 1, module.in_features) for module in packed.values()}
     rows = {}
@@ -121,7 +122,6 @@ def main() -> None:
             replace_module(model, name, Stub(module.out_features))
         whole, tokens = time_tokens(model)
         rows["token without packed Linears"] = spread(tokens) | {"generate s": whole}
-    isa = library.load().sab_cpu_isa().decode()
     for name, row in rows.items():
         print(f"{name:32}", {key: round(value, 3) for key, value in row.items()}, flush=True)
     if arguments.output:

@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -133,6 +134,24 @@ def provenance(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": _commit(),
     }
+
+
+def kernels_in_use() -> str:
+    """Return the instruction set of the CPU kernels; end the program where they are not built, unless that was asked for.
+
+    What was measured without them would be PyTorch's fallback, and look like ours.
+    """
+    from sab_hf.kernels.cpu import library
+
+    kernels = library.load()
+    if kernels is not None:
+        return kernels.sab_cpu_isa().decode()
+    if os.environ.get(library.SWITCH) == library.PYTORCH:
+        return library.PYTORCH
+    sys.exit(
+        f"the CPU kernels of {Path(library.__file__).parent} cannot be used: build them with `python -m "
+        f"sab_hf.kernels.cpu.build`, or set {library.SWITCH}={library.PYTORCH} to measure without them"
+    )
 
 
 def _cpu_name() -> str:

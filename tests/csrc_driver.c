@@ -1,12 +1,66 @@
-/* Every kernel over sizes that divide by nothing, for a run under the address and undefined behaviour sanitizers. All
- * memory is of the exact size, so that a read or write beyond it is seen. Prints a sum, so that nothing is optimized away. */
+/* Every kernel over sizes that divide by nothing, against products in double: for a run under the address and undefined behaviour
+ * sanitizers, and for one under emulation. All memory is of the exact size, so that a read or write beyond it is seen. Prints
+ * a sum, so that nothing is optimized away. */
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "half.h"
 #include "sab_cpu.h"
+
+/* y [rows] += the product of one plane with a token's inputs, bound [rows] += the error that look-up may make in it, and
+ * rounding [rows] the one of float32. columns: which inputs are taken, ascending; NULL for all. */
+static void add_plane(const uint8_t *signs, const uint16_t *row_scale, const uint16_t *col_scale, int64_t rows, int64_t count,
+                      const int32_t *columns, const float *x, double *y, double *bound, double *rounding) {
+    double *z = calloc((size_t)(count + 128), sizeof(double)), steps = 0, all = 0;
+    for (int64_t j = 0; j < count; j++)
+        z[j] = (double)x[columns == NULL ? j : columns[j]] * (double)sab_half_to_float(col_scale[j]), all += fabs(z[j]);
+    for (int64_t start = 0; start < count; start += 8 * SAB_BLOCK) { /* half a step for each group of 4 columns */
+        int64_t bytes = (count - start + 7) / 8;
+        double largest = 0;
+        for (int64_t j = start; j < start + 8 * SAB_BLOCK; j += 4)
+            largest = fmax(largest, fabs(z[j]) + fabs(z[j + 1]) + fabs(z[j + 2]) + fabs(z[j + 3]));
+        steps += largest / (2 * SAB_LUT_LIMIT) * 2 * (double)(bytes < SAB_BLOCK ? bytes : SAB_BLOCK);
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        const uint8_t *bits = signs + row * ((count + 7) / 8);
+        double sum = 0, scale = (double)sab_half_to_float(row_scale[row]);
+        for (int64_t j = 0; j < count; j++) sum += bits[j >> 3] >> (j & 7) & 1 ? z[j] : -z[j];
+        y[row] += scale * sum, bound[row] += fabs(scale) * steps, rounding[row] += fabs(scale) * all * 1e-6;
+    }
+    free(z);
+}
+
+/* Stop unless what was found for each token is the product: to rounding, or within the bound of look-up. */
+static void compare(const sab_matrix *matrix, const float *x, int64_t stride, int64_t tokens, const float *found, int exact) {
+    const int64_t rows = matrix->rows, columns = matrix->columns, row_bytes = (columns + 7) / 8;
+    int32_t *significant = malloc((size_t)(matrix->significant + 1) * sizeof(int32_t));
+    double *expected = malloc(3 * (size_t)rows * sizeof(double) + 1), *bound = expected + rows, *rounding = bound + rows;
+    for (int64_t j = 0, count = 0; matrix->significant && j < columns; j++)
+        if (matrix->significant_columns[j >> 3] >> (j & 7) & 1) significant[count++] = (int32_t)j;
+    for (int64_t token = 0; token < tokens; token++) {
+        memset(expected, 0, 3 * (size_t)rows * sizeof(double));
+        for (int64_t k = 0; k < matrix->planes; k++)
+            add_plane(matrix->signs + k * rows * row_bytes, matrix->row_scale + k * rows, matrix->col_scale + k * columns, rows,
+                      columns, NULL, x + token * stride, expected, bound, rounding);
+        if (matrix->significant)
+            add_plane(matrix->residual_signs, matrix->residual_row_scale, matrix->residual_col_scale, rows, matrix->significant,
+                      significant, x + token * stride, expected, bound, rounding);
+        for (int64_t row = 0; row < rows; row++) {
+            const double error = fabs((double)found[token * rows + row] - expected[row]);
+            const double allowed = rounding[row] + 1e-30 + (exact ? 0 : 1.001 * bound[row]);
+            if (isfinite(expected[row]) ? error <= allowed : !isfinite(found[token * rows + row])) continue;
+            fprintf(stderr, "%s, exact %d, %lld rows of %lld columns: row %lld of token %lld is %g, must be %g, error %g of %g\n",
+                    sab_cpu_isa(), exact, (long long)rows, (long long)columns, (long long)row, (long long)token,
+                    (double)found[token * rows + row], expected[row], error, allowed);
+            exit(1);
+        }
+    }
+    free(significant);
+    free(expected);
+}
 
 static void *filled(size_t bytes) {
     unsigned char *memory = malloc(bytes ? bytes : 1);
@@ -53,8 +107,8 @@ static void run_several(const sab_matrix *matrix, const char *x, int64_t stride,
     }
 }
 
-/* `special`: some inputs are infinite or no numbers. */
-static double run(const sab_matrix *matrix, int64_t tokens, int64_t stride, int dtype, int special) {
+/* `special`: some inputs are infinite or no numbers. `marked`: the mask has as many bits as there are significant columns. */
+static double run(const sab_matrix *matrix, int64_t tokens, int64_t stride, int dtype, int special, int marked) {
     const size_t size = dtype == SAB_FLOAT32 ? 4 : 2;
     double sum = 0;
     char *x = malloc(size * (size_t)(tokens ? (tokens - 1) * stride + matrix->columns : 0) + 1);
@@ -70,6 +124,8 @@ static double run(const sab_matrix *matrix, int64_t tokens, int64_t stride, int 
             void *into[] = {y};
             if (sab_cpu_linears(matrix, 1, x, stride, dtype, tokens, into, exact, threads) != 0) abort();
             for (size_t i = 0; i < size * (size_t)(tokens * matrix->rows); i++) sum += y[i];
+            if (dtype == SAB_FLOAT32 && marked && threads == 1 && tokens <= 5)
+                compare(matrix, (float *)x, stride, tokens, (float *)y, exact);
             run_several(matrix, x, stride, dtype, tokens, y, exact, threads);
             free(y);
         }
@@ -111,6 +167,8 @@ static void check_refusals(void) {
         if (sab_cpu_dense(&right, rows[i][0], rows[i][1], NULL, 2) != SAB_BAD_SIZES) abort();
 }
 
+static int64_t most_tokens; /* of one product */
+
 static double check(int64_t rows, int64_t columns, int64_t planes, int64_t significant) {
     const int64_t bytes = (columns + 7) / 8, residual = (significant + 7) / 8;
     const int64_t plane_bytes = sab_cpu_layout_bytes(rows, columns);
@@ -130,11 +188,11 @@ static double check(int64_t rows, int64_t columns, int64_t planes, int64_t signi
     matrix.codes = codes, matrix.residual_codes = residual_codes;
     double sum = 0;
     const int64_t tokens[] = {0, 1, 2, 5, 17, 67};
-    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
-        for (int dtype = 0; dtype < 3; dtype++) sum += run(&matrix, tokens[i], columns + dtype, dtype, i == 3);
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens && tokens[i] <= most_tokens; i++)
+        for (int dtype = 0; dtype < 3; dtype++) sum += run(&matrix, tokens[i], columns + dtype, dtype, i == 3, 1);
     for (int mask = 0; significant && mask < 256; mask += 255) { /* no column is marked, or all */
         memset(owned[3], mask, (size_t)bytes);
-        sum += run(&matrix, 2, columns, SAB_FLOAT32, 1) + dense_sum(&matrix, 0, rows);
+        sum += run(&matrix, 2, columns, SAB_FLOAT32, 1, 0) + dense_sum(&matrix, 0, rows);
     }
     sum += dense_sum(&matrix, rows / 2, rows - rows / 2);
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
@@ -168,7 +226,9 @@ static void start_team(void (*function)(void *), void *argument, unsigned thread
     regions++;
 }
 
-int main(void) {
+/* The only argument, if any, is the largest number of tokens, for runs under emulation. */
+int main(int count, char **arguments) {
+    most_tokens = count > 1 ? atoi(arguments[1]) : 67;
     const int64_t sizes[][4] = {{1, 1, 1, 0},   {1, 1, 1, 1},    {3, 7, 2, 7},      {63, 9, 1, 8},    {64, 128, 1, 0},
                                 {65, 129, 3, 1}, {130, 255, 4, 9}, {257, 1000, 2, 300}, {700, 33, 1, 17}, {5, 2049, 1, 1}};
     const char *names[] = {"portable", "avx2", "avx512", "neon"};

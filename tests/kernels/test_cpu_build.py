@@ -48,19 +48,44 @@ def compile_c(tmp_path: Path, code: str) -> Path:
     return target
 
 
+def compile_program(tmp_path: Path, source: str, *rest: str) -> Path:
+    """Compile a C program of this folder's parent."""
+    program = tmp_path / "program"
+    include, std = f"-I{build.HERE / 'csrc'}", ("-std=c11", "-D_POSIX_C_SOURCE=200809L", "-pthread")
+    command = [*build.find_compiler(), *std, include, str(ROOT / "tests" / source), *rest, "-lm", "-o", str(program)]
+    subprocess.run(command, check=True)
+    return program
+
+
 @needs_compiler
-def test_kernels_are_clean_under_sanitizers(tmp_path):
+def test_kernels_are_clean_under_sanitizers_and_equal_products_in_double(tmp_path):
     objects, _ = build.compile_objects(tmp_path, SANITIZERS, os.uname().machine)
-    driver = tmp_path / "driver"
-    sources = [str(ROOT / "tests/csrc_driver.c"), *map(str, objects)]
-    include = f"-I{build.HERE / 'csrc'}"
-    subprocess.run(
-        [*build.find_compiler(), *SANITIZERS, "-pthread", include, *sources, "-lm", "-o", str(driver)], check=True
-    )
+    driver = compile_program(tmp_path, "csrc_driver.c", *SANITIZERS, *map(str, objects))
     done = subprocess.run([driver], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 1
     assert not done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")),
+    reason="needs the packages gcc-aarch64-linux-gnu and qemu-user",
+)
+def test_neon_equals_products_in_double_under_emulation(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "aarch64-linux-gnu-gcc")
+    objects, defines = build.compile_objects(tmp_path, (), "aarch64")
+    assert defines == ["-DSAB_HAVE_NEON"]
+    driver = compile_program(tmp_path, "csrc_driver.c", "-O2", "-static", *map(str, objects))
+    done = subprocess.run(["qemu-aarch64", driver, "5"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["portable", "portable", "neon", "neon"]
+
+
+@needs_compiler
+def test_the_faster_look_ups_of_two_instruction_sets_are_taken(tmp_path):
+    program = compile_program(tmp_path, "csrc_choice.c", "-O2")
+    assert subprocess.run([program], check=False).returncode == 0
 
 
 @needs_compiler

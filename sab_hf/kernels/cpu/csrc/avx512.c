@@ -2,7 +2,6 @@
  * VBMI are not used: a dot product of bytes takes 64 weights an instruction and a lookup 256, and the larger tables of
  * VBMI would need codes of 5 or more bits, another layout. */
 #include <immintrin.h>
-#include <string.h>
 
 #include "avx2.h"
 #include "portable.h"
@@ -38,58 +37,73 @@ static void exact_tile(const uint8_t *codes, const int32_t *list, int64_t column
     sab_to_row_order(by_position, sums);
 }
 
-/* sums[0..15] and sums[32..47] += scale * (words - zero), 32 signed words. */
-static inline void add_scaled(float *sums, __m512i words, __m512i zero, __m512 scale) {
+/* low and high: 16 sums each += scale * (words - zero), 32 signed words. */
+static inline void add_scaled(__m512 *low, __m512 *high, __m512i words, __m512i zero, __m512 scale) {
     words = _mm512_sub_epi16(words, zero);
-    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(words)));
-    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(words, 1)));
-    _mm512_storeu_ps(sums, _mm512_fmadd_ps(low, scale, _mm512_loadu_ps(sums)));
-    _mm512_storeu_ps(sums + 32, _mm512_fmadd_ps(high, scale, _mm512_loadu_ps(sums + 32)));
+    __m512i low_words = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(words));
+    __m512i high_words = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(words, 1));
+    *low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low_words), scale, *low);
+    *high = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high_words), scale, *high);
 }
 
-/* As in avx2.c, with all 64 rows in one register. */
-static inline __attribute__((always_inline)) void lut_tokens(const uint8_t *codes, int64_t column_bytes,
-                                                             const uint8_t *tables, int64_t table_stride,
-                                                             const float *scales, int64_t scale_stride, int tokens,
-                                                             float *sums) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    for (int64_t start = 0; start < column_bytes; start += SAB_BLOCK) {
-        int64_t bytes = column_bytes - start < SAB_BLOCK ? column_bytes - start : SAB_BLOCK;
-        __m512i all[4], odd[4];
-        for (int token = 0; token < tokens; token++) all[token] = odd[token] = _mm512_setzero_si512();
-        for (int64_t byte = start; byte < start + bytes; byte++) {
-            const uint8_t *here = codes + SAB_TILE * byte;
-            _mm_prefetch((const char *)here + 4096, _MM_HINT_T0);
-            __m512i code = _mm512_loadu_si512(here);
-            __m512i low = _mm512_and_si512(code, nibble), high = _mm512_and_si512(_mm512_srli_epi16(code, 4), nibble);
-            for (int token = 0; token < tokens; token++) {
-                const __m128i *table = (const __m128i *)(tables + token * table_stride + 32 * byte);
-                __m512i found = _mm512_add_epi8(
-                    _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table)), low),
-                    _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table + 1)), high));
-                all[token] = _mm512_add_epi16(all[token], found);
-                odd[token] = _mm512_add_epi16(odd[token], _mm512_srli_epi16(found, 8));
-            }
-        }
-        const __m512i zero = _mm512_set1_epi16((short)(2 * SAB_LUT_OFFSET * bytes));
+/* As in avx2.c, with all 64 rows in one register. sums [tokens][4]: rows 0 to 15, 32 to 47, 16 to 31, 48 to 63. */
+static inline __attribute__((always_inline)) void add_block(const uint8_t *codes, int64_t bytes, const uint8_t *tables,
+                                                            int64_t table_stride, const float *scales,
+                                                            int64_t scale_stride, const int tokens, __m512 (*sums)[4]) {
+    const __m512i nibble = _mm512_set1_epi8(15), zero = _mm512_set1_epi16((short)(2 * SAB_LUT_OFFSET * bytes));
+    __m512i all[SAB_GROUP_TOKENS], odd[SAB_GROUP_TOKENS];
+    for (int token = 0; token < tokens; token++) all[token] = odd[token] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int64_t byte = 0; byte < bytes; byte++) {
+        const uint8_t *here = codes + SAB_TILE * byte;
+        _mm_prefetch((const char *)here + 4096, _MM_HINT_T0);
+        __m512i code = _mm512_loadu_si512(here);
+        __m512i low = _mm512_and_si512(code, nibble), high = _mm512_and_si512(_mm512_srli_epi16(code, 4), nibble);
+#pragma GCC unroll 4
         for (int token = 0; token < tokens; token++) {
-            __m512 scale = _mm512_set1_ps(scales[token * scale_stride + start / SAB_BLOCK]);
-            __m512i even = _mm512_sub_epi16(all[token], _mm512_slli_epi16(odd[token], 8));
-            add_scaled(sums + SAB_TILE * token, even, zero, scale);
-            add_scaled(sums + SAB_TILE * token + 16, odd[token], zero, scale);
+            const __m128i *table = (const __m128i *)(tables + token * table_stride + 32 * byte);
+            __m512i found = _mm512_add_epi8(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table)), low),
+                                            _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table + 1)), high));
+            all[token] = _mm512_add_epi16(all[token], found);
+            odd[token] = _mm512_add_epi16(odd[token], _mm512_srli_epi16(found, 8));
         }
+    }
+    for (int token = 0; token < tokens; token++) {
+        __m512 scale = _mm512_set1_ps(scales[token * scale_stride]);
+        __m512i even = _mm512_sub_epi16(all[token], _mm512_slli_epi16(odd[token], 8));
+        add_scaled(&sums[token][0], &sums[token][1], even, zero, scale);
+        add_scaled(&sums[token][2], &sums[token][3], odd[token], zero, scale);
     }
 }
 
-static void lut_tile(const uint8_t *codes, int64_t column_bytes, const uint8_t *tables, int64_t table_stride,
-                     const float *scales, int64_t scale_stride, int tokens, float *sums) {
-    memset(sums, 0, (size_t)tokens * SAB_TILE * sizeof(float));
-    if (tokens == 1)
-        lut_tokens(codes, column_bytes, tables, table_stride, scales, scale_stride, 1, sums);
-    else if (tokens == 4)
-        lut_tokens(codes, column_bytes, tables, table_stride, scales, scale_stride, 4, sums);
-    else
-        lut_tokens(codes, column_bytes, tables, table_stride, scales, scale_stride, tokens, sums);
+static inline __attribute__((always_inline)) void lut_tokens(const uint8_t *codes, int64_t column_bytes,
+                                                             const uint8_t *tables, int64_t table_stride,
+                                                             const float *scales, int64_t scale_stride,
+                                                             const int tokens, float *sums) {
+    __m512 total[SAB_GROUP_TOKENS][4];
+    for (int token = 0; token < tokens; token++)
+        for (int i = 0; i < 4; i++) total[token][i] = _mm512_setzero_ps();
+    int64_t byte = 0;
+    for (; byte + SAB_BLOCK <= column_bytes; byte += SAB_BLOCK)
+        add_block(codes + SAB_TILE * byte, SAB_BLOCK, tables + 32 * byte, table_stride, scales++, scale_stride, tokens, total);
+    if (byte < column_bytes)
+        add_block(codes + SAB_TILE * byte, column_bytes - byte, tables + 32 * byte, table_stride, scales, scale_stride, tokens,
+                  total);
+    for (int token = 0; token < tokens; token++, sums += SAB_TILE) {
+        _mm512_storeu_ps(sums, total[token][0]);
+        _mm512_storeu_ps(sums + 16, total[token][2]);
+        _mm512_storeu_ps(sums + 32, total[token][1]);
+        _mm512_storeu_ps(sums + 48, total[token][3]);
+    }
+}
+
+static void lut_one(const uint8_t *codes, int64_t column_bytes, const uint8_t *tables, const float *scales, float *sums) {
+    lut_tokens(codes, column_bytes, tables, 0, scales, 0, 1, sums);
+}
+
+static void lut_group(const uint8_t *codes, int64_t column_bytes, const uint8_t *tables, int64_t table_stride,
+                      const float *scales, int64_t scale_stride, float *sums) {
+    lut_tokens(codes, column_bytes, tables, table_stride, scales, scale_stride, SAB_GROUP_TOKENS, sums);
 }
 
 static void dense_row(const uint8_t *bits, int64_t columns, const float *c, float r, int add, float *out) {
@@ -106,13 +120,14 @@ static void dense_row(const uint8_t *bits, int64_t columns, const float *c, floa
 const sab_kernels sab_kernels_avx512 = {
     .name = "avx512",
     .exact_entries = 16,
-    .group_tokens = 4,
     .has_lut = 1,
     .to_float = sab_avx2_to_float,
     .from_float = sab_portable_from_float,
+    .byte_sizes = sab_avx2_byte_sizes,
     .lut_tables = sab_avx2_lut_tables,
     .exact_tables = exact_tables,
-    .lut_tile = lut_tile,
+    .lut_one = lut_one,
+    .lut_group = lut_group,
     .exact_tile = exact_tile,
     .dense_row = dense_row,
 };

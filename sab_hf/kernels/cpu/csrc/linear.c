@@ -21,7 +21,7 @@ typedef struct {
     const uint16_t *row_scale, *col_scale;
     int64_t columns, column_bytes, most_outliers;
     int64_t tables, scales, outliers; /* where they begin in a token's part of the scratch memory */
-} plane;
+} plane; /* one of a matrix: full ones, then the residual one */
 
 typedef struct {
     const sab_kernels *kernels;
@@ -30,8 +30,9 @@ typedef struct {
     char *y;
     int64_t x_stride, first_token, tokens; /* tokens of this chunk */
     int dtype, exact;
-    char *memory; /* of token t: memory + t * token_bytes: inputs, scaled inputs, then tables and scales by plane */
-    int64_t token_bytes, scaled;
+    char *memory; /* of token t: memory + t * token_bytes: inputs, scaled inputs, sizes, then tables and scales by plane */
+    int64_t token_bytes, scaled, sizes;
+    plane *planes;
     int32_t *significant; /* column of each significant column, ascending */
     int64_t tiles_per_task, tile_tasks, tasks;
 } call;
@@ -88,23 +89,22 @@ static plane plane_at(const call *c, int64_t index) {
         p.col_scale = matrix->residual_col_scale;
     }
     /* The residual plane is never wider than a full one. */
-    p.tables = 2 * c->scaled + index * (full_size + scale_size + outlier_size);
+    p.tables = c->sizes + round_up(full_bytes * (int64_t)sizeof(float), 64) + index * (full_size + scale_size + outlier_size);
     p.scales = p.tables + full_size;
     p.outliers = p.scales + scale_size;
     p.most_outliers = SAB_BLOCK_OUTLIERS * blocks;
     return p;
 }
 
-/* Task: all tables of one token. */
-static void make_tables(void *argument, int64_t token) {
-    const call *c = argument;
+/* All tables of one token. */
+static void make_tables(const call *c, int64_t token) {
     const sab_matrix *matrix = c->matrix;
     char *own = c->memory + token * c->token_bytes;
-    float *inputs = (float *)own, *scaled = (float *)(own + c->scaled);
+    float *inputs = (float *)own, *scaled = (float *)(own + c->scaled), *sizes = (float *)(own + c->sizes);
     const char *x = c->x + element_size(c->dtype) * (size_t)((c->first_token + token) * c->x_stride);
     c->kernels->to_float(x, c->dtype, matrix->columns, inputs);
     for (int64_t index = 0; index < num_planes(c); index++) {
-        plane p = plane_at(c, index);
+        const plane p = c->planes[index];
         c->kernels->to_float(p.col_scale, SAB_FLOAT16, p.columns, scaled);
         if (index < matrix->planes)
             for (int64_t j = 0; j < p.columns; j++) scaled[j] *= inputs[j];
@@ -116,19 +116,25 @@ static void make_tables(void *argument, int64_t token) {
             continue;
         }
         outliers out = outliers_at(c, own + p.outliers, p.most_outliers);
-        *out.count = sab_take_outliers(scaled, p.column_bytes, out.list, out.values);
+        c->kernels->byte_sizes(scaled, p.column_bytes, sizes);
+        *out.count = sab_take_outliers(scaled, sizes, p.column_bytes, out.list, out.values);
         c->kernels->exact_tables(out.values, *out.count, out.tables);
-        c->kernels->lut_tables(scaled, p.column_bytes, (uint8_t *)(own + p.tables), (float *)(own + p.scales));
+        c->kernels->lut_tables(scaled, sizes, p.column_bytes, (uint8_t *)(own + p.tables), (float *)(own + p.scales));
     }
 }
 
-/* sums[tokens][64] of one plane and tile. */
+/* sums[tokens][64] of one plane and tile; one token, or with look-up SAB_GROUP_TOKENS. */
 static void sum_tile(const call *c, const plane *p, int64_t tile, int64_t token, int tokens, float *sums) {
     const uint8_t *codes = p->codes + tile * SAB_TILE * p->column_bytes;
     char *own = c->memory + token * c->token_bytes;
     if (!c->exact) {
-        c->kernels->lut_tile(codes, p->column_bytes, (const uint8_t *)(own + p->tables), c->token_bytes,
-                             (const float *)(own + p->scales), c->token_bytes / (int64_t)sizeof(float), tokens, sums);
+        const uint8_t *tables = (const uint8_t *)(own + p->tables);
+        const float *scales = (const float *)(own + p->scales);
+        if (tokens == 1)
+            c->kernels->lut_one(codes, p->column_bytes, tables, scales, sums);
+        else
+            c->kernels->lut_group(codes, p->column_bytes, tables, c->token_bytes, scales,
+                                  c->token_bytes / (int64_t)sizeof(float), sums);
         for (int i = 0; i < tokens; i++, own += c->token_bytes) {
             outliers out = outliers_at(c, own + p->outliers, p->most_outliers);
             if (*out.count == 0) continue;
@@ -145,14 +151,15 @@ static void sum_tile(const call *c, const plane *p, int64_t tile, int64_t token,
 /* One tile of rows of the output, for the tokens from `first` to `last`. */
 static void finish_tile(const call *c, int64_t tile, int64_t first, int64_t last) {
     const int64_t row = tile * SAB_TILE, left = c->matrix->rows - row, rows = left < SAB_TILE ? left : SAB_TILE;
-    float total[TASK_TOKENS][SAB_TILE] = {{0}}, sums[SAB_GROUP_TOKENS * SAB_TILE], row_scale[SAB_TILE] = {0};
+    float total[TASK_TOKENS][SAB_TILE], sums[SAB_GROUP_TOKENS * SAB_TILE], row_scale[SAB_TILE] = {0};
+    memset(total, 0, (size_t)(last - first) * sizeof total[0]);
     for (int64_t index = 0; index < num_planes(c); index++) {
-        plane p = plane_at(c, index);
-        c->kernels->to_float(p.row_scale + row, SAB_FLOAT16, rows, row_scale);
-        const int group = c->exact ? 1 : c->kernels->group_tokens;
+        const plane *p = &c->planes[index];
+        c->kernels->to_float(p->row_scale + row, SAB_FLOAT16, rows, row_scale);
+        const int group = c->exact ? 1 : SAB_GROUP_TOKENS;
         for (int64_t token = first; token < last;) {
             int tokens = last - token >= group ? group : 1;
-            sum_tile(c, &p, tile, token, tokens, sums);
+            sum_tile(c, p, tile, token, tokens, sums);
             for (int i = 0; i < tokens; i++, token++)
                 for (int r = 0; r < SAB_TILE; r++) total[token - first][r] += row_scale[r] * sums[SAB_TILE * i + r];
         }
@@ -207,24 +214,31 @@ static void run_chunk(group *g, int64_t first_token, int64_t tokens, int threads
     sab_parallel(tiles_task, g, tasks, row_threads);
 }
 
+static int64_t significant_bytes(const call *c) { return round_up(c->matrix->significant * (int64_t)sizeof(int32_t), 64); }
+
+static int64_t planes_bytes(const call *c) { return round_up(num_planes(c) * (int64_t)sizeof(plane), 64); }
+
 /* The products of `g`, whose calls have all but memory and tokens. Returns 0, or SAB_NO_MEMORY. */
 static int run_group(group *g, int64_t tokens, int threads) {
-    int64_t token_bytes = 0, list_bytes = 0;
+    int64_t token_bytes = 0, kept_bytes = 0;
     for (call *c = g->calls; c < g->calls + g->count; c++) {
         c->exact = c->exact || !c->kernels->has_lut;
         c->scaled = round_up(8 * bytes_of(c->matrix->columns) * (int64_t)sizeof(float), 64);
+        c->sizes = 2 * c->scaled;
         token_bytes += c->token_bytes = plane_at(c, num_planes(c)).tables; /* where one more plane would begin */
-        list_bytes += round_up(c->matrix->significant * (int64_t)sizeof(int32_t), 64);
+        kept_bytes += significant_bytes(c) + planes_bytes(c);
     }
     int64_t chunk = CHUNK_BYTES / (token_bytes + 1);
     chunk = chunk < TASK_TOKENS ? TASK_TOKENS : chunk > CHUNK_TOKENS ? CHUNK_TOKENS : chunk;
     if (chunk > tokens) chunk = tokens;
-    char *memory = sab_scratch((size_t)(list_bytes + chunk * token_bytes + 64));
+    char *memory = sab_scratch((size_t)(kept_bytes + chunk * token_bytes + 64));
     if (memory == NULL) return SAB_NO_MEMORY;
     for (call *c = g->calls; c < g->calls + g->count; c++) {
         c->significant = (int32_t *)memory;
         if (c->matrix->significant > 0) sab_list_significant(c->matrix, c->significant);
-        c->memory = memory + round_up(c->matrix->significant * (int64_t)sizeof(int32_t), 64);
+        c->planes = (plane *)(memory + significant_bytes(c));
+        for (int64_t index = 0; index < num_planes(c); index++) c->planes[index] = plane_at(c, index);
+        c->memory = memory + significant_bytes(c) + planes_bytes(c);
         memory = c->memory + chunk * c->token_bytes;
     }
     for (int64_t first = 0; first < tokens; first += chunk)

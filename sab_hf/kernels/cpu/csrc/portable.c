@@ -38,25 +38,11 @@ void sab_portable_exact_tables(const float *z, int64_t column_bytes, float *tabl
     }
 }
 
-void sab_portable_lut_tables(const float *z, int64_t column_bytes, uint8_t *tables, float *scales) {
-    for (int64_t start = 0; start < column_bytes; start += SAB_BLOCK) {
-        int64_t groups = 2 * (column_bytes - start < SAB_BLOCK ? column_bytes - start : SAB_BLOCK);
-        float largest = 0, entries[8];
-        for (int64_t group = 0; group < groups; group++) {
-            const float *four = z + 8 * start + 4 * group;
-            float sum = fabsf(four[0]) + fabsf(four[1]) + fabsf(four[2]) + fabsf(four[3]);
-            largest = sum <= largest ? largest : sum; /* a NaN replaces any number, and nothing replaces it */
-        }
-        float inverse = sab_lut_inverse(largest);
-        *scales++ = sab_lut_scale(largest);
-        for (int64_t group = 0; group < groups; group++, tables += 16) {
-            half_table(z + 8 * start + 4 * group, entries);
-            for (int q = 0; q < 8; q++) {
-                int entry = inverse == 0 ? 0 : (int)lrintf(entries[q] * inverse);
-                tables[q] = (uint8_t)(SAB_LUT_OFFSET + entry);
-                tables[8 + q] = (uint8_t)(SAB_LUT_OFFSET - entry);
-            }
-        }
+void sab_portable_byte_sizes(const float *z, int64_t column_bytes, float *sizes) {
+    for (int64_t byte = 0; byte < column_bytes; byte++, z += 8) {
+        float low = (fabsf(z[0]) + fabsf(z[1])) + (fabsf(z[2]) + fabsf(z[3]));
+        float high = (fabsf(z[4]) + fabsf(z[5])) + (fabsf(z[6]) + fabsf(z[7]));
+        sizes[byte] = (low > high ? low : high) + ((low - low) + (high - high)); /* infinity - infinity is NaN */
     }
 }
 

@@ -16,13 +16,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SAB_CPU_ABI 4         /* must equal sab_hf.kernels.library.ABI; raise both when anything below changes */
+#define SAB_CPU_ABI 5         /* must equal sab_hf.kernels.library.ABI; raise both when anything below changes */
 #define SAB_TILE 64           /* rows of one tile of the kernel layout */
 #define SAB_BLOCK 16          /* column bytes (128 columns) that share one scale of the int8 tables */
 #define SAB_LUT_LIMIT 63      /* table entries are integers in [-63, 63], stored plus SAB_LUT_OFFSET */
 #define SAB_LUT_OFFSET 64
 #define SAB_BLOCK_OUTLIERS 2  /* column bytes of a block that may be looked up in float32 instead */
-#define SAB_GROUP_TOKENS 4    /* tokens that one call of a look-up tile kernel takes at most */
+#define SAB_GROUP_TOKENS 4    /* tokens that one call of lut_group takes */
 
 /* Where row `row` of a tile lies among its 64 bytes. */
 #define SAB_POSITION(row) (((row) & 32) | (((row) & 15) << 1) | (((row) >> 4) & 1))
@@ -54,16 +54,19 @@ typedef struct {
 typedef struct {
     const char *name;
     int exact_entries;
-    int group_tokens; /* tokens for one call of lut_tile, at most SAB_GROUP_TOKENS */
     int has_lut;      /* 0: the exact kernel does both */
     void (*to_float)(const void *x, int dtype, int64_t count, float *out);
     void (*from_float)(const float *x, int dtype, int64_t count, void *out);
-    /* z: [8 * column_bytes], zero beyond the columns */
-    void (*lut_tables)(const float *z, int64_t column_bytes, uint8_t *tables, float *scales);
+    /* sizes [column_bytes]: of each byte of z [8 * column_bytes] the larger sum of 4 absolute values, NaN unless all are finite */
+    void (*byte_sizes)(const float *z, int64_t column_bytes, float *sizes);
+    /* z: zero beyond the columns; sizes: of its bytes */
+    void (*lut_tables)(const float *z, const float *sizes, int64_t column_bytes, uint8_t *tables, float *scales);
     void (*exact_tables)(const float *z, int64_t column_bytes, float *tables);
-    /* sums [tokens][64], one for each row of the tile; table_stride and scale_stride between tokens, in elements */
-    void (*lut_tile)(const uint8_t *codes, int64_t column_bytes, const uint8_t *tables, int64_t table_stride,
-                     const float *scales, int64_t scale_stride, int tokens, float *sums);
+    /* sums [64], one for each row of the tile, of one token; and [SAB_GROUP_TOKENS][64], table_stride and scale_stride between
+     * tokens, in elements. All instruction sets give the same bits. */
+    void (*lut_one)(const uint8_t *codes, int64_t column_bytes, const uint8_t *tables, const float *scales, float *sums);
+    void (*lut_group)(const uint8_t *codes, int64_t column_bytes, const uint8_t *tables, int64_t table_stride,
+                      const float *scales, int64_t scale_stride, float *sums);
     /* of all column bytes, or of the `column_bytes` ones listed; tables are those of the bytes taken, one after the other */
     void (*exact_tile)(const uint8_t *codes, const int32_t *list, int64_t column_bytes, const float *tables, float *sums);
     /* out[j] (+)= bit j ? c[j] * r : -c[j] * r */
@@ -77,7 +80,7 @@ SAB_HIDDEN const sab_kernels *sab_active_kernels(void);
 SAB_HIDDEN int sab_has_sizes(const sab_matrix *matrix);
 /* The column of each significant column, ascending: list [significant]. Each is one of the matrix, whatever the mask marks. */
 SAB_HIDDEN void sab_list_significant(const sab_matrix *matrix, int32_t *list);
-SAB_HIDDEN int64_t sab_take_outliers(float *z, int64_t column_bytes, int32_t *list, float *values);
+SAB_HIDDEN int64_t sab_take_outliers(float *z, float *sizes, int64_t column_bytes, int32_t *list, float *values);
 SAB_HIDDEN int sab_has_team(void);
 /* Calls task(argument, i) for every i below count, on the caller and at most threads - 1 others. */
 SAB_HIDDEN void sab_parallel(void (*task)(void *argument, int64_t i), void *argument, int64_t count, int threads);
