@@ -14,7 +14,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("sab_cpu.so")  # what build.py writes; not imported, as it is also run by `-m`
-ABI = 4  # SAB_CPU_ABI in csrc/sab_cpu.h
+ABI = 5  # SAB_CPU_ABI in csrc/sab_cpu.h
 NO_MEMORY = 1  # SAB_NO_MEMORY in csrc/sab_cpu.h
 NAMES = ("avx512", "avx2", "neon", "portable")
 SWITCH = "SAB_CPU_ISA"
@@ -47,6 +47,9 @@ _SIGNATURES = {
         c_int,
         [POINTER(Matrix), c_int64, c_void_p, c_int64, c_int, c_int64, POINTER(c_void_p), c_int, c_int],
     ),
+    "sab_cpu_step_bytes": (c_int64, []),
+    "sab_cpu_patch": (None, [c_void_p, c_int64, c_void_p, c_int64, c_int64]),
+    "sab_cpu_steps": (c_int, [c_void_p, c_int64, c_int]),
     "sab_cpu_dense": (c_int, [POINTER(Matrix), c_int64, c_int64, c_void_p, c_int]),
 }
 

@@ -5,6 +5,7 @@
 #include "avx2.h"
 #include "half.h"
 #include "portable.h"
+#include "steps.h"
 
 void sab_avx2_to_float(const void *x, int dtype, int64_t count, float *out) {
     const uint16_t *half = x;
@@ -177,4 +178,5 @@ const sab_kernels sab_kernels_avx2 = {
     .lut_tile = lut_tile,
     .exact_tile = exact_tile,
     .dense_row = dense_row,
+    .run_steps = sab_run_steps_avx2,
 };

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "portable.h"
+#include "steps.h"
 
 /* sums[0..7] += scale * (words - zero) */
 static inline void add_scaled(float *sums, uint16x8_t words, int16x8_t zero, float scale) {
@@ -59,4 +60,5 @@ const sab_kernels sab_kernels_neon = {
     .lut_tile = lut_tile,
     .exact_tile = sab_portable_exact_tile,
     .dense_row = sab_portable_dense_row,
+    .run_steps = sab_run_steps_portable,
 };
