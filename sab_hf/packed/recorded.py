@@ -33,7 +33,11 @@ _FEWEST_TOKENS = 2  # in the cache: sizes of 0 and 1 are also those of other thi
 _MOST_BATCH = 8
 _MOST_TRIES = 3
 _ROOM = 256  # tokens by which the cache's memory grows at least
-_CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.05}  # how far steps may be from the model's own pass
+_CLOSE = {
+    torch.float32: 0.02,
+    torch.bfloat16: 0.1,
+    torch.float16: 0.05,
+}  # how far steps may be from the model's own pass
 
 
 def record_decoding(model: nn.Module, enabled: bool = True) -> bool:
@@ -58,9 +62,11 @@ def record_decoding(model: nn.Module, enabled: bool = True) -> bool:
     return True
 
 
-def by_default() -> bool:
-    """Return whether loaded models record their decoding."""
-    return os.environ.get(SWITCH, "1") != "0"
+def record_by_default(model: nn.Module) -> None:
+    """Record the decoding of a loaded model if all of it is on a CPU and the environment variable `SAB_STEPS` is not 0."""
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices == {"cpu"} and model.can_generate() and os.environ.get(SWITCH, "1") != "0":
+        record_decoding(model)
 
 
 @dataclass
@@ -90,10 +96,18 @@ class _Pass:
 
 @dataclass
 class _Room:
-    """Memory of a cache's growing tensors, with room for more tokens, and the views of it that the cache holds now."""
+    """Memory of a cache's tensors with room for more tokens.
+
+    Attributes:
+        tokens: that there is room for.
+        tensors: the memory, by (layer, attribute).
+        begins: where in it the tensor begins that the cache holds now; it moves where a window does.
+        views: those tensors.
+    """
 
     tokens: int = 0
     tensors: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    begins: dict[tuple[int, str], int] = field(default_factory=dict)
     views: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
 
@@ -135,13 +149,13 @@ class _Replay:
         named = {view.storage for view in (*self._inputs.values(), *self._constant.values())}
         carried = named | {s for state in self._states.values() for s in (state.storage, state.grown)}
         self._model = model
-        fixed, self._attributes = _tensors_of(model, recording, carried)
+        fixed, self._attributes = _tensors_of(model, recording, second.recording, carried)
         self._held = [(tensor, tensor.data_ptr(), _version(tensor)) for tensor in fixed.values()]
-        # a view of memory that a run is given (an input that is returned as it came) cannot be an output of its own
-        made = {view.storage for view in self._outputs.values()}
-        if not made <= recording.made.keys() or made & carried:
-            raise NotReplayableError("the pass returns what it was given")
+        made = {view.storage for view in self._outputs.values() if view.storage in recording.made}
         named |= {storage for storage, _, _ in self._attributes}
+        passed_on = {view.storage for view in self._outputs.values()} - made
+        if not passed_on <= named or made & carried:
+            raise NotReplayableError("the pass returns a tensor of the model or the cache")
         self._steps = Steps(recording, fixed, sorted(named), list(self._states.values()), sorted(made))
 
     def is_for(self, model: nn.Module) -> bool:
@@ -161,42 +175,48 @@ class _Replay:
                 return None
         if not self._take_over(cache, room, tokens):
             return None
-        given |= {state.storage: room.tensors[key] for key, state in self._states.items()}
+        given |= {
+            state.storage: room.tensors[key].narrow(state.dim, room.begins[key], 1)
+            for key, state in self._states.items()
+        }
         memory = self._steps.run(tokens, room.tokens, given, torch.get_num_threads())
         if memory is None:
             return None
         for key, state in self._states.items():
             layer, name = key
-            view = room.tensors[key].narrow(state.dim, 0, state.size[state.dim].at(tokens) + 1)
+            room.begins[key] += state.dropped
+            length = state.length(state.grown).at(tokens) - state.dropped
+            view = room.views[key] = room.tensors[key].narrow(state.dim, room.begins[key], length)
             setattr(cache.layers[layer], name, view)
-            room.views[key] = view
         for layer, name in self._counts:
             owner = cache if layer is None else cache.layers[layer]
             setattr(owner, name, getattr(owner, name) + 1)
+        memory |= given
         outputs = {name: self._steps.tensor(view, tokens, room.tokens, memory) for name, view in self._outputs.items()}
         values = {name: cache if value is _CACHE else outputs.get(name, value) for name, value in self._values.items()}
         return self._kind(**values)
 
     def _take_over(self, cache: DynamicCache, room: _Room, tokens: int) -> bool:
         """Have the cache's growing tensors in memory with room for another token."""
-        lengths = [state.size[state.dim].at(tokens) for state in self._states.values()]
-        if max(lengths, default=0) + 1 > room.tokens:
-            room.tokens = (max(lengths) * 5 // 4 // _ROOM + 1) * _ROOM
+        needed = max((state.length(state.grown).at(tokens) for state in self._states.values()), default=0)
+        if needed > room.tokens:
+            room.tokens = (needed * 5 // 4 // _ROOM + 1) * _ROOM
             room.tensors.clear()
             room.views.clear()
         for key, state in self._states.items():
             layer, name = key
             present = getattr(cache.layers[layer], name)
-            if room.views.get(key) is present:
-                continue
             size = [number.at(tokens) for number in state.size]
+            added = room.begins.get(key, 0) + state.length(state.grown).at(tokens)
+            if room.views.get(key) is present and added <= room.tokens:
+                continue
             if list(present.shape) != size or present.dtype != state.dtype or present.device.type != "cpu":
                 return False
-            if key not in room.tensors:
-                room.tensors[key] = torch.empty(
-                    [room.tokens if d == state.dim else length for d, length in enumerate(size)], dtype=state.dtype
-                )
+            shape = [room.tokens if d == state.dim else length for d, length in enumerate(size)]
+            # new memory where the present one is at its end: what others may hold of it stays
+            room.tensors[key] = torch.empty(shape, dtype=state.dtype)
             room.tensors[key].narrow(state.dim, 0, size[state.dim]).copy_(present)
+            room.begins[key] = 0
         return True
 
 
@@ -285,8 +305,8 @@ class RecordedDecoding:
             return output
         try:
             self._record(kwargs, cache, key, tokens)
-        except NotReplayableError as failure:
-            self._refuse(key, str(failure))
+        except Exception as failure:  # whatever a model does, it can be computed without steps
+            self._refuse(key, f"{type(failure).__name__}: {failure}")
         return None
 
     def _record(self, kwargs: dict[str, Any], cache: DynamicCache, key: tuple, tokens: int) -> None:
@@ -332,7 +352,9 @@ def _record_pass(forward: Any, kwargs: dict[str, Any], cache: DynamicCache, toke
     recording, output = record(lambda: forward(**passed))
     if not isinstance(output, ModelOutput):
         raise NotReplayableError(f"it returns a {type(output).__name__}")
-    after = {(i, n): v for i, layer in enumerate(shadow.layers) for n, v in vars(layer).items() if isinstance(v, Tensor)}
+    after = {
+        (i, n): v for i, layer in enumerate(shadow.layers) for n, v in vars(layer).items() if isinstance(v, Tensor)
+    }
     if after.keys() != states.keys():
         raise NotReplayableError("the cache has other tensors after it")
     values = {}
@@ -356,9 +378,8 @@ def _record_pass(forward: Any, kwargs: dict[str, Any], cache: DynamicCache, toke
 
 
 def _shadow(cache: DynamicCache) -> DynamicCache:
-    """Return a copy of a cache that shares its tensors, made contiguous; passes do not write into them but replace them."""
-    shadow = copy.copy(cache)
-    shadow.layers = [copy.copy(layer) for layer in cache.layers]
+    """Return a copy of a cache with tensors of its own, contiguous ones: some passes write into them."""
+    shadow = copy.deepcopy(cache)
     for layer in shadow.layers:
         for name, value in vars(layer).items():
             if isinstance(value, Tensor):
@@ -402,19 +423,29 @@ def _state(recording: Recording, before: View, after: View) -> State:
     """
     made = recording.made.get(after.storage)
     call = recording.calls[made] if made is not None else None
-    if call is None or call.op._schema.name != "aten::cat" or call.results[0] != after:
+    if call is None or call.op._schema.name != "aten::cat":
         raise NotReplayableError("the cache is not only added to")
-    first, dim = call.arguments["tensors"][0], call.arguments["dim"].constant % len(after.size)
-    one_more = [after.size[d] == Number(size.constant + (d == dim), size.per_token) for d, size in enumerate(before.size)]
-    if first != before or not all(one_more) or before.size[dim].per_token != 1:
+    parts, dim = call.arguments["tensors"], call.arguments["dim"].constant % len(after.size)
+    grown = call.results[0]
+    added = grown.size[dim].constant - before.size[dim].constant
+    state = State(before.storage, after.storage, dim, before.size, before.dtype, added, 0)
+    length = before.size[dim]
+    if parts[0] != before or grown.size[dim] != state.length(after.storage):
         raise NotReplayableError("the cache is not only added to")
-    return State(before.storage, after.storage, dim, before.size, before.dtype)
+    if after == grown and length.per_token == added:
+        return state
+    moved = after.size == before.size and length.fixed and after.offset == Number(added * state.entry)
+    if moved and after.stride == grown.stride:
+        return state._replace(dropped=added)
+    raise NotReplayableError("the cache is not only added to")
 
 
 def _tensors_of(
-    model: nn.Module, recording: Recording, carried: set[int]
+    model: nn.Module, recording: Recording, second: Recording, carried: set[int]
 ) -> tuple[dict[int, Tensor], list[tuple[int, nn.Module, str]]]:
     """Return the tensors that a pass reads and nobody hands over: those of the model by storage, and other attributes of its modules.
+
+    With those of the model are constants that the pass makes of numbers, if they were the same in both recordings.
 
     Raises:
         NotReplayableError: it reads a tensor that is none of these.
@@ -428,7 +459,7 @@ def _tensors_of(
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 others[value.untyped_storage()._cdata] = (module, name)
-    fixed: dict[int, Tensor] = {}
+    fixed = {number: tensor.clone() for number, tensor in _constants(recording, second).items()}
     attributes = []
     for tensor in list(recording.tensors):
         number = recording.view(tensor).storage
@@ -444,6 +475,18 @@ def _tensors_of(
         else:
             raise NotReplayableError("it reads a tensor that belongs neither to the model nor to its inputs")
     return fixed, attributes
+
+
+def _constants(first: Recording, second: Recording) -> dict[int, Tensor]:
+    """Return what two passes made of the same numbers by `torch.tensor`, by storage of the first."""
+    found = {}
+    for a, b in zip(first.calls, second.calls, strict=True):
+        if a.op._schema.name == "aten::lift_fresh":
+            view, other = a.arguments["self"], b.arguments["self"]
+            tensor, again = first.tensor(view.storage), second.tensor(other.storage)
+            if view.storage not in first.made and torch.equal(tensor, again):
+                found[view.storage] = tensor
+    return found
 
 
 def _version(tensor: Tensor) -> int:

@@ -16,7 +16,22 @@ from .steps import DIMS, DTYPES, Amount, Elsewhere, Placed, State, Step, offset_
 ONE = Number(1)
 _ZERO = Amount(0)
 
-_UNARY = ("neg", "abs", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "silu", "relu", "reciprocal")
+_UNARY = (
+    "neg",
+    "abs",
+    "exp",
+    "log",
+    "sqrt",
+    "rsqrt",
+    "sin",
+    "cos",
+    "tanh",
+    "sigmoid",
+    "silu",
+    "relu",
+    "reciprocal",
+    "square",
+)
 _BINARY = {
     **{name: name for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge")},
     **{"maximum": "max", "minimum": "min", "logical_and": "and", "logical_or": "or"},
@@ -26,7 +41,17 @@ _COPIES = (
     *("to", "_to_copy", "clone", "contiguous", "reshape", "_unsafe_view", "copy_", "flatten", "lift_fresh", "type_as"),
     *("float", "lift_fresh_copy", "dropout"),
 )
-_REDUCTIONS = {"sum": "sum", "mean": "mean", "amax": "max", "amin": "min", "max": "max", "min": "min", "all": "all", "any": "any"}
+_FILLS = ("ones", "ones_like", "new_ones", "zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full", "fill")
+_REDUCTIONS = {
+    "sum": "sum",
+    "mean": "mean",
+    "amax": "max",
+    "amin": "min",
+    "max": "max",
+    "min": "min",
+    "all": "all",
+    "any": "any",
+}
 
 
 class Lowering:
@@ -74,6 +99,8 @@ class Lowering:
 
     def _is_view(self, call: Call) -> bool:
         """Tell whether a call computes nothing: its results are views of what it was given."""
+        if call.op._schema.name == "aten::detach_":
+            return True
         given = {view.storage for view in _views_in(list(call.arguments.values()))}
         made = {view.storage for view in call.results}
         return bool(made) and made <= given and not call.op._schema.is_mutable
@@ -90,7 +117,7 @@ class Lowering:
 
     def _steps(self, call: Call) -> list[Step] | None:
         """Return the steps of a call, None if PyTorch has to run it."""
-        namespace, name = call.op._schema.name.split("::")
+        namespace, name = call.op.namespace, _name(call)
         if "returned" in call.arguments:
             return self._guard(call)
         if namespace == "sab":
@@ -119,7 +146,9 @@ class Lowering:
             found.append(stride if own == wanted else _ZERO)
         return Placed(value.storage, offset_of(value, self._states), found, value.dtype)
 
-    def _step(self, kind: str, function: str, size: list[Number], operands: list[Any], keep: int = 0, **more) -> Step | None:
+    def _step(
+        self, kind: str, function: str, size: list[Number], operands: list[Any], keep: int = 0, **more
+    ) -> Step | None:
         """Return a step over `size`, with dimensions joined where all operands allow it; None if too many are left.
 
         Args:
@@ -149,7 +178,8 @@ class Lowering:
             return None
         sizes = [dim[0] for dim in dims]
         placed = [
-            operand and operand._replace(strides=[dim[1 + place] for dim in dims]) for place, operand in enumerate(placed)
+            operand and operand._replace(strides=[dim[1 + place] for dim in dims])
+            for place, operand in enumerate(placed)
         ]
         return Step(kind, function, sizes=sizes, operands=placed, numbers=numbers, **more)
 
@@ -161,7 +191,7 @@ class Lowering:
     # ---- operations
 
     def _unary(self, call: Call) -> list[Step] | None:
-        name = call.op._schema.name.split("::")[1].rstrip("_")
+        name = _name(call).rstrip("_")
         source = _input(call)
         if name == "logical_not" or (name == "bitwise_not" and source.dtype is torch.bool):
             return self._map("not", call.results[0], source)
@@ -171,7 +201,8 @@ class Lowering:
 
     def _binary(self, call: Call) -> list[Step] | None:
         arguments = call.arguments
-        function = _BINARY[call.op._schema.name.split("::")[1].rstrip("_") if "__" not in call.op._schema.name else call.op._schema.name.split("::")[1]]
+        name = _name(call)
+        function = _BINARY[name if name.startswith("__") else name.rstrip("_")]
         if arguments.get("alpha", ONE) not in (ONE, 1) or arguments.get("rounding_mode") is not None:
             return None
         result, other = call.results[0], arguments["other"]
@@ -180,6 +211,11 @@ class Lowering:
         if isinstance(other, Number) and not other.fixed:
             return None
         return self._map(function, result, arguments["self"], other)
+
+    def _subtract_from(self, call: Call) -> list[Step] | None:
+        if call.arguments["alpha"] != ONE:
+            return None
+        return self._map("sub", call.results[0], call.arguments["other"], call.arguments["self"])
 
     def _power(self, call: Call) -> list[Step] | None:
         exponent = call.arguments["exponent"]
@@ -191,6 +227,8 @@ class Lowering:
     def _where(self, call: Call) -> list[Step] | None:
         a = call.arguments
         if "condition" in a:
+            if "other" not in a:  # the places where it is true
+                return None
             return self._map("where", call.results[0], a["condition"], a["self"], a["other"])
         return self._map("where", call.results[0], a["mask"], a["value"], a["self"])  # masked_fill
 
@@ -229,8 +267,10 @@ class Lowering:
         return None if step is None else [step]
 
     def _fill(self, call: Call) -> list[Step] | None:
-        name = call.op._schema.name.split("::")[1]
-        value = {"ones": 1, "ones_like": 1, "zeros": 0, "zeros_like": 0}.get(name, call.arguments.get("fill_value", call.arguments.get("value")))
+        name = _name(call)
+        value = call.arguments.get("fill_value", call.arguments.get("value"))
+        if "ones" in name or "zeros" in name:
+            value = Number(int("ones" in name))
         if isinstance(value, View):
             return None
         value = value.constant if isinstance(value, Number) and value.fixed else value
@@ -266,13 +306,29 @@ class Lowering:
             start = Number(start.constant + length.constant, start.per_token + length.per_token)
         return steps
 
+    def _stack(self, call: Call) -> list[Step] | None:
+        result = call.results[0]
+        dim = call.arguments["dim"].constant % len(result.size)
+        strides, steps = strides_of(result, self._states), []
+        for place, part in enumerate(call.arguments["tensors"]):
+            offset = _plus(Amount(*result.offset), _times(strides[dim], Number(place)))
+            target = Placed(result.storage, offset, [*strides[:dim], *strides[dim + 1 :]], result.dtype)
+            step = self._step("map", "copy", list(part.size), [target, part], integers=_whole(result, [part]))
+            if step is None:
+                return None
+            steps.append(step)
+        return steps
+
     def _reduce(self, call: Call) -> list[Step] | None:
         source, result = call.arguments["self"], call.results[0]
         dims = call.arguments.get("dim")
         if len(call.results) != 1 or call.arguments.get("other") is not None or call.arguments.get("dtype") is not None:
             return None
         rank = len(source.size)
-        reduced = {d.constant % rank for d in ([dims] if isinstance(dims, Number) else dims or [Number(d) for d in range(rank)])}
+        reduced = {
+            d.constant % rank
+            for d in ([dims] if isinstance(dims, Number) else dims or [Number(d) for d in range(rank)])
+        }
         if not all(source.size[d].fixed for d in reduced):
             grows = [d for d in reduced if source.size[d] != ONE]
             if len(grows) != 1:
@@ -291,9 +347,13 @@ class Lowering:
             places = kept
         into = strides_of(result, self._states)
         size = [source.size[d] for d in kept] + [length]
-        target = Placed(result.storage, offset_of(result, self._states), [into[p] for p in places] + [_ZERO], result.dtype)
-        origin = Placed(source.storage, offset_of(source, self._states), [strides[d] for d in kept] + [along], source.dtype)
-        function = _REDUCTIONS[call.op._schema.name.split("::")[1]]
+        target = Placed(
+            result.storage, offset_of(result, self._states), [into[p] for p in places] + [_ZERO], result.dtype
+        )
+        origin = Placed(
+            source.storage, offset_of(source, self._states), [strides[d] for d in kept] + [along], source.dtype
+        )
+        function = _REDUCTIONS[_name(call)]
         whole = _whole(result, [source])
         if function in ("all", "any") and not whole:
             return None
@@ -313,9 +373,15 @@ class Lowering:
         layer = call.op._schema.name == "aten::layer_norm"
         parts = [a["input"], a["weight"], a["bias"] if layer else None]
         shape = a["normalized_shape"]
-        if len(shape) != 1 or a["eps"] is None or not _last_adjacent(result, *[part for part in parts if part is not None]):
+        if (
+            len(shape) != 1
+            or a["eps"] is None
+            or not _last_adjacent(result, *[part for part in parts if part is not None])
+        ):
             return None
-        step = self._step("normalize", "layer_norm" if layer else "rms_norm", list(result.size), [result, *parts], keep=1)
+        step = self._step(
+            "normalize", "layer_norm" if layer else "rms_norm", list(result.size), [result, *parts], keep=1
+        )
         if step is None:
             return None
         step.numbers = {0: a["eps"]}
@@ -330,7 +396,9 @@ class Lowering:
         if not adjacent or ids.dtype not in (torch.int64, torch.int32) or state_of(table.storage, self._states):
             return None
         size = list(result.size)
-        broadcast = Placed(ids.storage, offset_of(ids, self._states), [*strides_of(ids, self._states), _ZERO], ids.dtype)
+        broadcast = Placed(
+            ids.storage, offset_of(ids, self._states), [*strides_of(ids, self._states), _ZERO], ids.dtype
+        )
         step = self._step("gather", "copy", size, [result, broadcast, broadcast], keep=1)
         if step is None or len(step.sizes) > 2 or not table.size[0].fixed:
             return None
@@ -345,7 +413,6 @@ class Lowering:
     def _dense(self, call: Call) -> list[Step] | None:
         a, result = call.arguments, call.results[0]
         name = call.op._schema.name
-        strides = {}
         if name == "aten::linear":
             left, right, bias = a["input"], a["weight"], a["bias"]
             if len(right.size) != 2:
@@ -360,9 +427,18 @@ class Lowering:
             right_strides[-2:], right_size[-2:] = right_strides[:-3:-1], right_size[:-3:-1]
         if len(left.size) < 2:
             return None
-        del strides
         left_strides, into = strides_of(left, self._states), strides_of(result, self._states)
-        batch = list(zip(result.size[:-2], into[:-2], left_strides[:-2], right_strides[:-2], left.size[:-2], right_size[:-2], strict=True))
+        batch = list(
+            zip(
+                result.size[:-2],
+                into[:-2],
+                left_strides[:-2],
+                right_strides[:-2],
+                left.size[:-2],
+                right_size[:-2],
+                strict=True,
+            )
+        )
         joined: list[tuple] = []
         for size, out, x, w, own, other in batch:
             dim = (size, out, x if own == size else _ZERO, w if other == size else _ZERO)
@@ -372,16 +448,27 @@ class Lowering:
                 joined[-1] = (Number(joined[-1][0].constant * size.constant), *dim[1:])
             else:
                 joined.append(dim)
-        if len(joined) > 1 or not all(number.fixed for number in (left.size[-1],)):
-            if len(joined) > 1:
-                return None
+        if len(joined) > 1:
+            return None
         size, out, x, w = joined[0] if joined else (ONE, _ZERO, _ZERO, _ZERO)
         operands = [
             Placed(result.storage, offset_of(result, self._states), [out, into[-2], into[-1], _ZERO], result.dtype),
-            Placed(left.storage, offset_of(left, self._states), [x, left_strides[-2], _ZERO, left_strides[-1]], left.dtype),
-            Placed(right.storage, offset_of(right, self._states), [w, _ZERO, right_strides[-2], right_strides[-1]], right.dtype),
+            Placed(
+                left.storage, offset_of(left, self._states), [x, left_strides[-2], _ZERO, left_strides[-1]], left.dtype
+            ),
+            Placed(
+                right.storage,
+                offset_of(right, self._states),
+                [w, _ZERO, right_strides[-2], right_strides[-1]],
+                right.dtype,
+            ),
         ]
-        operands.append(bias and Placed(bias.storage, offset_of(bias, self._states), [_ZERO, _ZERO, Amount(*bias.stride[0]), _ZERO], bias.dtype))
+        operands.append(
+            bias
+            and Placed(
+                bias.storage, offset_of(bias, self._states), [_ZERO, _ZERO, Amount(*bias.stride[0]), _ZERO], bias.dtype
+            )
+        )
         return [Step("multiply", sizes=[size, result.size[-2], result.size[-1], left.size[-1]], operands=operands)]
 
     def _attend(self, call: Call) -> list[Step] | None:
@@ -420,7 +507,9 @@ class Lowering:
         a, result = call.arguments, call.results[0]
         x = a["x"]
         packed = [a[name] for name in Operands._fields]
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not (_is_contiguous(x) and _is_contiguous(result)):
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not (
+            _is_contiguous(x) and _is_contiguous(result)
+        ):
             return None
         if any(view is not None and view.storage not in self._fixed for view in packed):
             return None
@@ -443,14 +532,20 @@ class Lowering:
 
     def _guard(self, call: Call) -> list[Step] | None:
         source, (value,) = call.arguments["self"], call.arguments["returned"]
-        if not isinstance(source, View) or source.dtype not in DTYPES or len(_views_in(list(call.arguments.values()))) != 1:
+        if (
+            not isinstance(source, View)
+            or source.dtype not in DTYPES
+            or len(_views_in(list(call.arguments.values()))) != 1
+        ):
             raise NotReplayableError(f"the pass depends on what {call.op} returns")
         if isinstance(value, Number):
             if not value.fixed:
                 raise NotReplayableError(f"the pass depends on a number that {call.op} returns")
             value = value.constant
         whole = not source.dtype.is_floating_point
-        step = Step("guard", integers=whole, operands=[None, self._placed(source, list(source.size))], numbers={0: float(value)})
+        step = Step(
+            "guard", integers=whole, operands=[None, self._placed(source, list(source.size))], numbers={0: float(value)}
+        )
         step.operands[1] = step.operands[1]._replace(strides=[])
         return [step]
 
@@ -461,20 +556,27 @@ _HANDLERS: dict[str, Callable[[Lowering, Call], list[Step] | None]] = {
     **dict.fromkeys((*_UNARY, "gelu", "logical_not", "bitwise_not"), Lowering._unary),
     **dict.fromkeys(_BINARY, Lowering._binary),
     **dict.fromkeys(_COPIES, Lowering._copy),
-    **dict.fromkeys(("ones", "ones_like", "zeros", "zeros_like", "full", "full_like", "fill"), Lowering._fill),
+    **dict.fromkeys(_FILLS, Lowering._fill),
     **dict.fromkeys(_REDUCTIONS, Lowering._reduce),
     **dict.fromkeys(("embedding", "index_select"), Lowering._gather),
     **dict.fromkeys(("linear", "matmul", "bmm", "mm"), Lowering._dense),
     **dict.fromkeys(("softmax", "_softmax"), Lowering._softmax),
     **dict.fromkeys(("layer_norm", "rms_norm"), Lowering._norm),
+    "rsub": Lowering._subtract_from,
     "pow": Lowering._power,
     "where": Lowering._where,
     "masked_fill": Lowering._where,
     "clamp": Lowering._clamp,
     "arange": Lowering._range,
     "cat": Lowering._concatenate,
+    "stack": Lowering._stack,
     "scaled_dot_product_attention": Lowering._attend,
 }
+
+
+def _name(call: Call) -> str:
+    """Return an operation's name without its namespace."""
+    return call.op._schema.name.split("::")[1]
 
 
 def _input(call: Call) -> View:

@@ -86,6 +86,10 @@ class Recording:
         self.tensors.append(tensor)
         return View(number, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
+    def tensor(self, storage: int) -> Tensor:
+        """Return the first tensor that was seen in a storage."""
+        return next(t for t in self.tensors if self._numbers[t.untyped_storage()._cdata] == storage)
+
     def views(self, value: Any) -> Any:
         """Return `value` with every tensor in it, also within lists and dicts, as a view."""
         if isinstance(value, Tensor):
@@ -147,7 +151,9 @@ def record(run: Callable[[], Any]) -> tuple[Recording, Any]:
     return recorder.recording, result
 
 
-def compare(first: Recording, second: Recording, tokens: int, pairs: list[tuple[View, View]]) -> tuple[Recording, list[View]]:
+def compare(
+    first: Recording, second: Recording, tokens: int, pairs: list[tuple[View, View]]
+) -> tuple[Recording, list[View]]:
     """Return a recording whose numbers hold for any count of tokens, from two of them.
 
     Args:
@@ -169,7 +175,9 @@ def compare(first: Recording, second: Recording, tokens: int, pairs: list[tuple[
         calls.append(Call(a.op, comparison.merge(a.arguments, b.arguments), comparison.merge(a.results, b.results)))
     interest = [comparison.merge(a, b) for a, b in pairs]
     sizes = [
-        comparison.merge(size, second.sizes[comparison.storages[number]]) if number in comparison.storages else Number(size)
+        comparison.merge(size, second.sizes[comparison.storages[number]])
+        if number in comparison.storages
+        else Number(size)
         for number, size in enumerate(first.sizes)
     ]
     for number, other in comparison.storages.items():

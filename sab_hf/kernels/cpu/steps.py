@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ DTYPES = {
     **{torch.int64: 3, torch.int32: 4, torch.bool: 5},
 }
 _ALIGNMENT = 64
+_PROBE = 1009  # tokens, to tell which numbers are multiples of a length
 _FIXED = -1  # the base of an address that never changes
 
 
@@ -110,14 +111,18 @@ class Elsewhere:
 
 
 class State(NamedTuple):
-    """A tensor that a pass takes over from the one before, and makes longer along one dimension.
+    """A tensor that a pass takes over from the one before, and adds to at the end of one dimension.
+
+    Its memory has room: `room` entries along that dimension, of which it is the first ones.
 
     Attributes:
         storage: of the tensor before.
-        grown: storage of the tensor after.
+        grown: storage of the tensor with what was added.
         dim: along which it grows.
         size: of the tensor before.
         dtype: of both.
+        added: entries that come to it.
+        dropped: entries at its beginning that the next pass does not get, as in a window that moves.
     """
 
     storage: int
@@ -125,6 +130,18 @@ class State(NamedTuple):
     dim: int
     size: tuple[Number, ...]
     dtype: torch.dtype
+    added: int
+    dropped: int
+
+    @property
+    def entry(self) -> int:
+        """Elements from one entry to the next."""
+        return math.prod(number.constant for number in self.size[self.dim + 1 :])
+
+    def length(self, storage: int) -> Number:
+        """Return the entries of the tensor in a storage, before or after."""
+        length = self.size[self.dim]
+        return length if storage == self.storage else Number(length.constant + self.added, length.per_token)
 
 
 class Steps:
@@ -156,13 +173,10 @@ class Steps:
         self._fixed = fixed
         lowering = Lowering(recording, fixed, states)
         items = lowering.items()
-        self._slots: dict[int, int] = {}
-        for storage in [*named, *outputs]:
-            self._slots.setdefault(storage, len(self._slots))
-        for state in states:
-            place = len(self._slots)
+        self._slots = {storage: place for place, storage in enumerate([*named, *outputs])}  # places among the bases
+        for place, state in enumerate(states, len(self._slots)):
             self._slots[state.storage] = self._slots[state.grown] = place
-        self._given = len(set(self._slots.values()))
+        self._bases = len(named) + len(outputs) + len(states)
         self._growing: list[int] = []
         self._addresses: dict[int, int] = {}
         self._arena = self._allocate(items)
@@ -195,7 +209,8 @@ class Steps:
             for storage in begins.get(index, ()):
                 size = self._recording.sizes[storage]
                 if not size.fixed:
-                    self._slots[storage] = self._given + len(self._growing)
+                    self._slots[storage] = self._bases
+                    self._bases += 1
                     self._growing.append(storage)
                     continue
                 length = max(_ALIGNMENT, -(-size.constant // _ALIGNMENT) * _ALIGNMENT)
@@ -307,30 +322,28 @@ class Steps:
 
     # ---- running
 
-    def run(self, tokens: int, room: int, given: dict[int, Tensor], threads: int) -> dict[int, torch.UntypedStorage] | None:
+    def run(self, tokens: int, room: int, given: dict[int, Tensor], threads: int) -> dict[int, Tensor] | None:
         """Run the pass for `tokens` tokens in the cache.
 
         Args:
             tokens: in the cache, before this one.
             room: tokens that the states' tensors have room for.
-            given: by storage, the named tensors, and the states' tensors with their room.
+            given: by storage, the named tensors, and for each state a tensor that begins with it and has room for more.
             threads: to use.
 
         Returns:
-            Memory of the outputs by storage; None if this pass has to go another way than the recorded one: nothing but room
+            By storage, tensors at the beginning of the outputs' memory; None if this pass has to go another way than the recorded one: nothing but room
             beyond the tokens of the states was written.
 
         Raises:
             MemoryError: there is no memory for it.
         """
         self._make_room(room)
-        memory = {storage: tensor.untyped_storage() for storage, tensor in given.items()}
         made = {s: torch.empty(self._recording.sizes[s].at(tokens), dtype=torch.uint8) for s in self.outputs}
-        memory |= {storage: tensor.untyped_storage() for storage, tensor in made.items()}
-        memory |= {s: t.untyped_storage() for s, t in zip(self._growing, self._grown, strict=True)}
+        memory = given | made | dict(zip(self._growing, self._grown, strict=True))
         for state in self.states:
             memory[state.grown] = memory[state.storage]
-        bases = (ctypes.c_void_p * len(self._slots))()
+        bases = (ctypes.c_void_p * self._bases)()
         for storage, base in self._slots.items():
             bases[base] = memory[storage].data_ptr()
         kernels = library.load()
@@ -347,9 +360,9 @@ class Steps:
                 raise MemoryError("no memory for the steps of a token")
             if failed:
                 return None
-        return {storage: memory[storage] for storage in self.outputs}
+        return made
 
-    def _call(self, call: Call, tokens: int, room: int, memory: dict[int, torch.UntypedStorage]) -> bool:
+    def _call(self, call: Call, tokens: int, room: int, memory: dict[int, Tensor]) -> bool:
         """Have PyTorch do a call, and write its results where steps look for them; False if they are other ones."""
         found = call.op(**{name: self._value(value, tokens, room, memory) for name, value in call.arguments.items()})
         found = list(found) if isinstance(found, (list, tuple)) else [found]
@@ -361,7 +374,7 @@ class Steps:
                 into.copy_(result)
         return True
 
-    def _value(self, value: Any, tokens: int, room: int, memory: dict[int, torch.UntypedStorage]) -> Any:
+    def _value(self, value: Any, tokens: int, room: int, memory: dict[int, Tensor]) -> Any:
         if isinstance(value, View):
             return self.tensor(value, tokens, room, memory)
         if isinstance(value, Number):
@@ -370,15 +383,20 @@ class Steps:
             return [self._value(item, tokens, room, memory) for item in value]
         return value
 
-    def tensor(self, view: View, tokens: int, room: int, memory: dict[int, torch.UntypedStorage]) -> Tensor:
+    def tensor(self, view: View, tokens: int, room: int, memory: dict[int, Tensor]) -> Tensor:
         """Return the tensor that a view is at so many tokens."""
         size = [number.at(tokens) for number in view.size]
         stride = [amount.at(tokens, room) for amount in strides_of(view, self.states)]
         offset = offset_of(view, self.states).at(tokens, room)
-        storage = memory.get(view.storage)
-        if storage is None and view.storage in self._fixed:
+        if view.storage in memory:
+            begin = memory[view.storage]
+            storage, offset = (
+                begin.untyped_storage(),
+                offset + begin.storage_offset() * begin.itemsize // view.dtype.itemsize,
+            )
+        elif view.storage in self._fixed:
             storage = self._fixed[view.storage].untyped_storage()
-        if storage is None:
+        else:
             storage = self._arena.untyped_storage()
             offset += self._offsets[view.storage] // view.dtype.itemsize
         return torch.empty(0, dtype=view.dtype).set_(storage, offset, size, stride)
@@ -398,28 +416,30 @@ def strides_of(view: View, states: list[State]) -> list[Amount]:
     state = state_of(view.storage, states)
     if state is None:
         return [Amount(*number) for number in view.stride]
-    extra = 0 if view.storage == state.storage else 1
-    strides = []
-    for number in view.stride:
-        if not number.fixed and number.constant != number.per_token * (state.size[state.dim].constant + extra):
-            raise NotReplayableError("a view of the cache takes steps that depend on its length in another way")
-        strides.append(Amount(0, 0, number.per_token) if not number.fixed else Amount(number.constant))
-    return strides
+    length = state.length(view.storage)
+    return [_with_room(number, length, state.entry) for number in view.stride]
+
+
+def _with_room(stride: Number, length: Number, entry: int) -> Amount:
+    """Return a stride in a contiguous tensor of `length` entries as it is where there is room for more of them."""
+    whole, rest = divmod(stride.at(_PROBE), length.at(_PROBE) * entry)
+    if whole and not rest and stride == Number(*(whole * entry * part for part in length)):
+        return Amount(0, 0, whole * entry)
+    if not stride.fixed or stride.constant > entry:
+        raise NotReplayableError("a view of the cache takes steps that depend on its length in another way")
+    return Amount(stride.constant)
 
 
 def offset_of(view: View, states: list[State]) -> Amount:
     """Return a view's offset, in elements.
 
     Raises:
-        NotReplayableError: it depends on the length of the cache.
+        NotReplayableError: a view of a state that does not begin at an entry that stays where it is.
     """
-    if state_of(view.storage, states) is not None and not view.offset.fixed:
-        raise NotReplayableError("a view of the cache begins at its end")
+    state = state_of(view.storage, states)
+    if state is not None and not (
+        view.offset.fixed and view.offset.constant < state.entry * state.length(view.storage).at(0)
+    ):
+        if view.offset != Number(0):
+            raise NotReplayableError("a view of the cache begins at its end")
     return Amount(*view.offset)
-
-
-def numel(size: Sequence[int]) -> int:
-    """Return how many elements a tensor of a size has."""
-    return math.prod(size)
-
-
