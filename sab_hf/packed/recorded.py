@@ -443,9 +443,10 @@ def _state(recording: Recording, before: View, after: View) -> State:
 def _tensors_of(
     model: nn.Module, recording: Recording, second: Recording, carried: set[int]
 ) -> tuple[dict[int, Tensor], list[tuple[int, nn.Module, str]]]:
-    """Return the tensors that a pass reads and nobody hands over: those of the model by storage, and other attributes of its modules.
+    """Return the tensors that a pass reads and nobody hands over.
 
-    With those of the model are constants that the pass makes of numbers, if they were the same in both recordings.
+    They are the parameters and buffers of the model, by storage, with constants that the pass makes of the same numbers each
+    time; and other attributes of its modules.
 
     Raises:
         NotReplayableError: it reads a tensor that is none of these.

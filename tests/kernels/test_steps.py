@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import DTYPES, inputs, operands, random_planes
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from sab_hf.kernels.cpu import library
 from sab_hf.kernels.cpu.recording import Call, NotReplayableError, compare, record
@@ -56,7 +56,7 @@ def assert_same(
         wanted = function(*given)
         wanted = wanted if isinstance(wanted, (list, tuple)) else [wanted]
         for one, other in zip(found, wanted, strict=True):
-            assert one.dtype == other.dtype and one.shape == other.shape
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
             rtol, atol = CLOSE.get(one.dtype, (0, 0))
             torch.testing.assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True)
 
@@ -74,8 +74,19 @@ def test_structs_are_those_of_the_library():
 
 
 UNARY = [
-    *(torch.neg, torch.abs, torch.exp, torch.sin, torch.cos, torch.tanh, torch.sigmoid, F.silu, F.relu, F.gelu),
-    *(torch.square, torch.reciprocal, lambda x: F.gelu(x, approximate="tanh"), lambda x: x.abs().sqrt()),
+    *(
+        torch.neg,
+        torch.abs,
+        torch.exp,
+        torch.sin,
+        torch.cos,
+        torch.tanh,
+        torch.sigmoid,
+        functional.silu,
+        functional.relu,
+        functional.gelu,
+    ),
+    *(torch.square, torch.reciprocal, lambda x: functional.gelu(x, approximate="tanh"), lambda x: x.abs().sqrt()),
     *(lambda x: (x.abs() + 0.5).rsqrt(), lambda x: (x.abs() + 0.5).log(), lambda x: x**2, lambda x: x.abs() ** 1.5),
     *(
         lambda x: x.clamp(-0.5, 0.7),
@@ -97,7 +108,7 @@ def test_elementwise(function, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_elementwise_of_extreme_numbers(dtype):
     x = torch.tensor([0.0, -0.0, 1e-30, 88.0, -88.0, 200.0, -200.0, math.inf, -math.inf, math.nan, 0.3, -0.3]).to(dtype)
-    for function in (torch.exp, torch.tanh, torch.sigmoid, F.relu, torch.abs, torch.neg):
+    for function in (torch.exp, torch.tanh, torch.sigmoid, functional.relu, torch.abs, torch.neg):
         assert_same(function, x)
 
 
@@ -131,14 +142,16 @@ def test_reductions(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_and_softmax(dtype):
     x, weight, bias = inputs(2, 3, 70, dtype=dtype), inputs(70, dtype=dtype, seed=1), inputs(70, dtype=dtype, seed=2)
-    assert_same(lambda x, w, b: F.layer_norm(x, (70,), w, b, 1e-5), x, weight, bias)
-    assert_same(lambda x, w, b: F.layer_norm(x, (70,)) + F.rms_norm(x, (70,), w, 1e-6), x, weight, bias)
-    assert_same(lambda x, w, b: F.softmax(x, -1), x, weight, bias)
+    assert_same(lambda x, w, b: functional.layer_norm(x, (70,), w, b, 1e-5), x, weight, bias)
+    assert_same(
+        lambda x, w, b: functional.layer_norm(x, (70,)) + functional.rms_norm(x, (70,), w, 1e-6), x, weight, bias
+    )
+    assert_same(lambda x, w, b: functional.softmax(x, -1), x, weight, bias)
 
 
 def test_softmax_of_masked_rows():
     x = torch.tensor([[0.0, -math.inf, 1.0], [-math.inf, -math.inf, -math.inf]])
-    assert_same(lambda x: F.softmax(x, -1), x)
+    assert_same(lambda x: functional.softmax(x, -1), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,7 +173,11 @@ def test_dense_products(dtype, threads):
         inputs(150, 300, dtype=dtype, seed=1),
         inputs(150, dtype=dtype, seed=2),
     )
-    for function in (lambda x, W, b: F.linear(x, W, b), lambda x, W, b: F.linear(x, W), lambda x, W, b: x[0] @ W.T):
+    for function in (
+        lambda x, W, b: functional.linear(x, W, b),
+        lambda x, W, b: functional.linear(x, W),
+        lambda x, W, b: x[0] @ W.T,
+    ):
         assert_same(function, x, W, b, threads=threads)
     assert_same(lambda x, W, b: x @ W.T.contiguous()[None], x, W, b, threads=threads)
 
@@ -181,7 +198,7 @@ def test_attention(dtype, threads, heads, key_heads, queries):
     grouped = {"enable_gqa": heads != key_heads}
     bias = inputs(2, 1, queries, 37, dtype=dtype, seed=3)
     mask = (torch.arange(37) > 4).expand(2, 1, queries, 37).contiguous()
-    attend = F.scaled_dot_product_attention
+    attend = functional.scaled_dot_product_attention
     assert_same(lambda q, k, v: attend(q, k, v, **grouped), q, k, v, threads=threads)
     assert_same(lambda q, k, v, m: attend(q, k, v, attn_mask=m, scale=0.3, **grouped), q, k, v, bias, threads=threads)
     assert_same(lambda q, k, v, m: attend(q, k, v, attn_mask=m, **grouped), q, k, v, mask, threads=threads)
@@ -190,7 +207,7 @@ def test_attention(dtype, threads, heads, key_heads, queries):
 def test_attention_to_nothing_is_what_pytorch_gives():
     q, k, v = inputs(1, 1, 1, 16), inputs(1, 1, 5, 16, seed=1), inputs(1, 1, 5, 16, seed=2)
     mask = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
-    assert_same(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), q, k, v, mask)
+    assert_same(lambda q, k, v, m: functional.scaled_dot_product_attention(q, k, v, attn_mask=m), q, k, v, mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,8 +229,8 @@ def test_packed_products_of_one_input_share_a_step(dtype, exact):
 
 def test_rows_of_a_table():
     table, ids = inputs(20, 6), torch.tensor([[3, 19]])
-    assert_same(lambda table, ids: F.embedding(ids, table), table, ids)
-    steps, named, results = make(lambda table, ids: F.embedding(ids, table), table, ids)
+    assert_same(lambda table, ids: functional.embedding(ids, table), table, ids)
+    steps, named, results = make(lambda table, ids: functional.embedding(ids, table), table, ids)
     assert run(steps, named, results, table, torch.tensor([[3, 20]])) is None  # the model then says what is wrong
 
 

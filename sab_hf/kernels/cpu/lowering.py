@@ -110,10 +110,11 @@ class Lowering:
         if not call.op._schema.is_mutable:
             return
         for argument in call.op._schema.arguments:
-            value = call.arguments.get(argument.name)
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, View):
-                if value.storage not in self._recording.made or state_of(value.storage, self._states) is not None:
-                    raise NotReplayableError(f"{call.op} writes into a tensor of the model or the cache")
+            value, alias = call.arguments.get(argument.name), argument.alias_info
+            if alias is None or not alias.is_write or not isinstance(value, View):
+                continue
+            if value.storage not in self._recording.made or state_of(value.storage, self._states) is not None:
+                raise NotReplayableError(f"{call.op} writes into a tensor of the model or the cache")
 
     def _steps(self, call: Call) -> list[Step] | None:
         """Return the steps of a call, None if PyTorch has to run it."""
@@ -144,7 +145,11 @@ class Lowering:
             if own != wanted and own != ONE:
                 raise NotReplayableError(f"sizes {own} and {wanted} do not fit")
             found.append(stride if own == wanted else _ZERO)
-        return Placed(value.storage, offset_of(value, self._states), found, value.dtype)
+        return self._laid(value, found)
+
+    def _laid(self, view: View, strides: list[Amount]) -> Placed:
+        """Return a view as an operand with these strides."""
+        return Placed(view.storage, offset_of(view, self._states), strides, view.dtype)
 
     def _step(
         self, kind: str, function: str, size: list[Number], operands: list[Any], keep: int = 0, **more
@@ -258,7 +263,7 @@ class Lowering:
             for number in reversed(size):  # the same numbers in the same order, one after the other
                 strides.insert(0, step)
                 step = _times(step, number)
-            target = Placed(result.storage, offset_of(result, self._states), strides, result.dtype)
+            target = self._laid(result, strides)
             if not _is_contiguous(result) or state_of(result.storage, self._states) is not None:
                 return None
         else:
@@ -342,9 +347,7 @@ class Lowering:
                 return None
             inner[-2:] = [(Number(a.constant * b.constant), within)]
         length, along = inner[0] if inner else (ONE, _ZERO)
-        places = [d for d in range(len(result.size))]
-        if len(result.size) == rank:
-            places = kept
+        places = kept if len(result.size) == rank else list(range(len(result.size)))
         into = strides_of(result, self._states)
         size = [source.size[d] for d in kept] + [length]
         target = Placed(
@@ -402,7 +405,7 @@ class Lowering:
         step = self._step("gather", "copy", size, [result, broadcast, broadcast], keep=1)
         if step is None or len(step.sizes) > 2 or not table.size[0].fixed:
             return None
-        rows = Placed(table.storage, offset_of(table, self._states), [Amount(*n) for n in table.stride], table.dtype)
+        rows = self._laid(table, [Amount(*n) for n in table.stride])
         if len(step.sizes) == 1:
             step.sizes = [ONE, *step.sizes]
             step.operands = [o._replace(strides=[_ZERO, *o.strides]) for o in step.operands]
@@ -428,22 +431,13 @@ class Lowering:
         if len(left.size) < 2:
             return None
         left_strides, into = strides_of(left, self._states), strides_of(result, self._states)
-        batch = list(
-            zip(
-                result.size[:-2],
-                into[:-2],
-                left_strides[:-2],
-                right_strides[:-2],
-                left.size[:-2],
-                right_size[:-2],
-                strict=True,
-            )
-        )
         joined: list[tuple] = []
-        for size, out, x, w, own, other in batch:
-            dim = (size, out, x if own == size else _ZERO, w if other == size else _ZERO)
+        for d, size in enumerate(result.size[:-2]):
             if size == ONE:
                 continue
+            x = left_strides[d] if left.size[d] == size else _ZERO
+            w = right_strides[d] if right_size[d] == size else _ZERO
+            dim = (size, into[d], x, w)
             if joined and _continues(joined[-1], dim):
                 joined[-1] = (Number(joined[-1][0].constant * size.constant), *dim[1:])
             else:
@@ -452,23 +446,11 @@ class Lowering:
             return None
         size, out, x, w = joined[0] if joined else (ONE, _ZERO, _ZERO, _ZERO)
         operands = [
-            Placed(result.storage, offset_of(result, self._states), [out, into[-2], into[-1], _ZERO], result.dtype),
-            Placed(
-                left.storage, offset_of(left, self._states), [x, left_strides[-2], _ZERO, left_strides[-1]], left.dtype
-            ),
-            Placed(
-                right.storage,
-                offset_of(right, self._states),
-                [w, _ZERO, right_strides[-2], right_strides[-1]],
-                right.dtype,
-            ),
+            self._laid(result, [out, into[-2], into[-1], _ZERO]),
+            self._laid(left, [x, left_strides[-2], _ZERO, left_strides[-1]]),
+            self._laid(right, [w, _ZERO, right_strides[-2], right_strides[-1]]),
+            None if bias is None else self._laid(bias, [_ZERO, _ZERO, Amount(*bias.stride[0]), _ZERO]),
         ]
-        operands.append(
-            bias
-            and Placed(
-                bias.storage, offset_of(bias, self._states), [_ZERO, _ZERO, Amount(*bias.stride[0]), _ZERO], bias.dtype
-            )
-        )
         return [Step("multiply", sizes=[size, result.size[-2], result.size[-1], left.size[-1]], operands=operands)]
 
     def _attend(self, call: Call) -> list[Step] | None:
@@ -485,10 +467,7 @@ class Lowering:
         if not a["enable_gqa"] and heads != key_heads:
             return None
         positions = key.size[2]
-        placed = [
-            Placed(view.storage, offset_of(view, self._states), strides_of(view, self._states), view.dtype)
-            for view in (result, query, key, value)
-        ]
+        placed = [self._laid(view, strides_of(view, self._states)) for view in (result, query, key, value)]
         scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(query.size[3].constant)
         over = self._placed(mask, [query.size[0], heads, query.size[2], positions]) if mask is not None else None
         return [
@@ -518,8 +497,8 @@ class Lowering:
             return None
         tokens = math.prod(number.constant for number in x.size[:-1])
         sizes = [ONE, ONE, Number(tokens), x.size[-1]]
-        source = Placed(x.storage, offset_of(x, self._states), [_ZERO] * DIMS, x.dtype)
-        target = Placed(result.storage, offset_of(result, self._states), [_ZERO] * DIMS, result.dtype)
+        source = self._laid(x, [_ZERO] * DIMS)
+        target = self._laid(result, [_ZERO] * DIMS)
         step = Step("packed", sizes=sizes, operands=[target, source], exact=a["exact"])
         step.products.append((tensors, target))
         return [step]

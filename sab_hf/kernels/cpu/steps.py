@@ -332,8 +332,8 @@ class Steps:
             threads: to use.
 
         Returns:
-            By storage, tensors at the beginning of the outputs' memory; None if this pass has to go another way than the recorded one: nothing but room
-            beyond the tokens of the states was written.
+            By storage, tensors at the beginning of the outputs' memory; None if this pass has to go another way than the
+            recorded one: then nothing but room beyond the tokens of the states was written.
 
         Raises:
             MemoryError: there is no memory for it.
@@ -437,9 +437,8 @@ def offset_of(view: View, states: list[State]) -> Amount:
         NotReplayableError: a view of a state that does not begin at an entry that stays where it is.
     """
     state = state_of(view.storage, states)
-    if state is not None and not (
-        view.offset.fixed and view.offset.constant < state.entry * state.length(view.storage).at(0)
-    ):
-        if view.offset != Number(0):
+    if state is not None and view.offset != Number(0):
+        first_row = state.entry * state.length(view.storage).at(0)
+        if not view.offset.fixed or view.offset.constant >= first_row:
             raise NotReplayableError("a view of the cache begins at its end")
     return Amount(*view.offset)
