@@ -18,6 +18,15 @@ enum {
 
 typedef float eight __attribute__((vector_size(32)));
 
+#if defined(__clang__)
+#define SAB_PICK(a, b, order, i) ((order)[i] < 8 ? (a)[(order)[i] & 7] : (b)[(order)[i] & 7])
+#define SAB_SHUFFLE(a, b, order)                                                                                    \
+    ((eight){SAB_PICK(a, b, order, 0), SAB_PICK(a, b, order, 1), SAB_PICK(a, b, order, 2), SAB_PICK(a, b, order, 3), \
+             SAB_PICK(a, b, order, 4), SAB_PICK(a, b, order, 5), SAB_PICK(a, b, order, 6), SAB_PICK(a, b, order, 7)})
+#else
+#define SAB_SHUFFLE(a, b, order) __builtin_shuffle(a, b, order)
+#endif
+
 static size_t size_of(int dtype) { return dtype == SAB_INT64 ? 8 : dtype == SAB_BOOL ? 1 : dtype == SAB_FLOAT32 || dtype == SAB_INT32 ? 4 : 2; }
 
 static eight load8(const float *x) {
@@ -99,56 +108,93 @@ static void store_integers(const int64_t *values, int dtype, int64_t stride, int
     }
 }
 
-/* e^x to two units in the last place, 0 below the smallest normal number; no calls, so that loops of it become vector code. */
-static inline float exponential(float x) {
-    const float low = -87.33f, high = 88.72f;
-    float inside = x > high ? high : x < low ? low : x;
-    float scaled = inside * 1.44269504f;
-    int power = (int)(scaled + (scaled < 0 ? -0.5f : 0.5f));
-    float rest = (inside - (float)power * 0.693359375f) + (float)power * 2.12194440e-4f;
-    float sum = 1.9875691500e-4f;
-    sum = sum * rest + 1.3981999507e-3f;
-    sum = sum * rest + 8.3334519073e-3f;
-    sum = sum * rest + 4.1665795894e-2f;
-    sum = sum * rest + 1.6666665459e-1f;
-    sum = sum * rest + 5.0000001201e-1f;
-    sum = sum * rest * rest + rest + 1.0f;
-    union { uint32_t bits; float value; } half = {(uint32_t)((power / 2) + 127) << 23}, other = {(uint32_t)(power - power / 2 + 127) << 23};
-    float result = sum * half.value * other.value;
-    result = x > high ? INFINITY : result;
-    return x < low ? 0 : result;
+typedef int32_t eight_words __attribute__((vector_size(32)));
+
+static inline eight same8(float x) { return (eight){x, x, x, x, x, x, x, x}; }
+
+/* `yes` where the mask is set, else `no`. */
+static inline eight choose(eight_words mask, eight yes, eight no) {
+    return (eight)(((eight_words)yes & mask) | ((eight_words)no & ~mask));
 }
 
-static inline float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
+/* e^x to two units in the last place; 0 below the smallest normal number, infinity beyond the largest. */
+static inline eight exponential8(eight x) {
+    const eight low = same8(-87.33f), high = same8(88.72f), magic = same8(12582912.0f); /* 1.5 * 2^23: adding it rounds */
+    eight inside = choose(x > high, high, choose(x < low, low, x));
+    eight shifted = inside * same8(1.44269504f) + magic;
+    eight power = shifted - magic;
+    eight_words whole = (eight_words)shifted - (eight_words)magic, half = whole >> 1;
+    eight rest = (inside - power * same8(0.693359375f)) + power * same8(2.12194440e-4f);
+    eight sum = same8(1.9875691500e-4f);
+    sum = sum * rest + same8(1.3981999507e-3f);
+    sum = sum * rest + same8(8.3334519073e-3f);
+    sum = sum * rest + same8(4.1665795894e-2f);
+    sum = sum * rest + same8(1.6666665459e-1f);
+    sum = sum * rest + same8(5.0000001201e-1f);
+    sum = sum * rest * rest + rest + same8(1.0f);
+    /* in two factors: 2^128 is no number */
+    eight result = sum * (eight)((half + 127) << 23) * (eight)((whole - half + 127) << 23);
+    return choose(x < low, same8(0), choose(x > high, same8(INFINITY), result));
+}
 
-static inline float hyperbolic_tangent(float x) {
-    float size = fabsf(x), square = x * x;
-    float large = 1.0f - 2.0f / (exponential(2.0f * size) + 1.0f);
-    /* near 0 the difference of two nearly equal numbers has lost its digits */
-    float small = size * (1.0f + square * (-0.33333333f + square * (0.13333333f + square * (-0.053968254f + square * 0.021869489f))));
-    return copysignf(size < 0.3f ? small : large, x);
+/* out[i] = e^(factor * (x[i] - shift)). */
+static void exponentials(const float *x, float factor, float shift, int64_t count, float *out) {
+    int64_t i = 0;
+    eight values;
+    for (; i + 8 <= count; i += 8) {
+        values = exponential8((load8(x + i) - same8(shift)) * same8(factor));
+        memcpy(out + i, &values, sizeof values);
+    }
+    if (i == count) return;
+    float last[8] = {0};
+    memcpy(last, x + i, (size_t)(count - i) * sizeof(float));
+    values = exponential8((load8(last) - same8(shift)) * same8(factor));
+    memcpy(out + i, &values, (size_t)(count - i) * sizeof(float));
+}
+
+/* tanh of x, given e^(2 |x|): near 0 the difference of two nearly equal numbers has lost its digits. */
+static inline float hyperbolic_tangent(float x, float power) {
+    float square = x * x, large = copysignf(1.0f - 2.0f / (power + 1.0f), x);
+    float small = x * (1.0f + square * (-0.33333333f + square * (0.13333333f + square * (-0.053968254f + square * 0.021869489f))));
+    return fabsf(x) < 0.3f ? small : large;
 }
 
 #define EACH(expression)                                     \
     for (int64_t i = 0; i < count; i++) out[i] = expression; \
     break
 
+static inline float inner_of_gelu(float x) { return 0.79788456f * (x + 0.044715f * x * x * x); }
+
 static void map_floats(int function, const float *a, const float *b, const float *c, int64_t count, float *out) {
+    float powers[CHUNK];
+    switch (function) { /* those that need powers of e: all at once, which is vector code */
+        case SAB_EXP: exponentials(a, 1, 0, count, out); return;
+        case SAB_SIGMOID:
+        case SAB_SILU: exponentials(a, -1, 0, count, powers); break;
+        case SAB_TANH:
+            for (int64_t i = 0; i < count; i++) powers[i] = fabsf(a[i]);
+            exponentials(powers, 2, 0, count, powers);
+            break;
+        case SAB_GELU_TANH:
+            for (int64_t i = 0; i < count; i++) powers[i] = fabsf(inner_of_gelu(a[i]));
+            exponentials(powers, 2, 0, count, powers);
+            break;
+        default: break;
+    }
     switch (function) {
         case SAB_COPY: EACH(a[i]);
         case SAB_NEG: EACH(-a[i]);
         case SAB_ABS: EACH(fabsf(a[i]));
-        case SAB_EXP: EACH(exponential(a[i]));
         case SAB_LOG: EACH(logf(a[i]));
         case SAB_SQRT: EACH(sqrtf(a[i]));
         case SAB_RSQRT: EACH(1.0f / sqrtf(a[i]));
         case SAB_SIN: EACH(sinf(a[i]));
         case SAB_COS: EACH(cosf(a[i]));
-        case SAB_TANH: EACH(hyperbolic_tangent(a[i]));
-        case SAB_SIGMOID: EACH(logistic(a[i]));
-        case SAB_SILU: EACH(a[i] * logistic(a[i]));
+        case SAB_TANH: EACH(hyperbolic_tangent(a[i], powers[i]));
+        case SAB_SIGMOID: EACH(1.0f / (1.0f + powers[i]));
+        case SAB_SILU: EACH(a[i] / (1.0f + powers[i]));
         case SAB_GELU: EACH(0.5f * a[i] * (1.0f + erff(a[i] * 0.70710678f)));
-        case SAB_GELU_TANH: EACH(0.5f * a[i] * (1.0f + hyperbolic_tangent(0.79788456f * (a[i] + 0.044715f * a[i] * a[i] * a[i]))));
+        case SAB_GELU_TANH: EACH(0.5f * a[i] * (1.0f + hyperbolic_tangent(inner_of_gelu(a[i]), powers[i])));
         case SAB_RELU: EACH(a[i] < 0 ? 0 : a[i]);
         case SAB_RECIPROCAL: EACH(1.0f / a[i]);
         case SAB_SQUARE: EACH(a[i] * a[i]);
@@ -299,7 +345,7 @@ static void softmax(float *x, int64_t count) {
     float largest = -INFINITY, total = 0;
     for (int64_t i = 0; i < count; i++) largest = x[i] > largest ? x[i] : largest;
     if (largest == -INFINITY) largest = 0; /* all masked: PyTorch's attention gives 0, its softmax NaN */
-    for (int64_t i = 0; i < count; i++) x[i] = exponential(x[i] - largest);
+    exponentials(x, 1, largest, count, x);
     for (int64_t i = 0; i < count; i++) total += x[i];
     float inverse = total > 0 ? 1.0f / total : total; /* NaN stays */
     for (int64_t i = 0; i < count; i++) x[i] *= inverse;
@@ -415,9 +461,67 @@ static int multiply(const sab_kernels *kernels, const sab_step *step, int thread
     return shared.failed;
 }
 
+/* The sums of eight vectors. */
+static inline eight sums_of(const eight *v) {
+    const eight_words even = {0, 2, 4, 6, 8, 10, 12, 14}, odd = {1, 3, 5, 7, 9, 11, 13, 15};
+    eight pairs[4], fours[2];
+    for (int i = 0; i < 4; i++) pairs[i] = SAB_SHUFFLE(v[2 * i], v[2 * i + 1], even) + SAB_SHUFFLE(v[2 * i], v[2 * i + 1], odd);
+    for (int i = 0; i < 2; i++)
+        fours[i] = SAB_SHUFFLE(pairs[2 * i], pairs[2 * i + 1], even) + SAB_SHUFFLE(pairs[2 * i], pairs[2 * i + 1], odd);
+    return SAB_SHUFFLE(fours[0], fours[1], even) + SAB_SHUFFLE(fours[0], fours[1], odd);
+}
+
+/* Products of a question with eight keys, `step` numbers apart. */
+static void eight_scores(const float *question, const float *keys, int64_t step, int64_t width, float *scores) {
+    eight sums[8] = {{0}};
+    int64_t d = 0;
+    for (; d + 8 <= width; d += 8) {
+        const eight part = load8(question + d);
+        for (int k = 0; k < 8; k++) sums[k] += part * load8(keys + k * step + d);
+    }
+    eight total = sums_of(sums);
+    for (; d < width; d++)
+        for (int k = 0; k < 8; k++) total[k] += question[d] * keys[k * step + d];
+    memcpy(scores, &total, sizeof total);
+}
+
+/* sums[8 * parts] += weights times rows of values, `step` numbers apart; the sums stay in registers. */
+static inline __attribute__((always_inline)) void weigh(const float *weights, const float *values, int64_t step, int64_t count,
+                                                        const int parts, float *sums) {
+    eight total[8];
+    for (int i = 0; i < parts; i++) total[i] = load8(sums + 8 * i);
+    for (int64_t p = 0; p < count; p++, values += step)
+        for (int i = 0; i < parts; i++) total[i] += weights[p] * load8(values + 8 * i);
+    memcpy(sums, total, (size_t)parts * sizeof *total);
+}
+
+static void weighted_sum(const float *weights, const float *values, int64_t step, int64_t count, int64_t width, float *sums) {
+    int64_t d = 0;
+    for (; d + 64 <= width; d += 64) weigh(weights, values + d, step, count, 8, sums + d);
+    for (; d + 8 <= width; d += 8) weigh(weights, values + d, step, count, 1, sums + d);
+    for (; d < width; d++)
+        for (int64_t p = 0; p < count; p++) sums[d] += weights[p] * values[p * step + d];
+}
+
+/* Up to eight rows of keys or values from `position` on, as float rows `step` numbers apart; rows after the last are 0. */
+static const float *eight_rows(const sab_kernels *kernels, const sab_operand *x, const char *data, int64_t position, int64_t count,
+                               int64_t width, float *buffer, int64_t *step) {
+    const int64_t row = x->stride[2] * (int64_t)size_of(x->dtype);
+    data += position * row;
+    *step = x->stride[2];
+    if (x->dtype == SAB_FLOAT32 && count == 8) return (const float *)data;
+    *step = width;
+    for (int64_t k = 0; k < count; k++, data += row)
+        if (x->dtype == SAB_FLOAT32)
+            memcpy(buffer + k * width, data, (size_t)width * sizeof(float));
+        else
+            kernels->to_float(data, x->dtype, width, buffer + k * width);
+    memset(buffer + count * width, 0, (size_t)((8 - count) * width) * sizeof(float));
+    return buffer;
+}
+
 /* Task: the query heads of one or more heads of keys. Operands: out, queries [b, head, query, width], keys and values
- * [b, key head, position, width]; strides of `mask` (as the extra operand) [b, head, query, position]. Sizes: b, heads,
- * queries, width; extra: positions, key heads. */
+ * [b, key head, position, width]; the mask is [b, head, query, position]. Sizes: b, heads, queries, width. */
 static void attend(void *argument, int64_t task) {
     shared_step *shared = argument;
     const sab_step *step = shared->step;
@@ -426,12 +530,13 @@ static void attend(void *argument, int64_t task) {
     const int64_t heads = step->size[1], queries = step->size[2], width = step->size[3], positions = step->count;
     const int64_t group = shared->per_task, repeats = heads / step->key_heads, lines = group * queries;
     const int64_t batch = task * group / heads, head = task * group % heads, key_head = head / repeats;
-    float *scores = sab_scratch((size_t)(lines * positions + lines * width * 2 + 2 * width + 64) * sizeof(float));
+    const int64_t line_size = (positions + 7) / 8 * 8;
+    float *scores = sab_scratch((size_t)(lines * line_size + lines * width * 2 + 8 * width) * sizeof(float));
     if (scores == NULL) {
         shared->failed = SAB_NO_MEMORY;
         return;
     }
-    float *question = scores + lines * positions, *sums = question + lines * width, *buffer = sums + lines * width;
+    float *question = scores + lines * line_size, *sums = question + lines * width, *buffer = sums + lines * width;
     const float scale = (float)step->number[0];
     for (int64_t l = 0; l < lines; l++) {
         const int64_t h = head + l / queries, i = l % queries;
@@ -440,12 +545,14 @@ static void attend(void *argument, int64_t task) {
         for (int64_t d = 0; d < width; d++) question[l * width + d] = values[d] * scale;
     }
     const char *keys = k->data + (batch * k->stride[0] + key_head * k->stride[1]) * (int64_t)size_of(k->dtype);
-    for (int64_t p = 0; p < positions; p++) {
-        const float *key = floats(kernels, keys + p * k->stride[2] * (int64_t)size_of(k->dtype), k->dtype, 1, width, buffer);
-        for (int64_t l = 0; l < lines; l++) scores[l * positions + p] = dot(question + l * width, key, width);
+    for (int64_t p = 0; p < positions; p += 8) {
+        int64_t apart, count = positions - p < 8 ? positions - p : 8;
+        const float *rows = eight_rows(kernels, k, keys, p, count, width, buffer, &apart);
+        for (int64_t l = 0; l < lines; l++)
+            eight_scores(question + l * width, rows, apart, width, scores + l * line_size + p);
     }
     for (int64_t l = 0; l < lines; l++) {
-        float *line = scores + l * positions;
+        float *line = scores + l * line_size;
         if (step->mask.data != NULL) {
             const sab_operand *m = &step->mask;
             const int64_t h = head + l / queries, i = l % queries;
@@ -462,13 +569,14 @@ static void attend(void *argument, int64_t task) {
     }
     memset(sums, 0, (size_t)(lines * width) * sizeof(float));
     const char *values = v->data + (batch * v->stride[0] + key_head * v->stride[1]) * (int64_t)size_of(v->dtype);
-    for (int64_t p = 0; p < positions; p++) {
-        const float *value = floats(kernels, values + p * v->stride[2] * (int64_t)size_of(v->dtype), v->dtype, 1, width, buffer);
-        for (int64_t l = 0; l < lines; l++) {
-            const float weight = scores[l * positions + p];
-            float *sum = sums + l * width;
-            for (int64_t d = 0; d < width; d++) sum[d] += weight * value[d];
-        }
+    const int64_t direct = v->dtype == SAB_FLOAT32 ? positions : 0; /* all at once, where nothing is converted */
+    for (int64_t l = 0; l < lines && direct > 0; l++)
+        weighted_sum(scores + l * line_size, (const float *)values, v->stride[2], direct, width, sums + l * width);
+    for (int64_t p = direct; p < positions; p += 8) {
+        int64_t apart, count = positions - p < 8 ? positions - p : 8;
+        const float *rows = eight_rows(kernels, v, values, p, count, width, buffer, &apart);
+        for (int64_t l = 0; l < lines; l++)
+            weighted_sum(scores + l * line_size + p, rows, apart, count, width, sums + l * width);
     }
     for (int64_t l = 0; l < lines; l++) {
         const int64_t h = head + l / queries, i = l % queries;
