@@ -321,33 +321,47 @@ static int reduce_row(const sab_kernels *kernels, const sab_step *step, char *co
     }
     float buffer[CHUNK], total = 0;
     for (int64_t start = 0; start < size; start += CHUNK) {
-        int64_t count = size - start < CHUNK ? size - start : CHUNK, i = 0;
+        int64_t count = size - start < CHUNK ? size - start : CHUNK;
         const float *in = floats(kernels, rows[1] + start * stride * (int64_t)size_of(x->dtype), x->dtype, stride, count, buffer);
         if (step->function == SAB_MAX || step->function == SAB_MIN) {
             if (start == 0) total = in[0];
-            for (; i < count; i++) {
+            for (int64_t i = 0; i < count; i++) {
                 int better = step->function == SAB_MAX ? in[i] > total : in[i] < total;
                 total = better || in[i] != in[i] ? in[i] : total;
             }
             continue;
         }
-        eight sums = {0};
-        for (; i + 8 <= count; i += 8) sums += load8(in + i);
-        total += sum8(sums);
-        for (; i < count; i++) total += in[i];
+        total += sum_of(in, count);
     }
     if (step->function == SAB_MEAN) total /= (float)size;
     store_floats(kernels, &total, step->operand[0].dtype, 1, 1, rows[0]);
     return 0;
 }
 
+static float largest_of(const float *x, int64_t count) {
+    eight most = same8(-INFINITY);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) most = choose(load8(x + i) > most, load8(x + i), most);
+    float largest = -INFINITY;
+    for (int k = 0; k < 8; k++) largest = most[k] > largest ? most[k] : largest;
+    for (; i < count; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
+static float sum_of(const float *x, int64_t count) {
+    eight sums = same8(0);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) sums += load8(x + i);
+    float total = sum8(sums);
+    for (; i < count; i++) total += x[i];
+    return total;
+}
+
 static void softmax(float *x, int64_t count) {
-    float largest = -INFINITY, total = 0;
-    for (int64_t i = 0; i < count; i++) largest = x[i] > largest ? x[i] : largest;
+    float largest = largest_of(x, count);
     if (largest == -INFINITY) largest = 0; /* all masked: PyTorch's attention gives 0, its softmax NaN */
     exponentials(x, 1, largest, count, x);
-    for (int64_t i = 0; i < count; i++) total += x[i];
-    float inverse = total > 0 ? 1.0f / total : total; /* NaN stays */
+    float total = sum_of(x, count), inverse = total > 0 ? 1.0f / total : total; /* NaN stays */
     for (int64_t i = 0; i < count; i++) x[i] *= inverse;
 }
 
@@ -360,10 +374,9 @@ static int normalize_row(const sab_kernels *kernels, const sab_step *step, char 
     float *other = values + size;
     memcpy(values, floats(kernels, rows[1], o[1].dtype, 1, size, other), (size_t)size * sizeof(float));
     if (step->function == SAB_SOFTMAX) {
-        float largest = -INFINITY;
-        for (int64_t i = 0; i < size; i++) largest = values[i] > largest ? values[i] : largest;
+        const int masked = largest_of(values, size) == -INFINITY;
         softmax(values, size);
-        if (largest == -INFINITY)
+        if (masked)
             for (int64_t i = 0; i < size; i++) values[i] = NAN;
     } else {
         float mean = 0, square = 0;
@@ -461,20 +474,22 @@ static int multiply(const sab_kernels *kernels, const sab_step *step, int thread
     return shared.failed;
 }
 
-/* The sums of eight vectors. */
+/* The sums of eight vectors: of pairs of neighbours within each half, twice, then of the halves. */
 static inline eight sums_of(const eight *v) {
-    const eight_words even = {0, 2, 4, 6, 8, 10, 12, 14}, odd = {1, 3, 5, 7, 9, 11, 13, 15};
+    const eight_words even = {0, 2, 8, 10, 4, 6, 12, 14}, odd = {1, 3, 9, 11, 5, 7, 13, 15};
+    const eight_words low = {0, 1, 2, 3, 8, 9, 10, 11}, high = {4, 5, 6, 7, 12, 13, 14, 15};
     eight pairs[4], fours[2];
     for (int i = 0; i < 4; i++) pairs[i] = SAB_SHUFFLE(v[2 * i], v[2 * i + 1], even) + SAB_SHUFFLE(v[2 * i], v[2 * i + 1], odd);
     for (int i = 0; i < 2; i++)
         fours[i] = SAB_SHUFFLE(pairs[2 * i], pairs[2 * i + 1], even) + SAB_SHUFFLE(pairs[2 * i], pairs[2 * i + 1], odd);
-    return SAB_SHUFFLE(fours[0], fours[1], even) + SAB_SHUFFLE(fours[0], fours[1], odd);
+    return SAB_SHUFFLE(fours[0], fours[1], low) + SAB_SHUFFLE(fours[0], fours[1], high);
 }
 
 /* Products of a question with eight keys, `step` numbers apart. */
 static void eight_scores(const float *question, const float *keys, int64_t step, int64_t width, float *scores) {
-    eight sums[8] = {{0}};
+    eight sums[8];
     int64_t d = 0;
+    for (int k = 0; k < 8; k++) sums[k] = same8(0);
     for (; d + 8 <= width; d += 8) {
         const eight part = load8(question + d);
         for (int k = 0; k < 8; k++) sums[k] += part * load8(keys + k * step + d);
