@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 LIBRARY = HERE / "sab_cpu.so"
 COMMON = ("portable", "pool", "linear", "outliers", "dense", "plan")
 FOR_EACH = "steps"  # compiled for every instruction set, by its flags and a name of its own
-VECTORS = ("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast")  # so that loops become vector code
+VECTORS = ("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")  # so that loops become vector code
 FLAGS = ("-O3", "-std=c11", "-D_POSIX_C_SOURCE=200809L", "-fPIC", "-fvisibility=hidden", "-pthread")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")

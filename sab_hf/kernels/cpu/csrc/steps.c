@@ -152,6 +152,25 @@ static void exponentials(const float *x, float factor, float shift, int64_t coun
     memcpy(out + i, &values, (size_t)(count - i) * sizeof(float));
 }
 
+static float largest_of(const float *x, int64_t count) {
+    eight most = same8(-INFINITY);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) most = choose(load8(x + i) > most, load8(x + i), most);
+    float largest = -INFINITY;
+    for (int k = 0; k < 8; k++) largest = most[k] > largest ? most[k] : largest;
+    for (; i < count; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
+static float sum_of(const float *x, int64_t count) {
+    eight sums = same8(0);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) sums += load8(x + i);
+    float total = sum8(sums);
+    for (; i < count; i++) total += x[i];
+    return total;
+}
+
 /* tanh of x, given e^(2 |x|): near 0 the difference of two nearly equal numbers has lost its digits. */
 static inline float hyperbolic_tangent(float x, float power) {
     float square = x * x, large = copysignf(1.0f - 2.0f / (power + 1.0f), x);
@@ -336,25 +355,6 @@ static int reduce_row(const sab_kernels *kernels, const sab_step *step, char *co
     if (step->function == SAB_MEAN) total /= (float)size;
     store_floats(kernels, &total, step->operand[0].dtype, 1, 1, rows[0]);
     return 0;
-}
-
-static float largest_of(const float *x, int64_t count) {
-    eight most = same8(-INFINITY);
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) most = choose(load8(x + i) > most, load8(x + i), most);
-    float largest = -INFINITY;
-    for (int k = 0; k < 8; k++) largest = most[k] > largest ? most[k] : largest;
-    for (; i < count; i++) largest = x[i] > largest ? x[i] : largest;
-    return largest;
-}
-
-static float sum_of(const float *x, int64_t count) {
-    eight sums = same8(0);
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) sums += load8(x + i);
-    float total = sum8(sums);
-    for (; i < count; i++) total += x[i];
-    return total;
 }
 
 static void softmax(float *x, int64_t count) {
