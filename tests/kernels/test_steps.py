@@ -263,3 +263,21 @@ def test_numbers_that_change_unevenly_are_refused():
     counts = iter([1.0, 2.5])
     with pytest.raises(NotReplayableError, match="became"):
         make(lambda x: x * next(counts), torch.ones(3))
+
+
+def test_every_instruction_set_has_the_steps():
+    kernels = library.load()
+    sets = [name for name in library.NAMES if kernels.sab_cpu_select(name.encode()) == 0]
+    assert "portable" in sets
+    q, k, v = inputs(1, 4, 1, 20), inputs(1, 2, 13, 20, seed=1), inputs(1, 2, 13, 20, seed=2)
+
+    def function(q, k, v):
+        found = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return functional.silu(found).softmax(-1), functional.layer_norm(found, (20,)), (found * found).mean(-1)
+
+    try:
+        for name in sets:
+            library.select(kernels, name)
+            assert_same(function, q, k, v, threads=2)
+    finally:
+        library.select(kernels, None)

@@ -24,7 +24,8 @@ HERE = Path(__file__).parent
 LIBRARY = HERE / "sab_cpu.so"
 COMMON = ("portable", "pool", "linear", "outliers", "dense", "plan")
 FOR_EACH = "steps"  # compiled for every instruction set, by its flags and a name of its own
-VECTORS = ("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")  # so that loops become vector code
+# so that loops become vector code
+VECTORS = ("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 FLAGS = ("-O3", "-std=c11", "-D_POSIX_C_SOURCE=200809L", "-fPIC", "-fvisibility=hidden", "-pthread")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
@@ -111,7 +112,9 @@ def compile_objects(folder: Path, extra_flags: Sequence[str], machine: str) -> t
 
 def _compile_for(compiler: list[str], instruction_set: str, folder: Path) -> Path:
     """Compile what is there once for each instruction set."""
-    return _compile([*compiler, *VECTORS, f"-DSAB_RUN_STEPS=sab_run_steps_{instruction_set}"], FOR_EACH, folder, instruction_set)
+    return _compile(
+        [*compiler, *VECTORS, f"-DSAB_RUN_STEPS=sab_run_steps_{instruction_set}"], FOR_EACH, folder, instruction_set
+    )
 
 
 def _compile(compiler: list[str], unit: str, folder: Path, suffix: str = "") -> Path:
