@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what is imported on first use, for editors and type checker
     from .evaluate import evaluate
     from .make.binarize import quantize
     from .packed.decoding import decode_ahead
+    from .packed.recorded import record_decoding
     from .prediction import estimate
     from .publish.gguf import export_gguf
     from .publish.open import load
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "load",
     "quantize",
+    "record_decoding",
     "report",
     "save",
     "__version__",
@@ -45,6 +47,7 @@ _ON_FIRST_USE = {
     "export_gguf": ".publish.gguf",
     "load": ".publish.open",
     "quantize": ".make.binarize",
+    "record_decoding": ".packed.recorded",
     "save": ".publish.save",
 }
 

@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from .dotted import block_of
 from .packed.checksums import check_checksums, expect_marker, files_being_loaded, seal
 from .packed.names import is_packed_name, without_packed
+from .packed.recorded import record_by_default
 from .packed.swap import dequantize_modules, modules_of, swap_in_empty
 from .packed.verify import (
     check_contents,
@@ -79,6 +80,7 @@ class SABHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
             check_loaded(model)
+            record_by_default(model)
             return model
         from .make.binarize import run_plan
 
@@ -86,6 +88,7 @@ class SABHfQuantizer(HfQuantizer):
         del self._plan
         self.quantization_config = model.config.quantization_config
         model.hf_quantizer = self
+        record_by_default(model)
         return model
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:

@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 LIBRARY = HERE / "sab_cpu.so"
-COMMON = ("portable", "pool", "linear", "outliers", "dense")
+COMMON = ("portable", "pool", "linear", "outliers", "dense", "plan")
+FOR_EACH = "steps"  # compiled for every instruction set, by its flags and a name of its own
+# so that loops become vector code
+VECTORS = ("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 FLAGS = ("-O3", "-std=c11", "-D_POSIX_C_SOURCE=200809L", "-fPIC", "-fvisibility=hidden", "-pthread")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
@@ -93,9 +96,13 @@ def compile_objects(folder: Path, extra_flags: Sequence[str], machine: str) -> t
     objects, defines = [], []
     for unit in COMMON:
         objects.append(_compile(compiler, unit, folder))
+    objects.append(_compile_for(compiler, "portable", folder))
     for unit, flags in INSTRUCTION_SETS.get(machine, {}).items():
         try:
-            objects.append(_compile([*compiler, *flags], unit, folder))
+            made = [_compile([*compiler, *flags], unit, folder)]
+            if flags:
+                made.append(_compile_for([*compiler, *flags], unit, folder))
+            objects += made
             defines.append(f"-DSAB_HAVE_{unit.upper()}")
         except BuildError as error:
             logger.warning("the CPU kernels are built without %s, which this compiler does not know: %s", unit, error)
@@ -103,8 +110,15 @@ def compile_objects(folder: Path, extra_flags: Sequence[str], machine: str) -> t
     return objects, defines
 
 
-def _compile(compiler: list[str], unit: str, folder: Path) -> Path:
-    target = folder / f"{unit}.o"
+def _compile_for(compiler: list[str], instruction_set: str, folder: Path) -> Path:
+    """Compile what is there once for each instruction set."""
+    return _compile(
+        [*compiler, *VECTORS, f"-DSAB_RUN_STEPS=sab_run_steps_{instruction_set}"], FOR_EACH, folder, instruction_set
+    )
+
+
+def _compile(compiler: list[str], unit: str, folder: Path, suffix: str = "") -> Path:
+    target = folder / f"{unit}{suffix}.o"
     _run([*compiler, str(HERE / "csrc" / f"{unit}.c"), "-o", str(target)])
     return target
 

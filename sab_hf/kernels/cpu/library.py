@@ -47,6 +47,9 @@ _SIGNATURES = {
         c_int,
         [POINTER(Matrix), c_int64, c_void_p, c_int64, c_int, c_int64, POINTER(c_void_p), c_int, c_int],
     ),
+    "sab_cpu_step_bytes": (c_int64, []),
+    "sab_cpu_patch": (None, [c_void_p, c_int64, c_void_p, c_int64, c_int64]),
+    "sab_cpu_steps": (c_int, [c_void_p, c_int64, c_int]),
     "sab_cpu_dense": (c_int, [POINTER(Matrix), c_int64, c_int64, c_void_p, c_int]),
 }
 

@@ -59,8 +59,8 @@ class Prepared:
         """
         for operands in matrices:
             _check(x, operands)
-        layouts = [_layouts(kernels, operands) for operands in matrices]
-        each = [_matrix(operands, codes) for operands, codes in zip(matrices, layouts, strict=True)]
+        layouts = [layouts_of(kernels, operands) for operands in matrices]
+        each = [matrix_of(operands, codes) for operands, codes in zip(matrices, layouts, strict=True)]
         count, columns, rows = len(each), {matrix.columns for matrix in each}, [matrix.rows for matrix in each]
         made = _Matrices((library.Matrix * count)(*each), columns, rows, ctypes.c_void_p * count, layouts)
         # Held weakly: no other storage has the same `_cdata` as long as that is so.
@@ -198,7 +198,7 @@ def _check(x: Tensor, operands: Operands) -> None:
         unpack_mask(operands.significant_columns, operands.col_scale.shape[1], operands.residual_col_scale.numel())
 
 
-def _layouts(kernels: ctypes.CDLL, operands: Operands) -> list[Tensor]:
+def layouts_of(kernels: ctypes.CDLL, operands: Operands) -> list[Tensor]:
     """Return the layouts of a matrix's full planes and of its residual plane, if it has one."""
     signs = {"cpu": operands.signs}
     if operands.residual_signs is not None:
@@ -206,7 +206,7 @@ def _layouts(kernels: ctypes.CDLL, operands: Operands) -> list[Tensor]:
     return [cached(name, planes, lambda planes=planes: _lay_out(kernels, planes)) for name, planes in signs.items()]
 
 
-def _matrix(operands: Operands, layouts: list[Tensor]) -> library.Matrix:
+def matrix_of(operands: Operands, layouts: list[Tensor]) -> library.Matrix:
     """Return the C struct of the packed tensors and their layouts."""
     num_planes, rows = operands.row_scale.shape
     residual_col_scale = operands.residual_col_scale

@@ -5,6 +5,7 @@
 #include "avx2.h"
 #include "half.h"
 #include "portable.h"
+#include "steps.h"
 
 void sab_avx2_to_float(const void *x, int dtype, int64_t count, float *out) {
     const uint16_t *half = x;
@@ -216,4 +217,5 @@ const sab_kernels sab_kernels_avx2 = {
     .lut_group = lut_group,
     .exact_tile = exact_tile,
     .dense_row = dense_row,
+    .run_steps = sab_run_steps_avx2,
 };

@@ -5,6 +5,7 @@
 
 #include "avx2.h"
 #include "portable.h"
+#include "steps.h"
 
 static void exact_tables(const float *z, int64_t column_bytes, float *tables) {
     const __mmask16 plus0 = 0x55aa, plus1 = 0x33cc, plus2 = 0x0ff0, plus3 = 0xff00; /* codes where column i counts + */
@@ -130,4 +131,5 @@ const sab_kernels sab_kernels_avx512 = {
     .lut_group = lut_group,
     .exact_tile = exact_tile,
     .dense_row = dense_row,
+    .run_steps = sab_run_steps_avx512,
 };

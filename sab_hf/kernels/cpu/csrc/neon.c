@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "portable.h"
+#include "steps.h"
 
 static void to_float(const void *x, int dtype, int64_t count, float *out) {
     const uint16_t *half = x;
@@ -119,4 +120,5 @@ const sab_kernels sab_kernels_neon = {
     .lut_group = lut_group,
     .exact_tile = sab_portable_exact_tile,
     .dense_row = sab_portable_dense_row,
+    .run_steps = sab_run_steps_portable,
 };

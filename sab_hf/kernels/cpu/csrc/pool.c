@@ -4,10 +4,14 @@
  * are awake between the operations of a model, and threads of our own would contend with them for the same cores. Elsewhere,
  * and in forked children, whose OpenMP threads are gone, it is worker threads that sleep while there is nothing to do.
  *
+ * A crew is a team that stays together for many calls (sab_with_crew): its threads watch for work instead of being started for
+ * each piece, which takes longer than a small product.
+ *
  * With workers, the caller works too and never waits for a worker that has not woken up yet: indices are handed out one by one, so on a
  * busy machine a late worker finds nothing left. It only waits, asleep, for workers in the middle of an index.
  */
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -101,7 +105,96 @@ static void run_in_team(void *argument) {
     for (int64_t i; (i = atomic_fetch_add(&mine->next, 1)) < mine->count;) mine->task(mine->argument, i);
 }
 
+/* A ticket names a round, how many indices it has and the next of them, so that taking an index is one atomic addition, and
+ * one that comes too late finds nothing: whoever holds an index below the count may read task and argument, which stay until it
+ * is done. */
+enum { NEXT_BITS = 21, COUNT_BITS = 20, MOST_INDICES = 1 << COUNT_BITS, PATIENCE = 4096 };
+
+typedef struct {
+    void (*function)(void *);
+    void *function_argument;
+    pthread_t caller;
+    void (*task)(void *, int64_t);
+    void *argument;
+    _Alignas(64) _Atomic uint64_t ticket;
+    _Alignas(64) atomic_llong done;
+    atomic_int over;
+} crew;
+
+static _Thread_local crew *own_crew; /* of the thread that leads it */
+
+static int64_t next_of(uint64_t ticket) { return (int64_t)(ticket & ((1u << NEXT_BITS) - 1)); }
+
+static int64_t count_of(uint64_t ticket) { return (int64_t)(ticket >> NEXT_BITS & (MOST_INDICES - 1)); }
+
+static void rest_a_moment(int *waited) {
+    if (++*waited > PATIENCE) {
+        sched_yield(); /* the cores may be wanted by others */
+        return;
+    }
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void take_indices(crew *c) {
+    for (;;) {
+        uint64_t ticket = atomic_load_explicit(&c->ticket, memory_order_acquire);
+        if (next_of(ticket) >= count_of(ticket)) return;
+        ticket = atomic_fetch_add(&c->ticket, 1);
+        if (next_of(ticket) >= count_of(ticket)) return;
+        c->task(c->argument, next_of(ticket));
+        atomic_fetch_add_explicit(&c->done, 1, memory_order_release);
+    }
+}
+
+static void serve_crew(void *argument) {
+    crew *c = argument;
+    if (pthread_equal(pthread_self(), c->caller)) {
+        own_crew = c;
+        c->function(c->function_argument);
+        own_crew = NULL;
+        atomic_store(&c->over, 1);
+        return;
+    }
+    for (int waited = 0; !atomic_load_explicit(&c->over, memory_order_relaxed);) {
+        uint64_t ticket = atomic_load_explicit(&c->ticket, memory_order_relaxed);
+        if (next_of(ticket) < count_of(ticket)) {
+            take_indices(c);
+            waited = 0;
+        } else {
+            rest_a_moment(&waited);
+        }
+    }
+}
+
+void sab_with_crew(void (*function)(void *), void *argument, int threads) {
+    start_team start = team;
+    if (threads < 2 || start == NULL || own_crew != NULL) {
+        function(argument);
+        return;
+    }
+    crew c = {.function = function, .function_argument = argument, .caller = pthread_self()};
+    start(serve_crew, &c, (unsigned)threads, 0);
+}
+
+static void share_with_crew(crew *c, void (*task)(void *, int64_t), void *argument, int64_t count) {
+    c->task = task;
+    c->argument = argument;
+    atomic_store_explicit(&c->done, 0, memory_order_relaxed);
+    uint64_t round = (atomic_load(&c->ticket) >> (NEXT_BITS + COUNT_BITS)) + 1;
+    atomic_store_explicit(&c->ticket, round << (NEXT_BITS + COUNT_BITS) | (uint64_t)count << NEXT_BITS, memory_order_release);
+    take_indices(c);
+    for (int waited = 0; atomic_load_explicit(&c->done, memory_order_acquire) < count;) rest_a_moment(&waited);
+}
+
 void sab_parallel(void (*task)(void *, int64_t), void *argument, int64_t count, int threads) {
+    if (own_crew != NULL && threads > 1 && count > 1 && count < MOST_INDICES) {
+        share_with_crew(own_crew, task, argument, count);
+        return;
+    }
     int helpers = (int)(threads < count ? threads : count) - 1;
     start_team start = team;
     if (helpers > 0 && start != NULL) {

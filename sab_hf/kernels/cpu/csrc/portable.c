@@ -4,6 +4,7 @@
 
 #include "half.h"
 #include "portable.h"
+#include "steps.h"
 
 void sab_portable_to_float(const void *x, int dtype, int64_t count, float *out) {
     const uint16_t *short_x = x;
@@ -72,4 +73,5 @@ const sab_kernels sab_kernels_portable = {
     .exact_tables = sab_portable_exact_tables,
     .exact_tile = sab_portable_exact_tile,
     .dense_row = sab_portable_dense_row,
+    .run_steps = sab_run_steps_portable,
 };

@@ -49,9 +49,11 @@ typedef struct {
     const uint8_t *residual_codes;
 } sab_matrix;
 
+struct sab_step; /* steps.h */
+
 /* What an instruction set provides. Tables of one plane and token: `tables` of int8 look-up, uint8 [column_bytes][2][16]
  * with `scales` float [ceil(column_bytes/16)]; of exact look-up, float [column_bytes][2][exact_entries]. */
-typedef struct {
+typedef struct sab_kernels {
     const char *name;
     int exact_entries;
     int has_lut;      /* 0: the exact kernel does both */
@@ -71,6 +73,7 @@ typedef struct {
     void (*exact_tile)(const uint8_t *codes, const int32_t *list, int64_t column_bytes, const float *tables, float *sums);
     /* out[j] (+)= bit j ? c[j] * r : -c[j] * r */
     void (*dense_row)(const uint8_t *bits, int64_t columns, const float *c, float r, int add, float *out);
+    int (*run_steps)(const struct sab_kernels *kernels, const struct sab_step *steps, int64_t count, int threads);
 } sab_kernels;
 
 SAB_HIDDEN extern const sab_kernels sab_kernels_portable, sab_kernels_avx2, sab_kernels_avx512, sab_kernels_neon;
@@ -84,6 +87,8 @@ SAB_HIDDEN int64_t sab_take_outliers(float *z, float *sizes, int64_t column_byte
 SAB_HIDDEN int sab_has_team(void);
 /* Calls task(argument, i) for every i below count, on the caller and at most threads - 1 others. */
 SAB_HIDDEN void sab_parallel(void (*task)(void *argument, int64_t i), void *argument, int64_t count, int threads);
+/* Calls function(argument) on the caller, while the other threads of a team watch for what it hands to sab_parallel. */
+SAB_HIDDEN void sab_with_crew(void (*function)(void *argument), void *argument, int threads);
 /* Memory of at least `bytes`, 64-byte aligned, owned by the calling thread until its next call; NULL if there is none. */
 SAB_HIDDEN void *sab_scratch(size_t bytes);
 
