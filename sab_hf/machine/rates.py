@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from ..method.trainable import pass_dtype
+from . import distributed
 from .placement import free_memory
 from .threads import crowding
 from .workspace import Workspace
@@ -55,6 +56,7 @@ class Machine:
         room: bytes of hidden states kept by place, as `StateStore.room`.
         rates: of the compute device.
         crowded: how many times as long a thread takes because others want the cores too, at least 1.
+        processes: that share the run, each with a device like this.
     """
 
     device: torch.device
@@ -64,6 +66,7 @@ class Machine:
     room: dict[str, float]
     rates: Rates
     crowded: float = 1.0
+    processes: int = 1
 
     @classmethod
     def here(cls, workspace: Workspace, shape: tuple[int, int], dtype: torch.dtype, seconds: float = QUICK) -> Machine:
@@ -86,7 +89,8 @@ class Machine:
         )
         room = workspace.store.room
         ram = psutil.virtual_memory().available
-        return cls(device, name, free_memory(device), ram, room, rates, 1.0 if cuda else crowding())
+        free = free_memory(device) / distributed.sharing(device)
+        return cls(device, name, free, ram, room, rates, 1.0 if cuda else crowding(), distributed.size())
 
 
 @lru_cache(maxsize=64)

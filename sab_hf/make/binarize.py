@@ -102,7 +102,7 @@ def binarize(
                 own, number = plan.linears_of(name), plan.roles.blocks.index(name) + 1
                 bar.in_block(number, len(plan.roles.blocks))
                 if window.trained:
-                    weights |= iter_weights(model, own)
+                    weights |= {key: distributed.own_rows(W) for key, W in iter_weights(model, own)}
                 with workspace.placement.visit(name, lasting=True) as block:
                     split_experts(model, own)
                     refine = plan.refine.beside(window.trained)
@@ -112,7 +112,8 @@ def binarize(
                             written.advance_targets(block, index)
                     if name in plan.folds:
                         folded = fold_block(model, name, index, plan.folds[name], inputs)
-                        weights |= {key: folded[key].to(weights[key].device) for key in folded.keys() & weights.keys()}
+                        changed = {key: distributed.own_rows(folded[key]) for key in folded.keys() & weights.keys()}
+                        weights |= {key: W.to(weights[key].device) for key, W in changed.items()}
                     work = partial(
                         _binarize_block, model, block, name, index, inputs, own, sensitivity, refine, config, record
                     )

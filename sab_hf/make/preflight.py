@@ -8,7 +8,8 @@ measured, V the vocabulary, E bytes of an activation):
 
     moments      = 4 z Σ m²                                  over the different inputs of the block; each expert has its own
     fit          = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the largest Linear
-    distillation = Σ 20 n m (compact: 8) + 4 T Σ (n + 2 m) + min(24 T V, 4 GiB)     over the blocks of a window, as many as fit
+    distillation = Σ 20 n m (compact: 8) + 4 T Σ (n + 2 m) + min(24 T V, 4 GiB)     over the blocks of a window, as many as fit;
+                   P processes: Σ (12 / P + 8) n m, or block by block Σ 14 n m / P (compact: 8 / P) + 8 max Σ n m
     refinement   = Σ n m (25 (P + s R) + 20) + 4 T Σ (n + 2 m)
     capture      = everything beside the blocks + 3 E T max (n + m)
     sensitivity  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
@@ -18,6 +19,8 @@ measured, V the vocabulary, E bytes of an activation):
                    fifth of it for what the allocator keeps)
     states       = hidden_size E T_all (3 with distillation, 2 with refinement, else 1) + masks and positions
     further      = hidden_size E T_s (blocks + 1) + masks and positions − states, if more: while sensitivity is measured
+
+Of several processes, all of this is for each; states are those of its share of the samples.
 """
 
 from __future__ import annotations
@@ -33,7 +36,6 @@ from torch import nn
 from ..anatomy.roles import EMBEDDING, HEAD, LANGUAGE
 from ..calibration import TEXT, CalibrationBatch, CalibrationSet
 from ..config import SABQuantizationConfig
-from ..machine import distributed
 from ..machine.disk import Need, check_disk
 from ..machine.rates import THOROUGH, Machine
 from ..machine.store import GIB
@@ -48,7 +50,7 @@ from ..passes.gradients import BYTES_PER_LOGIT as GRADIENT_BYTES_PER_LOGIT
 from ..passes.gradients import LOGIT_BYTES, positions_at_once
 from ..passes.tail import BYTES_PER_LOGIT
 from .costs import Amounts, Work, count_work, seconds_of
-from .distil import ACTIVATION_SHARE, BYTES_PER_WEIGHT, HELD_OUT, activation_bytes, blocks_at_once
+from .distil import ACTIVATION_SHARE, HELD_OUT, activation_bytes, blocks_at_once, bytes_of_training
 from .plan import Plan
 from .rest import is_tied
 
@@ -274,7 +276,9 @@ def estimate_on(machine: Machine, model: nn.Module, plan: Plan, config: SABQuant
         working["refinement"] = _refine(dearest, data)
     if plan.distil.steps:
         working["distillation"] = beside + _distil(blocks, data, machine)
-    states, most = (_places(size, machine.room) for size in (data.state_bytes, data.most_state_bytes))
+    states, most = (
+        _places(size / machine.processes, machine.room) for size in (data.state_bytes, data.most_state_bytes)
+    )
     if measured:
         working["sensitivity"] += most["device"] - states["device"]
     amounts = _amounts(model, plan, blocks, data, machine, config, measured)
@@ -292,7 +296,7 @@ def estimate_on(machine: Machine, model: nn.Module, plan: Plan, config: SABQuant
         not any(p.is_meta for p in model.parameters()),
         packed,
         most | {"device": states["device"]},
-        seconds_of(work, machine, model.dtype, distributed.size()),
+        seconds_of(work, machine, model.dtype, machine.processes),
         _runs(plan, amounts),
         work,
         data.tokens,
@@ -490,13 +494,14 @@ def _refine(block: _Block, data: _Data) -> float:
 def _distil(blocks: list[_Block], data: _Data, machine: Machine) -> float:
     """Return the peak of training a window of blocks, and of the logits that it is held to."""
     free = machine.free
-    count, compact = blocks_at_once([block.weights for block in blocks], machine.device, free)
-    window = sorted(blocks, key=lambda block: block.weights)[-count:]
+    way = blocks_at_once([block.weights for block in blocks], machine.device, free, machine.processes)
+    window = sorted(blocks, key=lambda block: block.weights)[-way.blocks :]
     shapes = [[(n, m) for n, m, _, _ in block.linears] for block in window]
     activations = sum(activation_bytes(own, data.largest) for own in shapes)
     if activations > ACTIVATION_SHARE * free:
         activations = max(activation_bytes(own, data.largest) for own in shapes)
-    weights = BYTES_PER_WEIGHT["compact" if compact else "built"] * sum(block.weights for block in window)
+    sizes = [block.weights for block in window]
+    weights = bytes_of_training(sizes, machine.device, machine.processes, way.compact, way.lent)
     return weights + activations + min(LOGIT_BYTES, BYTES_PER_LOGIT * data.largest * data.vocabulary)
 
 
@@ -579,7 +584,7 @@ def _amounts(
         if p.ndim > 1 and roles.of(name) not in (LANGUAGE, EMBEDDING, HEAD)
     }
     own = blocks[len(blocks) - len(roles.stacks[-1]) :]
-    size, _ = blocks_at_once([block.weights for block in own], machine.device, machine.free)
+    size = blocks_at_once([block.weights for block in own], machine.device, machine.free, machine.processes).blocks
     windows = [min(size, len(own) - start) for start in range(0, len(own), size)]
     text = sum(int((batch.modality == TEXT).sum()) for batch in batches)
     held = batches[HELD_OUT // 2 :: HELD_OUT] or batches[:1]
