@@ -65,10 +65,10 @@ def sharing(device: torch.device) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if device.type == "cpu" and size() > 1 else 1
 
 
-def share(items: list[Item]) -> Iterator[tuple[int, Item]]:
-    """Yield the items that are this process's, each with its place among all."""
-    for number in range(rank(), len(items), size()):
-        yield number, items[number]
+def share(items: list[Item], first: int = 0) -> Iterator[tuple[int, Item]]:
+    """Yield the items that are this process's, each with its number; first: number of the first item."""
+    for place in range((rank() - first) % size(), len(items), size()):
+        yield first + place, items[place]
 
 
 def assign(costs: dict[str, float]) -> dict[str, int]:

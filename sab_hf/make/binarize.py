@@ -20,7 +20,7 @@ from ..machine import distributed
 from ..machine.bar import Bar
 from ..machine.clock import StageClock
 from ..machine.commits import RunFolder
-from ..machine.fingerprint import digest, fingerprint
+from ..machine.fingerprint import digest, fingerprint, glance
 from ..machine.placement import check_finite
 from ..machine.plain_torch import plain_torch
 from ..machine.resume import Left, Steps
@@ -225,7 +225,16 @@ def _open_steps(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wor
     batches = plan.calibration.batches
     if distributed.size() > 1:
         data = digest(value for batch in batches for value in (batch.inputs["input_ids"], batch.modality))
-        distributed.check_same({"config": config.to_dict(), "modules": plan.modules, "calibration data": data})
+        others = glance(item for batch in batches for item in sorted(batch.inputs.items(), key=lambda item: item[0]))
+        distributed.check_same(
+            {
+                "config": config.to_dict(),
+                "modules": plan.modules,
+                "calibration data": data,
+                "pictures and masks of the calibration data": others,
+                "model, by some of its weights": glance(model.named_parameters()),
+            }
+        )
     if config.checkpoint_dir is None or distributed.rank() > 0:
         return Steps(workspace, None)
     decided = {"device": workspace.device, "processes": distributed.size()}

@@ -342,6 +342,7 @@ def _train(
         exchange.spread()
     else:
         before = best_loss = loss.measure(held)
+    _warn_of_idle(next(_draw_mixed(own, written, settings)), sizes)
     draws = _draw_mixed(own, written, settings)
     for _ in range(start):
         next(draws)
@@ -375,6 +376,19 @@ def _train(
                 record = {"step": step, "before": before, "best_loss": best_loss, "best_step": best_step}
                 progress.save(partial(trainees.state, adam, best), record, step)
     return DistilResult(before, best_loss, step, best_step), best
+
+
+def _warn_of_idle(drawn: list[int], sizes: dict[int, int]) -> None:
+    """Say so where a step has fewer batches than there are processes."""
+    if len(drawn) < distributed.size():
+        samples = sum(sizes[number] for number in drawn)
+        logger.warning(
+            "a step of distillation has %d batches, so %d of %d processes wait; set `batch_size=%d`, or raise `distil_batch`",
+            len(drawn),
+            distributed.size() - len(drawn),
+            distributed.size(),
+            max(1, samples // distributed.size()),
+        )
 
 
 def _draw_mixed(given: dict[int, int], written: dict[int, int], settings: DistilSettings) -> Iterator[list[int]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from torch import Tensor, nn
 
@@ -56,6 +58,7 @@ class Trainees:
             self.modules[name] = TrainablePlanes(start, W, linear.bias, compact, kept, share)
         for name, module in self.modules.items():
             replace_module(model, name, module)
+        self._numbered = list(self.modules.values())
         self._by_block = [[m for m in block.modules() if isinstance(m, TrainablePlanes)] for block in blocks]
         own = {p for module in self.modules.values() for p in module.parameters()}
         beside = [p for block in blocks for p in block.parameters() if p not in own and p.is_floating_point()]
@@ -92,19 +95,16 @@ class Trainees:
             adam: of these trainees.
             best: a result.
         """
-        number_of = {module: b for b, block in enumerate(self._by_block) for module in block}
-        place: int | None = -1
-        part: dict[str, Tensor] = {f"best|{k}": t for k, t in (best or {}).items() if k.rpartition("|")[0] == "other"}
-        for (i, named), name in zip(adam.state(), (None, *self.modules), strict=True):
-            block = None if i is None else number_of[adam.modules[i]]
-            if i is not None and block != place:
-                yield part
-                part = {}
-            place = block
-            named = {f"now|{key}": tensor for key, tensor in named.items()}
-            named |= {f"best|{k}": t for k, t in (best or {}).items() if name and k.rpartition("|")[0] == name}
-            part |= {key: self._all_rows(key, tensor).cpu() for key, tensor in named.items()}
-        yield part
+        kept: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in (best or {}).items():
+            kept[key.rpartition("|")[0]][f"best|{key}"] = tensor
+        number_of = {module: number for number, block in enumerate(self._by_block) for module in block}
+        entries = zip(("other", *self.modules), (None, *self.modules.values()), adam.state(), strict=True)
+        for _, block in groupby(entries, key=lambda entry: number_of.get(entry[1])):
+            part: dict[str, Tensor] = {}
+            for name, _, now in block:
+                part |= {f"now|{key}": tensor for key, tensor in now.items()} | kept[name]
+            yield {key: self._all_rows(key, tensor).cpu() for key, tensor in part.items()}
 
     def load_state(self, adam: PlanesAdam, parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor] | None:
         """Continue from what `state` yielded, on any number of processes; returns the best result, None if there was none."""
@@ -134,7 +134,7 @@ class Trainees:
     def _owner(self, key: str) -> TrainablePlanes | None:
         """Return the module that a tensor of the state or of a result belongs to."""
         name = key.removeprefix("now|").removeprefix("best|").rpartition("|")[0]
-        return list(self.modules.values())[int(name)] if name.isdigit() else self.modules.get(name)
+        return self._numbered[int(name)] if name.isdigit() else self.modules.get(name)
 
     def pack(self, result: dict[str, Tensor] | None = None) -> None:
         """Put packed Linears and norms into the model: as they are now, or as they were at a `result`."""

@@ -294,7 +294,7 @@ class PlanesAdam:
         moments = self._adam.state.get(self.change, {})
         return {"change": self.change.data} | {key: moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
 
-    def state(self) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+    def state(self) -> Iterator[dict[str, Tensor]]:
         """Yield what goes on from step to step, by name, for `load_state`: what is the same on all, then each module by number.
 
         The tensors themselves; those of `ROW_AXIS` have the own rows.
@@ -303,11 +303,11 @@ class PlanesAdam:
         rest = {"done": torch.tensor(self._done)}
         if (step := self._adam.state.get(self.change, {}).get("step")) is not None:
             rest["step"] = step
-        yield None, rest | {key: torch.cat(own[len(self.modules) :]) for key, own in parts.items()}
+        yield rest | {key: torch.cat(own[len(self.modules) :]) for key, own in parts.items()}
         for i, module in enumerate(self.modules):
             named = dict(zip(("latent", "first", "second"), (module.latent, *module.moments), strict=True))
             named |= {f"r {key}": own[i].view_as(module.scales.r) for key, own in parts.items()}
-            yield i, {f"{i}|{key}": tensor for key, tensor in named.items()}
+            yield {f"{i}|{key}": tensor for key, tensor in named.items()}
 
     @torch.no_grad()
     def load_state(self, states: Iterable[dict[str, Tensor]]) -> None:
