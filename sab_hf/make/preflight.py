@@ -37,7 +37,7 @@ from ..anatomy.roles import EMBEDDING, HEAD, LANGUAGE
 from ..calibration import TEXT, CalibrationBatch, CalibrationSet
 from ..config import SABQuantizationConfig
 from ..machine.disk import Need, check_disk
-from ..machine.rates import THOROUGH, Machine
+from ..machine.rates import QUICK, THOROUGH, Machine
 from ..machine.store import GIB
 from ..machine.workspace import Workspace
 from ..method.fit import MAX_SYSTEM
@@ -234,7 +234,12 @@ def duration(seconds: float) -> str:
 
 
 def estimate_run(
-    model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace, tokens_from: str | None = None
+    model: nn.Module,
+    plan: Plan,
+    config: SABQuantizationConfig,
+    workspace: Workspace,
+    tokens_from: str | None = None,
+    processes: int | None = None,
 ) -> Estimate:
     """Predict what a run will need on this machine, whose rates are measured for it.
 
@@ -242,12 +247,17 @@ def estimate_run(
         model: with its weights, or on the meta device: then in RAM, as `from_pretrained` puts it without a `device_map`.
         plan, config, workspace: of the run.
         tokens_from: how the tokens are known, if not from the calibration set itself.
+        processes: that share the run; None: those that there are.
     """
     linears = max(plan.shapes.values(), key=math.prod)
-    machine = Machine.here(workspace, linears, model.dtype)
-    found = estimate_on(machine, model, plan, config)
+
+    def estimated(seconds: float) -> Estimate:
+        machine = Machine.here(workspace, linears, model.dtype, seconds)
+        return estimate_on(replace(machine, processes=processes or machine.processes), model, plan, config)
+
+    found = estimated(QUICK)
     if found.all_seconds > _SHORT:
-        found = estimate_on(Machine.here(workspace, linears, model.dtype, THOROUGH), model, plan, config)
+        found = estimated(THOROUGH)
     advice = "" if found.fits else _advice(found, model, plan, config)
     return replace(found, tokens_from=tokens_from or found.tokens_from, advice=advice)
 
