@@ -38,11 +38,18 @@ def start(device: torch.device, timeout: float) -> None:
         device: the compute device of this process.
         timeout: seconds that one process waits for the others.
     Raises:
+        ValueError: there are more processes on this machine than GPUs that they see.
         RuntimeError: the others do not come.
     """
     if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
     if device.type == "cuda":
+        local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if 1 < gpus < local:  # a launcher may also show each process its own GPU alone
+            raise ValueError(
+                f"each process needs a GPU of its own: {local} were started on this machine, which has {gpus} GPUs; start "
+                f"{gpus} (`torchrun --nproc-per-node {gpus}`), or compute on the CPU with `compute_device='cpu'`"
+            )
         torch.cuda.set_device(device)
     with _together("meeting the others"):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))

@@ -534,7 +534,7 @@ class _Loss:
             try:
                 total = run()
             except torch.OutOfMemoryError as error:
-                failed = str(error)
+                failed = str(error) or "out of memory"
             self.exchange.end()
             problems = distributed.merge({distributed.rank(): failed} if failed else {})
             if problems:

@@ -44,9 +44,19 @@ def check_models(
             assert (got.float() - tensor.float()).norm() <= (tolerance if first else 0.3) * tensor.float().norm(), name
 
 
-def test_two_processes_of_torchrun_give_the_model_of_one(tmp_path):
+ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torch.distributed.run --standalone --nproc-per-node 2",
+        pytest.param(f"{ACCELERATE} --dynamo_backend no", marks=pytest.mark.slow),
+    ],
+)
+def test_two_launched_processes_give_the_model_of_one(tmp_path, launcher):
     changes = {"refine_steps": 3}
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    command = f"{sys.executable} -m {launcher}"
     path = os.pathsep.join([str(WORKER.parents[1]), str(WORKER.parent)])
     done = subprocess.run(
         [*command.split(), WORKER, tmp_path / "RANK.safetensors", json.dumps(changes)],
@@ -136,6 +146,14 @@ def test_one_process_sends_nothing():
     assert distributed.sum_numbers({"a": 1.0}) == distributed.merge({"a": 1.0}) == {"a": 1.0}
     assert distributed.divide({"b": 1.0}, str.upper, torch.device("cpu")) == {"b": "B"}
     distributed.check_same({"config": 1})
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="4 were started on this machine, which has 2 GPUs; start 2"):
+        distributed.start(torch.device("cuda:0"), 1.0)
 
 
 def test_processes_of_different_runs_are_told_apart(ranks, monkeypatch):
