@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_zoo import FAMILIES
 from helpers import build_llama
 from safetensors.torch import load_file, save_file
 from scale_worker import fork
@@ -184,6 +186,31 @@ def test_processes_with_other_models_or_pictures_are_refused(tmp_path, what):
 
     assert fork(2, work, tmp_path) == [1, 1]
     assert "all processes must quantize the same: process 0 has the " + what in (tmp_path / "error 0").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mllama", "gemma3n", "qwen3_moe"])
+def test_blocks_and_experts_that_a_process_leaves_out_are_lent_to_the_others(tmp_path, lend, family):
+    """Blocks that run for images only, states that blocks leave for later ones, experts without tokens."""
+    if family not in FAMILIES:
+        pytest.skip("not in this version of transformers")
+
+    def result(_: int = 0) -> list[float]:
+        made = FAMILIES[family]()
+        values = {"fit": "elementwise", "alternations": 1, "refine_steps": 0, "distil_steps": 3, "distil_batch": 2}
+        values |= {"budget": "uniform", "significance": "paper", "process_timeout": 60, "distil_latent_rate": 1e-3}
+        config = SABQuantizationConfig(num_samples=8, **values)
+        return list(sab_hf.quantize(made.model, None, made.batches, config).distillations[0])
+
+    expected = result()
+    lend()
+
+    def work(rank: int) -> None:
+        (tmp_path / str(rank)).write_text(json.dumps(result()))
+
+    assert fork(2, work, tmp_path) == [0, 0], [file.read_text() for file in tmp_path.glob("error*")]
+    for rank in range(2):
+        assert json.loads((tmp_path / str(rank)).read_text()) == pytest.approx(expected, rel=1e-3)
 
 
 # ---- one process
