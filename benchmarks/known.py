@@ -6,7 +6,7 @@
 `--measure` quantizes a few small models on this CPU with one thread, and writes what each stage took and was predicted to take.
 Both are processor time, so other work on the machine hardly changes them. `--gpu` prints the same of the GPU runs that
 `results/quantize_7b.json` holds. `--table` predicts all shapes, whose configs are written out here, with the default settings, on
-an H200 and on a CPU whose rates are measured now.
+an H200 and on a CPU whose rates are measured now. `--gpus` predicts 7B, 32B and 72B on one to eight H200s (docs/several_gpus.md).
 """
 
 from __future__ import annotations
@@ -103,12 +103,14 @@ def predict(
     device: torch.device,
     calibration: CalibrationSet | None = None,
     machine: Machine | None = None,
+    gpus: int = 1,
 ) -> Estimate:
     """Predict a run of a model that exists as a config only.
 
     Args:
         device: "cuda" is an H200 with 140 GiB free, "cpu" this machine's CPU with 256 GiB of RAM, undisturbed.
         calibration: None: as many samples as `config` says, of assumed lengths.
+        gpus: H200s that share the run.
     """
     model_config.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = empty_model(model_config, "config")
@@ -117,7 +119,7 @@ def predict(
     plan = dataclasses.replace(plan, refine=RefineSettings.of(config, device), distil=DistilSettings.of(config, device))
     if machine is None and device.type == "cuda":
         room = {"device": 35.0 * GIB, "ram": 64.0 * GIB}
-        machine = Machine(CUDA, "one NVIDIA H200", 140.0 * GIB, 256.0 * GIB, room, H200)
+        machine = Machine(CUDA, "one NVIDIA H200", 140.0 * GIB, 256.0 * GIB, room, H200, processes=gpus)
     elif machine is None:
         largest = max(plan.shapes.values(), key=lambda shape: shape[0] * shape[1])
         here = Machine.here(Workspace.of(model, config)).measured(largest, torch.float32, 0.15)
@@ -256,6 +258,18 @@ def table() -> list[str]:
     return lines
 
 
+def table_of_gpus() -> list[str]:
+    """Return the table of several GPUs as Markdown: how all blocks are distilled, the time of the run, and memory of each GPU."""
+    lines = ["| shape | GPUs | windows | all | distillation | GPU, GiB | RAM of each process, GiB |", "|" + "---|" * 7]
+    for name in ("Qwen2.5-VL-7B", "Qwen2.5-VL-32B", "Qwen2.5-VL-72B"):
+        for gpus in (1, 2, 4, 8):
+            found = predict(SHAPES[name](), SABQuantizationConfig(batch_size=8 // gpus), CUDA, gpus=gpus)
+            seconds = [duration(size) for size in (found.all_seconds, found.seconds["distillation"])]
+            cells = [name, gpus, found.runs["distillation"], *seconds, gib(found.peak_device), gib(found.peak_ram)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
 def gib(size: float) -> str:
     return f"{size / GIB:.1f}" if size < 10 * GIB else f"{size / GIB:.0f}"
 
@@ -267,10 +281,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES), help="of these")
     parser.add_argument("--gpu", action="store_true", help="compare with the GPU runs that were made")
     parser.add_argument("--table", action="store_true", help="print the table")
+    parser.add_argument("--gpus", action="store_true", help="print the table of several GPUs")
     args = parser.parse_args()
     if args.measure:
         measure_all(args.measure, args.only)
-    for wanted, make in ((args.gpu, gpu_rows), (args.table, table)):
+    for wanted, make in ((args.gpu, gpu_rows), (args.table, table), (args.gpus, table_of_gpus)):
         if wanted:
             print("\n".join(make()))
 

@@ -57,6 +57,10 @@ FORMAT_VERSION = 1
 _BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
+ROW_AXIS = {"signs": 1, "row_scale": 1, "residual_signs": 0, "residual_row_scale": 0}
+"""The axis of a matrix's rows in each tensor that has them."""
+
+
 def pack_bits(bits: Tensor) -> Tensor:
     """Pack the last axis of a boolean tensor, eight entries a byte, least significant bit first.
 

@@ -17,7 +17,7 @@ A weight [out_features, in_features] takes these forms on its way from a dense c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,14 @@ class SignPlanes:
     @property
     def shape(self) -> tuple[int, int]:
         return self.signs.shape[1], self.signs.shape[2]
+
+    def take_rows(self, rows: slice) -> SignPlanes:
+        """Return the planes of some rows."""
+        residual = {}
+        if self.num_significant:
+            signs, scale = self.residual_signs[rows], self.residual_row_scale[rows]
+            residual = {"residual_signs": signs, "residual_row_scale": scale}
+        return replace(self, signs=self.signs[:, rows], row_scale=self.row_scale[:, rows], **residual)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the matrix that the planes stand for, [out_features, in_features], summed in float32."""

@@ -34,6 +34,7 @@ def estimate(
     *,
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
+    processes: int | None = None,
 ) -> Estimate:
     """Predict what `quantize` needs: bytes of the file by role, memory and minutes by stage, tokens, disk. Nothing is changed.
 
@@ -45,6 +46,8 @@ def estimate(
         processor, samples, config: as in `quantize`; without samples, the calibration set that `config` names is not read.
         dtype: of the weights as they will be loaded, as in `from_pretrained`; "auto": that of the config.
         revision: of the Hub repository.
+        processes: that share the run, each on a device like this one's; memory is then that of one of them. None: as many as
+            `torchrun` or `accelerate launch` has started.
     Returns:
         The prediction: `print` it for one line, `table()` for all, `to_dict()` for plain data.
     Raises:
@@ -74,7 +77,7 @@ def estimate(
         plan = make_plan(model, config, processor, samples)
     workspace = Workspace.of(model, config)
     with free_threads(workspace.device):
-        return estimate_run(model, plan, config, workspace, tokens_from)
+        return estimate_run(model, plan, config, workspace, tokens_from, processes)
 
 
 def file_bytes(model: nn.Module, config: SABQuantizationConfig) -> int:

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,16 +55,35 @@ def run(family: str | None = None, **changes) -> torch.nn.Module:
 
 
 def launch(count: int, output: Path, errors: Path, mortal: int | None = None, **changes) -> list[int]:
-    """Run `count` processes with the environment that `torchrun` gives them; returns their exit codes.
+    """Quantize in `count` processes; returns their exit codes.
 
-    Each writes its model to `output` with its number in place of RANK, and the message of an error to a file in `errors`.
-    Process `mortal` kills itself at its second block.
+    Each writes its model to `output` with its number in place of RANK. Process `mortal` kills itself at its second block.
+    """
+
+    def work(rank: int) -> None:
+        original, blocks = sab_hf.make.binarize._fit_block, []
+
+        def fit_or_die(*args):
+            blocks.append(args)
+            if rank == mortal and len(blocks) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        sab_hf.make.binarize._fit_block = fit_or_die
+        main(str(output), json.dumps(changes))
+
+    return fork(count, work, errors)
+
+
+def fork(count: int, work: Callable[[int], None], errors: Path) -> list[int]:
+    """Run `work(rank)` in `count` processes with the environment that `torchrun` gives them; returns their exit codes.
+
+    Each writes the message of an error to a file in `errors`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = (count, port, output, errors, mortal, changes)
-    processes = [FORK.Process(target=_process, args=(rank, *arguments)) for rank in range(count)]
+    processes = [FORK.Process(target=_process, args=(rank, count, port, work, errors)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -72,21 +92,12 @@ def launch(count: int, output: Path, errors: Path, mortal: int | None = None, **
     return [process.exitcode for process in processes]
 
 
-def _process(rank: int, count: int, port: int, output: Path, errors: Path, mortal: int | None, changes: dict) -> None:
+def _process(rank: int, count: int, port: int, work: Callable[[int], None], errors: Path) -> None:
     begin_forked()
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in here.items()})
-    original, blocks = sab_hf.make.binarize._fit_block, []
-
-    def fit_or_die(*args):
-        blocks.append(args)
-        if rank == mortal and len(blocks) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args)
-
-    sab_hf.make.binarize._fit_block = fit_or_die
     try:
-        main(str(output), json.dumps(changes))
+        work(rank)
     except Exception as error:
         (errors / f"error {rank}").write_text(str(error))
         raise

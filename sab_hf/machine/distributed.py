@@ -2,8 +2,9 @@
 
 Processes are those of `torchrun` or `accelerate launch`, one for each device. All of them call `quantize` with the same model,
 samples and config; each runs its share of the calibration batches through the blocks. Second moments, errors and gradients
-are summed, the Linears of a block are fitted by different processes, and all end with the same model. Without other
-processes every function here is a no-op. Sums are in another order than those of one process: equal to rounding.
+are summed, the Linears of a block are fitted by different processes, each keeps its rows of what is distilled
+(`sharding.py`), and all end with the same model. Without other processes every function here is a no-op. Sums are in another
+order than those of one process: equal to rounding.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..method.hessian import SecondMoments
+from ..method.trainable import Share
 from .store import map_nested
 
 logger = logging.getLogger(__name__)
@@ -35,11 +38,18 @@ def start(device: torch.device, timeout: float) -> None:
         device: the compute device of this process.
         timeout: seconds that one process waits for the others.
     Raises:
+        ValueError: there are more processes on this machine than GPUs that they see.
         RuntimeError: the others do not come.
     """
     if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
     if device.type == "cuda":
+        local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if 1 < gpus < local:  # a launcher may also show each process its own GPU alone
+            raise ValueError(
+                f"each process needs a GPU of its own: {local} were started on this machine, which has {gpus} GPUs; start "
+                f"{gpus} (`torchrun --nproc-per-node {gpus}`), or compute on the CPU with `compute_device='cpu'`"
+            )
         torch.cuda.set_device(device)
     with _together("meeting the others"):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
@@ -57,10 +67,15 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
-def share(items: list[Item]) -> Iterator[tuple[int, Item]]:
-    """Yield the items that are this process's, each with its place among all."""
-    for number in range(rank(), len(items), size()):
-        yield number, items[number]
+def sharing(device: torch.device) -> int:
+    """Return how many processes have the memory of this one's device between them: on a CPU all of one machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if device.type == "cpu" and size() > 1 else 1
+
+
+def share(items: list[Item], first: int = 0) -> Iterator[tuple[int, Item]]:
+    """Yield the items that are this process's, each with its number; first: number of the first item."""
+    for place in range((rank() - first) % size(), len(items), size()):
+        yield first + place, items[place]
 
 
 def assign(costs: dict[str, float]) -> dict[str, int]:
@@ -153,13 +168,102 @@ def sum_gradients(gradients: Iterable[Tensor]) -> None:
 
 
 def broadcast(value: Any, source: int) -> Any:
-    """Return the `value` of process `source`: plain data and CPU tensors, nested."""
+    """Return the `value` of process `source`: plain data, dataclasses and CPU tensors, nested; tensors go one by one."""
     if size() == 1:
         return value
-    box = [value if rank() == source else None]
+    tensors: list[Tensor] = []
+
+    def take(tensor: Tensor) -> _Sent:
+        tensors.append(tensor)
+        return _Sent(tensor.shape, tensor.dtype)
+
+    def put(sent: Any) -> Any:
+        return next(mine) if isinstance(sent, _Sent) else sent
+
     with _together("sending results"):
+        box = [_changed(value, take) if rank() == source else None]
         dist.broadcast_object_list(box, src=source, device=_wire())
-    return box[0]
+        if rank() == source:
+            _send(tensors, source)
+            return value
+        _changed(box[0], lambda sent: tensors.append(torch.empty(sent.shape, dtype=sent.dtype)), _Sent)
+        _send(tensors, source)
+    mine = iter(tensors)
+    return _changed(box[0], put, _Sent)
+
+
+class _Sent:
+    """The place of a tensor that is sent by itself."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype):
+        self.shape, self.dtype = shape, dtype
+
+
+def _send(tensors: list[Tensor], source: int) -> None:
+    """Fill CPU tensors with what process `source` has, byte by byte, so that all dtypes can be sent."""
+    for tensor in tensors:
+        if tensor.numel():
+            wire = tensor.contiguous().view(-1).view(torch.uint8).to(_wire())
+            dist.broadcast(wire, src=source)
+            if rank() != source:
+                tensor.view(-1).view(torch.uint8).copy_(wire)
+
+
+def own_share() -> Share:
+    """Return the rows that this process keeps of what all keep by rows."""
+    return Share(rank(), size())
+
+
+def own_rows(weight: Tensor) -> Tensor:
+    """Return the own rows of a weight [out_features, in_features], alone in memory."""
+    return weight if size() == 1 else weight[own_share().own(len(weight))].clone()
+
+
+def gather_rows(own: Tensor, rows: int, axis: int = 0) -> Tensor:
+    """Return a tensor with so many rows, of which each process has its own on an axis; on the device of the own ones."""
+    if size() == 1:
+        return own
+    each = own_share().each(rows)
+    moved = own.movedim(axis, 0).contiguous()
+    width = math.prod(moved.shape[1:]) * moved.dtype.itemsize
+    part = torch.zeros(each, width, dtype=torch.uint8, device=_wire())
+    if moved.numel():
+        part[: len(moved)] = moved.flatten().view(torch.uint8).view(len(moved), width).to(part.device)
+    whole = part.new_empty(each * size(), width)
+    all_gather(whole, part).wait()
+    shape = (rows, *moved.shape[1:])
+    return whole[:rows].to(own.device).flatten().view(own.dtype).view(shape).movedim(0, axis).contiguous()
+
+
+def all_gather(whole: Tensor, own: Tensor) -> Waits:
+    """Fill `whole` with the parts `own` of all processes, in order; `own` may be its place in it. Returns what to wait for."""
+    begin = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name of before torch 2.13
+    return Waits(lambda: begin(whole, own, async_op=True), "gathering weights")
+
+
+def reduce_scatter(own: Tensor, whole: Tensor) -> Waits:
+    """Add up `whole` over the processes into `own`, the own part of it, which may be its place. Returns what to wait for."""
+    begin = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return Waits(lambda: begin(own, whole, async_op=True), "summing gradients")
+
+
+class Waits:
+    """Work that all processes have a part in.
+
+    Args:
+        begin: begins it.
+        doing: what it is, in words.
+    """
+
+    def __init__(self, begin: Callable[[], dist.Work], doing: str):
+        self._doing = doing
+        with _together(doing):
+            self._work = begin()
+
+    def wait(self) -> None:
+        """Have what comes next on this process see the result."""
+        with _together(self._doing):
+            self._work.wait()
 
 
 def check_same(what: dict[str, Any]) -> None:
@@ -174,13 +278,17 @@ def check_same(what: dict[str, Any]) -> None:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
+    return _changed(value, lambda tensor: tensor.to(device))
+
+
+def _changed(value: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """Apply `change` to each item of a kind in plain data and dataclasses, nested."""
+    if isinstance(value, kind):
+        return change(value)
     if dataclasses.is_dataclass(value):
-        return dataclasses.replace(
-            value, **{f.name: _moved(getattr(value, f.name), device) for f in dataclasses.fields(value)}
-        )
-    return map_nested(value, lambda item: _moved(item, device))
+        fields = dataclasses.fields(value)
+        return dataclasses.replace(value, **{f.name: _changed(getattr(value, f.name), change, kind) for f in fields})
+    return map_nested(value, lambda item: _changed(item, change, kind))
 
 
 def _sum(tensor: Tensor) -> None:

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from ..method.trainable import pass_dtype
+from . import distributed
 from .placement import free_memory
 from .threads import crowding
 from .workspace import Workspace
@@ -55,6 +56,7 @@ class Machine:
         room: bytes of hidden states kept by place, as `StateStore.room`.
         rates: of the compute device; None: not known, so that nothing can be said about time.
         crowded: how many times as long a thread takes because others want the cores too, at least 1.
+        processes: that share the run, each with a device like this.
     """
 
     device: torch.device
@@ -64,6 +66,7 @@ class Machine:
     room: dict[str, float]
     rates: Rates | None = None
     crowded: float = 1.0
+    processes: int = 1
 
     @classmethod
     def here(cls, workspace: Workspace) -> Machine:
@@ -74,7 +77,9 @@ class Machine:
             torch.cuda.get_device_name(device) if cuda else f"{threads} thread{'s' * (threads > 1)} of {_processor()}"
         )
         ram = psutil.virtual_memory().available
-        return cls(device, name, free_memory(device), ram, workspace.store.room, crowded=1.0 if cuda else crowding())
+        free = free_memory(device) / distributed.sharing(device)
+        crowded = 1.0 if cuda else crowding()
+        return cls(device, name, free, ram, workspace.store.room, crowded=crowded, processes=distributed.size())
 
     def measured(self, shape: tuple[int, int], dtype: torch.dtype, seconds: float = QUICK) -> Machine:
         """Return the same machine, this one, with rates that are measured now.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ Left = tuple[dict[str, Tensor], dict[str, Any]]
 _RANDOM = "random_state."
 _UNFINISHED = " (unfinished)"
 _SAMPLES = "rows"  # the name in the files
+_MOMENT, _PARTS = "moment", "parts"
 
 
 class Steps:
@@ -72,7 +73,9 @@ class Steps:
         if self.checkpoint is not None:
             kept = record | {_SAMPLES: self.workspace.limit.samples}
             self.checkpoint.save(name, tensors | _random_state(self.workspace.device), kept)
-            self.checkpoint.forget(f"{name}{_UNFINISHED}")
+            for step in self.checkpoint.steps():
+                if step.startswith(f"{name}{_UNFINISHED}"):
+                    self.checkpoint.forget(step)
         return tensors, record
 
     def progress(self, name: str) -> Progress:
@@ -97,6 +100,9 @@ class Steps:
 class Progress:
     """How far a step is, for a run that is killed in it.
 
+    It is kept in parts, so that no process ever holds all of them. The parts of a moment have its number in their names; they are
+    there when the file that names the moment is written, and deleted when the next moment is.
+
     Args:
         checkpoint: the run's folder, on the first process; None: nothing is kept.
         name: in the folder.
@@ -104,21 +110,56 @@ class Progress:
 
     def __init__(self, checkpoint: RunFolder | None, name: str):
         self._checkpoint, self._name = checkpoint, name
+        self._kept = distributed.broadcast(checkpoint is not None, source=0)
 
-    def load(self) -> Left | None:
-        """Return what was saved last, on all processes; None if nothing was."""
+    def load(self) -> tuple[Iterator[dict[str, Tensor]], dict[str, Any]] | None:
+        """Return the parts that were saved last, one by one, and the plain data, on all processes; None if nothing was.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
         found = self._checkpoint.load(self._name) if self._checkpoint else None
-        return distributed.broadcast(None if found is None else (found.tensors, found.record), source=0)
+        record = distributed.broadcast(None if found is None else found.record, source=0)
+        return None if record is None else (self._parts(record), record)
 
-    def save(self, tensors: Callable[[], dict[str, Tensor]], record: dict[str, Any]) -> None:
-        """Keep tensors and plain data in place of what was saved before.
+    def save(self, parts: Callable[[], Iterator[dict[str, Tensor]]], record: dict[str, Any], moment: int) -> None:
+        """Keep parts and plain data in place of what was saved before. All processes call this together.
 
         Args:
-            tensors: makes them; not called where nothing is kept.
+            parts: makes them; not called where nothing is kept.
             record: plain data.
+            moment: a number that is larger each time.
         """
+        if not self._kept:
+            return
+        count = 0
+        for part in parts():
+            if self._checkpoint is not None:
+                self._checkpoint.save(self._part(moment, count), part, {})
+            count += 1
         if self._checkpoint is not None:
-            self._checkpoint.save(self._name, tensors(), record)
+            self._checkpoint.save(self._name, {}, record | {_MOMENT: moment, _PARTS: count})
+            current = {self._name, *(self._part(moment, i) for i in range(count))}
+            for step in self._checkpoint.steps():
+                if step.startswith(self._name) and step not in current:
+                    self._checkpoint.forget(step)
+
+    def _part(self, moment: int, number: int) -> str:
+        return f"{self._name} {moment} {number}"
+
+    def _parts(self, record: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
+        for number in range(record[_PARTS]):
+            found = None
+            if self._checkpoint is not None:
+                part = self._checkpoint.load(self._part(record[_MOMENT], number))
+                found = "missing" if part is None else part.tensors
+            found = distributed.broadcast(found, source=0)
+            if found == "missing":
+                raise ValueError(
+                    f"`checkpoint_dir` lacks a part of {self._name!r}; delete the files whose names begin so, and the next run "
+                    "makes this step again"
+                )
+            yield found
 
 
 def _without_random_state(step: Commit) -> Left:

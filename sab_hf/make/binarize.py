@@ -20,7 +20,7 @@ from ..machine import distributed
 from ..machine.bar import Bar
 from ..machine.clock import StageClock
 from ..machine.commits import RunFolder
-from ..machine.fingerprint import digest, fingerprint
+from ..machine.fingerprint import digest, fingerprint, glance
 from ..machine.placement import check_finite
 from ..machine.plain_torch import plain_torch
 from ..machine.resume import Left, Steps
@@ -102,7 +102,7 @@ def binarize(
                 own, number = plan.linears_of(name), plan.roles.blocks.index(name) + 1
                 bar.in_block(number, len(plan.roles.blocks))
                 if window.trained:
-                    weights |= iter_weights(model, own)
+                    weights |= {key: distributed.own_rows(W) for key, W in iter_weights(model, own)}
                 with workspace.placement.visit(name, lasting=True) as block:
                     split_experts(model, own)
                     refine = plan.refine.beside(window.trained)
@@ -112,7 +112,8 @@ def binarize(
                             written.advance_targets(block, index)
                     if name in plan.folds:
                         folded = fold_block(model, name, index, plan.folds[name], inputs)
-                        weights |= {key: folded[key].to(weights[key].device) for key in folded.keys() & weights.keys()}
+                        changed = {key: distributed.own_rows(folded[key]) for key in folded.keys() & weights.keys()}
+                        weights |= {key: W.to(weights[key].device) for key, W in changed.items()}
                     work = partial(
                         _binarize_block, model, block, name, index, inputs, own, sensitivity, refine, config, record
                     )
@@ -224,7 +225,16 @@ def _open_steps(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wor
     batches = plan.calibration.batches
     if distributed.size() > 1:
         data = digest(value for batch in batches for value in (batch.inputs["input_ids"], batch.modality))
-        distributed.check_same({"config": config.to_dict(), "modules": plan.modules, "calibration data": data})
+        others = glance(item for batch in batches for item in sorted(batch.inputs.items(), key=lambda item: item[0]))
+        distributed.check_same(
+            {
+                "config": config.to_dict(),
+                "modules": plan.modules,
+                "calibration data": data,
+                "pictures and masks of the calibration data": others,
+                "model, by some of its weights": glance(model.named_parameters()),
+            }
+        )
     if config.checkpoint_dir is None or distributed.rank() > 0:
         return Steps(workspace, None)
     decided = {"device": workspace.device, "processes": distributed.size()}

@@ -3,13 +3,15 @@
 A window of successive blocks, whose Linears are trainable planes, runs on the cached states that enter it. Its loss is the
 divergence of the next-token distributions, or, where blocks follow that are not in the window, the squared error of its output.
 The full-precision side is the cached output of the full-precision blocks, so no second model is held or run.
+
+Of several processes, each has its batches and keeps its rows of what is trained (`machine/sharding.py`).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -23,13 +25,13 @@ from ..machine import distributed
 from ..machine.placement import free_memory
 from ..machine.replay import Replay
 from ..machine.resume import Left, Progress, Steps
+from ..machine.sharding import Kept, Lent
 from ..machine.store import tensors_in
 from ..method.divergence import divergence
 from ..method.trainable import PlanesAdam, pass_dtype
 from ..passes.capture import BlockInputs
 from ..passes.states import BatchState, block_output, window_output
 from ..passes.tail import NoLogitsError, Tail
-from ..planes import SignPlanes
 from .plan import Plan
 from .refine import draw_batches
 from .settings import DistilSettings
@@ -52,9 +54,11 @@ GIVEN_SHARE = 0.375
 HELD_OUT = 16
 """One of so many batches is held out of training."""
 
-BYTES_PER_WEIGHT = {"built": 20, "compact": 8}
-"""Peak of training, in bytes for each weight. Built: latent, two moments, gradient of the step and weight, in float32 (on a GPU
-the last two in bfloat16). Compact: latent, moments and gradient in bfloat16, and each pass builds the weight of a Linear anew."""
+STATE_BYTES = {False: 12, True: 6}
+"""Latent and two moments of a weight, in float32, and compactly in bfloat16: shared among processes."""
+
+WEIGHT_BYTES = 8
+"""A weight and its gradient of the step in float32, where each process has them whole; on a GPU they are bfloat16."""
 
 MEMORY_SHARE = 0.7
 """Part of the free memory that the weights of a window may take; activations and logits need some too."""
@@ -91,6 +95,7 @@ class Window(NamedTuple):
         last: whether no block follows: the loss is that of the model's predictions.
         tail: gives the predictions, on a process that has samples.
         compact: whether training keeps less than float32 for each weight.
+        lent: whether a process has the weights of a block only while it runs.
     """
 
     names: tuple[str, ...]
@@ -99,6 +104,15 @@ class Window(NamedTuple):
     last: bool = True
     tail: Tail | None = None
     compact: bool = False
+    lent: bool = False
+
+
+class Way(NamedTuple):
+    """How many blocks are trained at a time, and how: see `Window`."""
+
+    blocks: int
+    compact: bool
+    lent: bool
 
 
 def plan_windows(
@@ -121,31 +135,67 @@ def plan_windows(
         logger.warning("the model is not distilled: %s", problem)
         return whole
 
+    weights = [sum(math.prod(plan.shapes[name]) for name in plan.linears_of(block)) for block in blocks]
+    device, processes = inputs.workspace.device, distributed.size()
+    free = min(distributed.merge({distributed.rank(): free_memory(device)}).values()) / distributed.sharing(device)
+
     def decide() -> Left:
-        weights = [sum(math.prod(plan.shapes[name]) for name in plan.linears_of(block)) for block in blocks]
-        size, compact = blocks_at_once(weights, inputs.workspace.device, free_memory(inputs.workspace.device))
-        return {}, {"blocks": size, "compact": compact}
+        way = blocks_at_once(weights, device, free, processes)
+        return {}, {"blocks": way.blocks, "compact": way.compact}
 
     decided = distributed.broadcast(steps.once("windows", decide)[1], source=0)
     size, compact = decided["blocks"], decided["compact"]
+    largest = [max(weights)] * size  # a run that goes on may have another number of processes
+    lent = processes > 1 and (compact or bytes_of_training(largest, device, processes) > MEMORY_SHARE * free)
+    needed = bytes_of_training(largest, device, processes, compact, lent)
+    if needed > free and size > blocks_at_once(weights, device, free, processes).blocks:
+        raise RuntimeError(
+            f"the run in `checkpoint_dir` trains {size} blocks together, which takes {needed / 2**30:.1f} GiB on each of "
+            f"{processes} processes, and {free / 2**30:.1f} GiB are free; start again with more processes, or name another folder"
+        )
     starts = range(0, len(blocks), size)
-    return [Window(blocks[i : i + size], i, True, i + size >= len(blocks), tail, compact) for i in starts]
+    return [Window(blocks[i : i + size], i, True, i + size >= len(blocks), tail, compact, lent) for i in starts]
 
 
-def blocks_at_once(weights: list[int], device: torch.device, free: float) -> tuple[int, bool]:
-    """Return how many blocks a window has, and whether it is trained compactly.
+def blocks_at_once(weights: list[int], device: torch.device, free: float, processes: int = 1) -> Way:
+    """Return how many blocks a window has, and how it is trained: the first way in which all blocks fit into one.
 
-    That is done on a GPU where the blocks do not fit into one window otherwise.
+    Those are: each process has all weights; it is lent them block by block; the same compactly, which is for GPUs, and in which
+    one process builds them anew. Where none is enough, the last way in windows of about one size.
 
     Args:
         weights: that each block has.
         device: the compute device.
         free: bytes on it.
+        processes: that share what is trained, each with a device like this.
     """
-    fit = {way: int(MEMORY_SHARE * free / (size * max(weights))) for way, size in BYTES_PER_WEIGHT.items()}
-    compact = device.type != "cpu" and fit["built"] < len(weights)
-    most = max(1, min(len(weights), fit["compact" if compact else "built"]))
-    return math.ceil(len(weights) / math.ceil(len(weights) / most)), compact  # windows of about one size
+    several, count = processes > 1, len(weights)
+    ways = [(False, False)] + [(False, True)] * several + [(True, several)] * (device.type != "cpu")
+    largest, most = max(weights), 1
+    for compact, lent in ways:
+        beside = bytes_of_training([largest], device, processes, compact, lent)
+        each = bytes_of_training([largest] * 2, device, processes, compact, lent) - beside  # buffers are there once
+        most = max(1, min(count, 1 + int((MEMORY_SHARE * free - beside) / each)))
+        if most == count:
+            break
+    return Way(math.ceil(count / math.ceil(count / most)), compact, lent)
+
+
+def bytes_of_training(
+    weights: list[int], device: torch.device, processes: int = 1, compact: bool = False, lent: bool = False
+) -> float:
+    """Return the bytes on each process of what training a window keeps for its weights.
+
+    Args:
+        weights: of each block of the window.
+        device, processes: as in `blocks_at_once`.
+        compact, lent: the way, see `Window`.
+    """
+    total, size = sum(weights), pass_dtype(device).itemsize
+    if lent or compact:
+        buffers = 4 * size * max(weights) if lent else 0  # weights and gradients of two blocks
+        return (STATE_BYTES[compact] + size) * total / processes + buffers
+    return (STATE_BYTES[False] / processes + WEIGHT_BYTES) * total
 
 
 def activation_bytes(shapes: list[tuple[int, int]], tokens: int) -> float:
@@ -190,8 +240,7 @@ def distil_window(
     name = f"distilled blocks {window.first} to {last}"
 
     def train() -> Left:
-        planes = {linear: model.get_submodule(linear).planes() for linear in weights}
-        result = distil(model, window, planes, weights, inputs, batches, plan.distil, steps.progress(name))
+        result = distil(model, window, weights, inputs, batches, plan.distil, steps.progress(name))
         states = {block: model.get_submodule(block).state_dict() for block in window.names}
         return {f"{b}|{key}": t for b, state in states.items() for key, t in state.items()}, result._asdict()
 
@@ -214,7 +263,6 @@ def distil_window(
 def distil(
     model: nn.Module,
     window: Window,
-    planes: dict[str, SignPlanes],
     weights: dict[str, Tensor],
     inputs: tuple[BlockInputs, ...],
     batches: list[CalibrationBatch],
@@ -229,8 +277,8 @@ def distil(
     Args:
         model: with the window's blocks on the compute device, their Linears packed.
         window: the blocks.
-        planes: of all their packed Linears, by module name; empty afterwards.
-        weights: the dense weights that the planes stand for, by module name, on any device; empty afterwards.
+        weights: the own rows of the dense weights that all their packed Linears stand for, by module name, on any device; empty
+            afterwards.
         inputs: calibration batches with `hidden`, which enters the window, and `target`, what the full-precision blocks up to the
             window's end give. Some of the first ones are held out. Each process of several has its own.
         batches: all of them, in the order of their numbers.
@@ -242,8 +290,9 @@ def distil(
     Source: knowledge distillation by forward KL; quantization-aware distillation (arXiv 2601.20088); method §7.
     """
     blocks = [model.get_submodule(name) for name in window.names]
-    shapes = [weight.shape for weight in weights.values()]
-    trainees = Trainees(model, blocks, planes, weights, window.compact)
+    linears = [model.get_submodule(name) for name in weights]
+    shapes = [(linear.out_features, linear.in_features) for linear in linears]
+    trainees = Trainees(model, blocks, None, weights, window.compact, window.lent, distributed.own_share())
     try:
         loss = _Loss(blocks, window, inputs, batches, shapes)
         given = distributed.merge({state.number: True for state in inputs[0].states})
@@ -281,16 +330,19 @@ def _train(
     drawn_from = {number: rows for number, rows in sizes.items() if number not in held} or sizes
     own, written = ({n: rows for n, rows in drawn_from.items() if (n in given) == kind} for kind in (True, False))
     adam = trainees.adam(settings.latent_rate, settings.scale_rate)
+    loss.exchange = exchange = trainees.exchange(adam)
+    exchange.spread()
     interval = max(1, settings.steps // MEASUREMENTS)
     start, before, best_loss, best_step, best = 0, None, math.inf, 0, None
     found = progress.load()
     if found is not None:
-        tensors, known = found
+        parts, known = found
         start, before, best_loss, best_step = known["step"], known["before"], known["best_loss"], known["best_step"]
-        adam.load_state({key[len("now|") :]: tensor for key, tensor in tensors.items() if key.startswith("now|")})
-        best = {key[len("best|") :]: tensor for key, tensor in tensors.items() if key.startswith("best|")} or None
+        best = trainees.load_state(adam, parts)
+        exchange.spread()
     else:
         before = best_loss = loss.measure(held)
+    _warn_of_idle(next(_draw_mixed(own, written, settings)), sizes)
     draws = _draw_mixed(own, written, settings)
     for _ in range(start):
         next(draws)
@@ -298,10 +350,13 @@ def _train(
     with loss.workspace.bar.steps(settings.steps, start) as bar:
         bar.note(f"held-out loss {before:.4f}")
         while step < settings.steps:
-            loss.accumulate_gradients(adam, next(draws))
-            distributed.sum_gradients(adam.gradients())
+            loss.accumulate_gradients(adam, next(draws), step)
+            exchange.sum_gradients()
             adam.prepare(_schedule(step, settings.steps))
-            loss.replay.run("step", [], lambda _: adam.step())
+            loss.replay.run("descend", [], lambda _: adam.descend())
+            exchange.sum_shared()
+            loss.replay.run("update", [], lambda _: adam.update())
+            exchange.spread()
             step += 1
             bar.update()
             if step % interval and step < settings.steps:
@@ -313,14 +368,27 @@ def _train(
             )
             if now < best_loss:  # False also for NaN
                 best_loss, best_step, best = now, step, trainees.result()
+            if not math.isfinite(now):
+                logger.warning("distillation ends: its loss is not finite%s", loss.first_not_finite())
             if not math.isfinite(now) or step - max(best_step, 0) >= PATIENCE * interval:
                 break
             if step < settings.steps:
-                progress.save(
-                    partial(_state, adam, best),
-                    {"step": step, "before": before, "best_loss": best_loss, "best_step": best_step},
-                )
+                record = {"step": step, "before": before, "best_loss": best_loss, "best_step": best_step}
+                progress.save(partial(trainees.state, adam, best), record, step)
     return DistilResult(before, best_loss, step, best_step), best
+
+
+def _warn_of_idle(drawn: list[int], sizes: dict[int, int]) -> None:
+    """Say so where a step has fewer batches than there are processes."""
+    if len(drawn) < distributed.size():
+        samples = sum(sizes[number] for number in drawn)
+        logger.warning(
+            "a step of distillation has %d batches, so %d of %d processes wait; set `batch_size=%d`, or raise `distil_batch`",
+            len(drawn),
+            distributed.size() - len(drawn),
+            distributed.size(),
+            max(1, samples // distributed.size()),
+        )
 
 
 def _draw_mixed(given: dict[int, int], written: dict[int, int], settings: DistilSettings) -> Iterator[list[int]]:
@@ -346,12 +414,6 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _state(adam: PlanesAdam, best: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """Return all tensors that training needs to go on, by name."""
-    now = {f"now|{name}": tensor for name, tensor in adam.state().items()}
-    return now | {f"best|{name}": tensor for name, tensor in (best or {}).items()}
-
-
 @contextmanager
 def _compiled(blocks: list[nn.Module], device: torch.device, steps: int) -> Iterator[None]:
     """Have the blocks compiled for a while, on a GPU and for so many steps that it pays; what cannot be runs as it is."""
@@ -374,7 +436,10 @@ class _Loss:
     Attributes:
         dtype: of products.
         replay: does the passes of a step.
+        exchange: with other processes.
     """
+
+    exchange: Kept
 
     def __init__(
         self,
@@ -390,11 +455,15 @@ class _Loss:
         self.own = {state.number: state for each in inputs for state in each.states}
         tokens = {n: int(self._counted(state.modality).sum()) for n, state in self.own.items()}
         self.tokens = distributed.merge(tokens)
+        self.rows = distributed.merge({n: state.rows for n, state in self.own.items()})
+        self.owner = distributed.merge(dict.fromkeys(self.own, distributed.rank()))
         self.limit, device = self.workspace.limit, self.workspace.device
         self.dtype = pass_dtype(device)
         self.replay = Replay(device)
         self._ready: dict[int, tuple[BatchState, tuple, list[Tensor]]] = {}
         self._sum, self._factor = torch.zeros((), device=device), torch.ones((), device=device)
+        self._step, self._never = torch.zeros((), device=device), torch.full((), math.inf, device=device)
+        self._bad = self._never.clone()  # first step with a loss that is not finite
         largest = max((state.modality.numel() for state in self.own.values()), default=0)
         self.saves_memory = activation_bytes(shapes, largest) > ACTIVATION_SHARE * free_memory(device)
 
@@ -407,30 +476,84 @@ class _Loss:
         runs = any(state.runs(index) for index in range(self.first, self.first + len(self.blocks)))
         return runs and self.tokens[state.number] > 0
 
-    def accumulate_gradients(self, adam: PlanesAdam, numbers: list[int]) -> None:
-        """Add up the gradients of the mean loss over the tokens of some batches."""
+    def accumulate_gradients(self, adam: PlanesAdam, numbers: list[int], step: int) -> None:
+        """Add up the gradients of the mean loss over the tokens of some batches; step: number of the training step."""
         self._factor.fill_(1 / sum(self.tokens[number] for number in numbers))
-        own = [self.own[number] for number in numbers if number in self.own]
-
-        def run() -> None:
-            for state in own:
-                self._run(state, train=True)
-
-        self.limit.retry("distilling", max((state.rows for state in own), default=1), run, adam.clear)
+        self._step.fill_(step)
+        self._together("distilling", numbers, True, adam.clear)
 
     @torch.no_grad()
     def measure(self, numbers: set[int]) -> float:
-        """Return the mean loss over the tokens of some batches."""
-        total = 0.0
-        for state in (self.own[number] for number in sorted(numbers) if number in self.own):
+        """Return the mean loss over the tokens of some batches.
 
-            def run(state: BatchState = state) -> float:
+        Raises:
+            RuntimeError: it is not finite on some processes and finite on others.
+        """
+        own = self._together("measuring the loss", sorted(numbers), False)
+        by_process = distributed.merge({distributed.rank(): own})
+        wrong = [process for process, value in by_process.items() if not math.isfinite(value)]
+        others = [p for p, value in by_process.items() if value and math.isfinite(value)]
+        if wrong and others:
+            raise RuntimeError(
+                f"the loss on held-out samples is not finite on process {wrong[0]}, and finite on process {others[0]}: "
+                "all have one model, so its samples or device are damaged. With `checkpoint_dir`, the finished blocks are kept"
+            )
+        return sum(by_process.values()) / sum(self.tokens[number] for number in numbers)
+
+    def first_not_finite(self) -> str:
+        """Return at which training step, and on which process, a loss was not finite for the first time, in words."""
+        steps = distributed.merge({distributed.rank(): float(self._bad)})
+        first = min(steps, key=steps.get)
+        if not math.isfinite(steps[first]):
+            return ""
+        where = f" on process {first}" if len(steps) > 1 else ""
+        return f", for the first time at step {steps[first] + 1:.0f}{where}"
+
+    def _together(
+        self, what: str, numbers: Iterable[int], train: bool, undo: Callable[[], None] | None = None
+    ) -> float:
+        """Run the own ones of some batches, to train or to measure; returns the sum of their losses, if measured.
+
+        Where weights are lent, all processes do that in as many passes, and all do it again if one runs out of memory.
+        """
+        numbers = list(numbers)
+        own, lent = [self.own[number] for number in numbers if number in self.own], isinstance(self.exchange, Lent)
+        largest = max(self.rows[number] for number in numbers) if lent else max((s.rows for s in own), default=1)
+
+        def run() -> float:
+            total = 0.0
+            for state in own:
                 self._sum.zero_()
-                self._run(state, train=False)
-                return float(self._sum)
+                self._run(state, train)
+                total += 0.0 if train else float(self._sum)
+            return total
 
-            total += self.limit.retry("measuring the loss", state.rows, run)
-        return distributed.sum_numbers({"loss": total})["loss"] / sum(self.tokens[number] for number in numbers)
+        def run_lent() -> float:
+            total, failed = 0.0, ""
+            self.exchange.begin(self._most_passes(numbers, train), train)
+            try:
+                total = run()
+            except torch.OutOfMemoryError as error:
+                failed = str(error) or "out of memory"
+            self.exchange.end()
+            problems = distributed.merge({distributed.rank(): failed} if failed else {})
+            if problems:
+                raise torch.OutOfMemoryError(next(iter(problems.values())))
+            return total
+
+        if lent:
+            limits = distributed.merge({distributed.rank(): self.limit.samples or math.inf})
+            least = min(limits.values())
+            self.limit.samples = int(least) if math.isfinite(least) else None
+        return self.limit.retry(what, largest, run_lent if lent else run, undo)
+
+    def _most_passes(self, numbers: list[int], train: bool) -> int:
+        """Return the most passes that a process makes for some batches."""
+        passes = dict.fromkeys(self.owner.values(), 0)
+        for number in numbers:
+            parts = len(self.limit.slices(self.rows[number]))
+            passes[self.owner[number]] += parts * (2 if train and parts > 1 else 1)
+        return max(passes.values())
 
     def _run(self, state: BatchState, train: bool) -> None:
         """Add a batch's loss to the sum and, to train, its gradient to those of the trainees."""
@@ -438,7 +561,7 @@ class _Loss:
         if len(self.limit.slices(state.rows)) == 1:
             piece, form, tensors = self._whole(state)
             work = partial(self._pass, state, piece, tensors, train)
-            if self.tail is None or self.tail.chain:
+            if (self.tail is None or self.tail.chain) and not isinstance(self.exchange, Lent):
                 self.replay.run((train, form), tensors, work)
             else:
                 work(tensors)
@@ -451,8 +574,12 @@ class _Loss:
         gradient = self._loss(state, output, target, modality, train)
         for piece in pieces if train else ():
             rows = piece.hidden.shape[-3]
-            self._output(piece).backward(gradient.narrow(-3, 0, rows))
+            self._go_back(self._output(piece), gradient.narrow(-3, 0, rows))
             gradient = gradient.narrow(-3, rows, gradient.shape[-3] - rows)
+
+    def _go_back(self, output: Tensor, gradient: Tensor) -> None:
+        self.exchange.turn()
+        output.backward(gradient)
 
     def _whole(self, state: BatchState) -> tuple[BatchState, tuple, list[Tensor]]:
         """Return a batch ready for the blocks, its form and its tensors; made once where it takes no memory beside the state."""
@@ -474,9 +601,10 @@ class _Loss:
         output = self._output(piece)
         gradient = self._loss(state, output.detach(), piece.target, piece.modality, train)
         if train:
-            output.backward(gradient)
+            self._go_back(output, gradient)
 
     def _output(self, piece: BatchState) -> Tensor:
+        self.exchange.enter()
         with self._autocast():
             run = _checkpointed if self.saves_memory and torch.is_grad_enabled() else block_output
             return window_output(self.blocks, self.first, piece, piece.hidden.float(), run)
@@ -494,6 +622,8 @@ class _Loss:
         else:
             value, gradient = self._divergence(state, output, target, counted, train)
         self._sum.add_(value)
+        if train:
+            torch.minimum(self._bad, torch.where(value.isfinite(), self._never, self._step), out=self._bad)
         return (gradient * self._factor).to(output.dtype) if train else None
 
     def _divergence(

@@ -8,7 +8,8 @@ vocabulary, E bytes of an activation):
 
     moments      = 4 z Σ m²                                  over the different inputs of the block; each expert has its own
     fit          = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the largest Linear
-    distillation = Σ 20 n m (compact: 8) + 4 T Σ (n + 2 m) + min(24 T V, 4 GiB)     over the blocks of a window, as many as fit
+    distillation = Σ 20 n m (compact: 8) + 4 T Σ (n + 2 m) + min(24 T V, 4 GiB)     over the blocks of a window, as many as fit;
+                   P processes: Σ (12 / P + 8) n m, or block by block Σ 14 n m / P (compact: 8 / P) + 8 max Σ n m
     refinement   = Σ 20 n m + (8 (P + R) + 10) n m + 4 T Σ (n + 2 m)     the second for the largest Linear: levels, Adam
     capture      = everything beside the blocks + 3 E T max (n + m)
     sensitivity  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
@@ -18,6 +19,8 @@ vocabulary, E bytes of an activation):
                    fifth of it for what the allocator keeps)
     states       = hidden_size E T_all (3 with distillation, 2 with refinement, else 1) + masks and positions
     further      = hidden_size E T_s (blocks + 1) + masks and positions − states, if more: while sensitivity is measured
+
+Of several processes, all of this is for each; states are those of its share of the samples.
 """
 
 from __future__ import annotations
@@ -33,7 +36,6 @@ from torch import nn
 from ..anatomy.roles import EMBEDDING, HEAD, LANGUAGE
 from ..calibration import TEXT, CalibrationBatch, CalibrationSet
 from ..config import SABQuantizationConfig
-from ..machine import distributed
 from ..machine.disk import Need, check_disk
 from ..machine.rates import THOROUGH, Machine
 from ..machine.store import GIB
@@ -48,7 +50,7 @@ from ..passes.gradients import BYTES_PER_LOGIT as GRADIENT_BYTES_PER_LOGIT
 from ..passes.gradients import LOGIT_BYTES, positions_at_once
 from ..passes.tail import BYTES_PER_LOGIT
 from .costs import Amounts, Work, count_work, seconds_of
-from .distil import ACTIVATION_SHARE, BYTES_PER_WEIGHT, HELD_OUT, activation_bytes, blocks_at_once
+from .distil import ACTIVATION_SHARE, HELD_OUT, activation_bytes, blocks_at_once, bytes_of_training
 from .plan import Plan
 from .rest import is_tied
 
@@ -232,7 +234,12 @@ def duration(seconds: float) -> str:
 
 
 def estimate_run(
-    model: nn.Module, plan: Plan, config: SABQuantizationConfig, workspace: Workspace, tokens_from: str | None = None
+    model: nn.Module,
+    plan: Plan,
+    config: SABQuantizationConfig,
+    workspace: Workspace,
+    tokens_from: str | None = None,
+    processes: int | None = None,
 ) -> Estimate:
     """Predict what a run will need on this machine, whose rates are measured for it.
 
@@ -240,9 +247,11 @@ def estimate_run(
         model: with its weights, or on the meta device: then in RAM, as `from_pretrained` puts it without a `device_map`.
         plan, config, workspace: of the run.
         tokens_from: how the tokens are known, if not from the calibration set itself.
+        processes: that share the run; None: those that there are.
     """
     linears = max(plan.shapes.values(), key=math.prod)
     machine = Machine.here(workspace)
+    machine = replace(machine, processes=processes or machine.processes)
     found = estimate_on(machine.measured(linears, model.dtype), model, plan, config)
     if found.all_seconds > _SHORT:
         found = estimate_on(machine.measured(linears, model.dtype, THOROUGH), model, plan, config)
@@ -277,7 +286,9 @@ def estimate_on(machine: Machine, model: nn.Module, plan: Plan, config: SABQuant
         working["refinement"] = moved * dearest.dense + _refine(dearest, data)
     if plan.distil.steps:
         working["distillation"] = beside + _distil(blocks, data, machine)
-    states, most = (_places(size, machine.room) for size in (data.state_bytes, data.most_state_bytes))
+    states, most = (
+        _places(size / machine.processes, machine.room) for size in (data.state_bytes, data.most_state_bytes)
+    )
     if measured:
         working["sensitivity"] += most["device"] - states["device"]
     amounts = _amounts(model, plan, blocks, data, machine, config, measured)
@@ -295,7 +306,7 @@ def estimate_on(machine: Machine, model: nn.Module, plan: Plan, config: SABQuant
         not any(p.is_meta for p in model.parameters()),
         packed,
         most | {"device": states["device"]},
-        seconds_of(work, machine, model.dtype, distributed.size()) if machine.rates else {},
+        seconds_of(work, machine, model.dtype, machine.processes) if machine.rates else {},
         _runs(plan, amounts),
         work,
         data.tokens,
@@ -495,13 +506,14 @@ def _refine(block: _Block, data: _Data) -> float:
 def _distil(blocks: list[_Block], data: _Data, machine: Machine) -> float:
     """Return the peak of training a window of blocks, and of the logits that it is held to."""
     free = machine.free
-    count, compact = blocks_at_once([block.weights for block in blocks], machine.device, free)
-    window = sorted(blocks, key=lambda block: block.weights)[-count:]
+    way = blocks_at_once([block.weights for block in blocks], machine.device, free, machine.processes)
+    window = sorted(blocks, key=lambda block: block.weights)[-way.blocks :]
     shapes = [[(n, m) for n, m, _, _ in block.linears] for block in window]
     activations = sum(activation_bytes(own, data.largest) for own in shapes)
     if activations > ACTIVATION_SHARE * free:
         activations = max(activation_bytes(own, data.largest) for own in shapes)
-    weights = BYTES_PER_WEIGHT["compact" if compact else "built"] * sum(block.weights for block in window)
+    sizes = [block.weights for block in window]
+    weights = bytes_of_training(sizes, machine.device, machine.processes, way.compact, way.lent)
     return weights + activations + min(LOGIT_BYTES, BYTES_PER_LOGIT * data.largest * data.vocabulary)
 
 
@@ -584,7 +596,7 @@ def _amounts(
         if p.ndim > 1 and roles.of(name) not in (LANGUAGE, EMBEDDING, HEAD)
     }
     own = blocks[len(blocks) - len(roles.stacks[-1]) :]
-    size, _ = blocks_at_once([block.weights for block in own], machine.device, machine.free)
+    size = blocks_at_once([block.weights for block in own], machine.device, machine.free, machine.processes).blocks
     windows = [min(size, len(own) - start) for start in range(0, len(own), size)]
     text = sum(int((batch.modality == TEXT).sum()) for batch in batches)
     held = batches[HELD_OUT // 2 :: HELD_OUT] or batches[:1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ from .settings import RefineSettings
 from .trainees import Trainees
 
 logger = logging.getLogger(__name__)
+
+TURNS = 8
+"""Batches of so many remainders are drawn in turn."""
 
 
 class RefineResult(NamedTuple):
@@ -178,6 +182,9 @@ def _mean_error(block: nn.Module, index: int, inputs: BlockInputs, weights: _Err
 def draw_batches(sizes: dict[int, int], samples_per_step: int, seed: int) -> Iterator[list[int]]:
     """Yield batches of at least `samples_per_step` samples (all, if there are fewer), epoch after epoch, shuffled.
 
+    Numbers with the same remainder by `TURNS` come in turn. Batches are dealt out to processes by number, so two, four or eight
+    of them have equal parts of the steps, and the batches of a step are those of one process.
+
     Args:
         sizes: batch number → samples, of all processes.
     """
@@ -185,8 +192,19 @@ def draw_batches(sizes: dict[int, int], samples_per_step: int, seed: int) -> Ite
     numbers, total = list(sizes), sum(sizes.values())
     drawn: list[int] = []
     while True:
-        for i in torch.randperm(len(numbers), generator=generator).tolist():
-            drawn.append(numbers[i])
+        for number in _in_turn([numbers[i] for i in torch.randperm(len(numbers), generator=generator).tolist()]):
+            drawn.append(number)
             if sum(sizes[number] for number in drawn) >= min(samples_per_step, total):
                 yield drawn
                 drawn = []
+
+
+def _in_turn(numbers: list[int]) -> list[int]:
+    """Return shuffled numbers with those of each remainder by `TURNS` in turn; the order among equal ones stays."""
+    seen: Counter[int] = Counter()
+    places = {}
+    for number in numbers:
+        remainder = number % TURNS
+        places[number] = seen[remainder], remainder
+        seen[remainder] += 1
+    return sorted(numbers, key=places.get)

@@ -299,9 +299,13 @@ def nearest_signs(W: Tensor, state: PlaneState) -> Tensor:
     return torch.stack([signs_of(choice, k, K) for k in range(K)])
 
 
-def to_sign_planes(state: PlaneState) -> SignPlanes:
-    """Convert the state of a fit: make scales of each plane balanced (so that float16 holds them) and columns compact."""
-    r, c = (state.r, state.c) if state.unit_columns else _balance(state.r, state.c)
+def to_sign_planes(state: PlaneState, all_r: Tensor | None = None) -> SignPlanes:
+    """Convert the state of a fit: make scales of each plane balanced (so that float16 holds them) and columns compact.
+
+    Args:
+        all_r: [K, rows of the whole matrix], where the state has some rows of it only: these decide the balance.
+    """
+    r, c = (state.r, state.c) if state.unit_columns else _balance(state.r, state.c, state.r if all_r is None else all_r)
     if not state.has_residual:
         return SignPlanes(state.B > 0, r, c)
     columns = state.free[-1]
@@ -336,9 +340,9 @@ def from_sign_planes(planes: SignPlanes) -> PlaneState:
     )
 
 
-def _balance(r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Share the magnitude of each plane between its scales: `r·t, c/t` with equal root mean squares."""
-    size_r, size_c = (s.square().mean(1, keepdim=True).sqrt() for s in (r, c))
+def _balance(r: Tensor, c: Tensor, all_r: Tensor) -> tuple[Tensor, Tensor]:
+    """Share the magnitude of each plane between its scales: `r·t, c/t` with equal root mean squares of `all_r` and c."""
+    size_r, size_c = (s.square().mean(1, keepdim=True).sqrt() for s in (all_r, c))
     t = torch.where((size_r > 0) & (size_c > 0), (size_c / size_r).sqrt(), 1)
     return r * t, c / t
 

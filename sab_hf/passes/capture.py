@@ -56,8 +56,8 @@ class BlockInputs:
         self.states: list[BatchState] = []
         own, others = placement.visit_rest((*block_names, *later)), [model.get_submodule(name) for name in later]
         with own, placement.visit(block_names[0]), _not_run(model, others):
-            for number, batch in self.workspace.bar.over(list(distributed.share(batches))):
-                state = new_state(first_number + number, self.workspace, batch)
+            for number, batch in self.workspace.bar.over(list(distributed.share(batches, first_number))):
+                state = new_state(number, self.workspace, batch)
                 option = trace(model, blocks, batch, state, to_the_end=not later)
                 if not self.states:
                     check_replay(model, blocks, batch, state, not later, option)

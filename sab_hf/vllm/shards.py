@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import packing
 from ..packing import unpack_mask
 
-ROW_AXIS = {"signs": 1, "row_scale": 1, "residual_signs": 0, "residual_row_scale": 0, "weight": 0}
+ROW_AXIS = packing.ROW_AXIS | {"weight": 0}
 """The axis of a matrix's rows in each tensor that has them; `weight` is a dense one."""
 BY_MASK = ("significant_columns", "residual_signs", "residual_col_scale")
 """Tensors of which a cut by columns needs all three, for the mask says which columns the others have."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sab_hf.machine import distributed
 from sab_hf.method.hessian import SecondMoments
+
+WORKER = Path(__file__).parents[1] / "scale_worker.py"
 
 
 def check_models(
@@ -55,6 +60,22 @@ def test_two_processes_of_torchrun_give_the_model_of_one(tmp_path):
         start_method="fork",
     )
     done = forked(lambda: elastic_launch(settings, main)(str(tmp_path / "RANK.safetensors"), json.dumps(changes)))
+    assert done.returncode == 0, done.stderr
+    check_models(tmp_path, 2, run(**changes).state_dict())
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_give_the_model_of_one(tmp_path):
+    changes = {"refine_steps": 3}
+    command = f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
+    path = os.pathsep.join([str(WORKER.parents[1]), str(WORKER.parent)])
+    done = subprocess.run(
+        [
+            *f"{command} --mixed_precision no --dynamo_backend no".split(),
+            *(WORKER, tmp_path / "RANK.safetensors", json.dumps(changes)),
+        ],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     check_models(tmp_path, 2, run(**changes).state_dict())
 
@@ -139,6 +160,14 @@ def test_one_process_sends_nothing():
     assert distributed.sum_numbers({"a": 1.0}) == distributed.merge({"a": 1.0}) == {"a": 1.0}
     assert distributed.divide({"b": 1.0}, str.upper, torch.device("cpu")) == {"b": "B"}
     distributed.check_same({"config": 1})
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="4 were started on this machine, which has 2 GPUs; start 2"):
+        distributed.start(torch.device("cuda:0"), 1.0)
 
 
 def test_processes_of_different_runs_are_told_apart(ranks, monkeypatch):

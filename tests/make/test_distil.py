@@ -88,7 +88,7 @@ def test_compact_training_gives_nearly_the_same(monkeypatch):
     """Latents and moments in bfloat16, rounded at random; no weight is kept."""
     results = []
     for compact in (False, True):
-        monkeypatch.setattr(distil, "blocks_at_once", lambda *_, compact=compact: (2, compact))
+        monkeypatch.setattr(distil, "blocks_at_once", lambda *_, compact=compact: distil.Way(2, compact, False))
         results += sab_hf.quantize(build_llama(), None, TEXT, config(distil_steps=30)).distillations
     assert results[0].after < 0.98 * results[0].before
     assert results[1].after == pytest.approx(results[0].after, rel=2e-3)
@@ -102,11 +102,15 @@ def test_batches_are_not_built_again_where_nothing_is_captured(monkeypatch):
 
 def test_what_fits_into_one_window_decides_how_it_is_trained():
     gpu, weights = torch.device("cuda"), [100] * 28
-    assert distil.blocks_at_once(weights, gpu, 28 * 100 * 20 / 0.7 + 1) == (28, False)
-    assert distil.blocks_at_once(weights, gpu, 28 * 100 * 8 / 0.7 + 1) == (28, True)
-    assert distil.blocks_at_once(weights, gpu, 10 * 100 * 8 / 0.7 + 1) == (10, True)  # three windows, 10 + 10 + 8
-    assert distil.blocks_at_once(weights, torch.device("cpu"), 10 * 100 * 20 / 0.7 + 1) == (10, False)
-    assert distil.blocks_at_once(weights, gpu, 1) == (1, True)
+    assert distil.blocks_at_once(weights, gpu, 28 * 100 * 20 / 0.7 + 1) == (28, False, False)
+    assert distil.blocks_at_once(weights, gpu, 28 * 100 * 8 / 0.7 + 1) == (28, True, False)
+    assert distil.blocks_at_once(weights, gpu, 10 * 100 * 8 / 0.7 + 1) == (
+        10,
+        True,
+        False,
+    )  # three windows, 10 + 10 + 8
+    assert distil.blocks_at_once(weights, torch.device("cpu"), 10 * 100 * 20 / 0.7 + 1) == (10, False, False)
+    assert distil.blocks_at_once(weights, gpu, 1) == (1, True, False)
 
 
 def test_batches_in_parts_change_rounding_only(monkeypatch):
@@ -144,11 +148,11 @@ def test_interrupted_training_goes_on_and_gives_the_same_bytes(tmp_path, monkeyp
     steps = []
     original = distil._Loss.accumulate_gradients
 
-    def stop(self, adam, numbers):
+    def stop(self, adam, numbers, step):
         steps.append(numbers)
         if len(steps) == 8:
             raise StoppedError
-        original(self, adam, numbers)
+        original(self, adam, numbers, step)
 
     monkeypatch.setattr(distil._Loss, "accumulate_gradients", stop)
     with pytest.raises(StoppedError):
@@ -168,7 +172,7 @@ def test_training_that_diverges_keeps_what_was_before(caplog, monkeypatch):
     fitted, trained = build_llama(), build_llama()
     sab_hf.quantize(fitted, None, TEXT, config(distil_steps=0))
 
-    def diverge(self, adam, numbers):
+    def diverge(self, adam, numbers, step):
         for gradient in adam.gradients():
             gradient.fill_(torch.nan)
 
