@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 
 import torch
@@ -36,6 +37,9 @@ LARGEST_ERROR = {"single": 0.03, "int8": 0.03}
 """‖y - x Wᵀ‖ / ‖x Wᵀ‖ of kernels that round activations to int8; the others:"""
 LARGEST_ERROR_16_BIT = 0.01
 
+Candidate = tuple[str, tuple | None]
+"""A kernel and its tiles; None stands for those of a rule."""
+
 FUSED = [
     FusedTiles(64, 8, 16, 4, 4, 2, True),
     FusedTiles(64, 8, 32, 4, 4, 2, True),
@@ -48,28 +52,34 @@ FUSED = [
     FusedTiles(256, 2, 128, 8, 4, 1, True),
     FusedTiles(128, 2, 256, 8, 4, 1, True),
 ]
-"""The product of one pass, by inputs of a tile; the last three also without shared tiles for many inputs."""
+"""Tiles of the product of one pass, the fewest inputs first."""
 
 
-def candidates(shape: tuple[int, int], planes: int, part: float, batch: int) -> list[tuple[str, tuple | None]]:
-    """Return kernels and tiles that are worth measuring; None stands for the tiles of the rule."""
+def candidates(shape: tuple[int, int], planes: int, part: float, batch: int, processors: int) -> list[Candidate]:
+    """Return kernels and tiles that are worth measuring on a device of compute capability 9.0."""
     rows, columns = shape
     words, residual_words = math.ceil(columns / 32), math.ceil(round(part * columns) / 32)
-    found: list[tuple[str, tuple | None]] = []
+    sizes = planes, rows, words, residual_words, processors
+    found: list[Candidate] = []
     if cuda_tiles.kernel(batch, planes, rows, words, residual_words, 2, False, (9, 0)) == "single":
-        found.append(("single", None))
+        found.append(("single", cuda_tiles.single_tiles(*sizes[1:])))
     if batch <= 8:
-        found.append(("bits", None))
+        found.append(("bits", cuda_tiles.bits_tiles(*sizes)))
     if batch <= 32:
         groups = cuda_tiles.power_of_two(math.ceil(batch / 8), 1, 4)
         found += [("fragments", tiles) for tiles in fragment_tiles(rows, words, groups)]
     least = {1: 0, 2: 0, 4: 0, 8: 16}.get(batch, min(batch, 256))
-    fused = [tiles for tiles in FUSED if least and least <= tiles.batch <= 2 * least or batch > 128 <= tiles.batch]
-    found += [("fused", tiles) for tiles in fused]
-    if batch > 256:
-        found += [("fused", tiles._replace(shared=False)) for tiles in FUSED[-3:]]
+    for tiles in FUSED:
+        if least and (least <= tiles.batch <= 2 * least or batch > 128 <= tiles.batch):
+            count, slots = math.ceil(rows / tiles.rows) * math.ceil(batch / tiles.batch), processors * tiles.programs
+            found.append(("fused", tiles))
+            if count >= slots // 2:
+                found.append(("fused", tiles._replace(shared=False)))
+            elif tiles.programs > 1:
+                found.append(("fused", tiles._replace(programs=1)))
     if 2 <= batch <= (2048 if planes == 1 and not part else 128):
-        found.append(("dot", None))
+        sums = planes + (residual_words > 0)
+        found.append(("dot", cuda_tiles.dot_tiles(rows, words, sums, batch, processors, 2)))
     if batch >= 256:
         found += [("dense", None), ("dense", DenseTiles(16)), ("dense", DenseTiles(32))]
     return found
@@ -109,11 +119,13 @@ def compile_one(task: tuple) -> tuple[tuple, str | None]:
 
 
 def task_of(shape: tuple[int, int], scheme: str, name: str, tiles: tuple | None, batch: int) -> tuple:
-    """Return what a candidate compiles for: kernels of the first two kinds do not depend on the number of inputs."""
-    if name in ("fragments", "fused"):
-        batch = 16
+    """Return what a candidate is compiled by: its tiles, and what Triton makes different code for."""
+    if name == "fused":
+        tiles = tiles._replace(programs=1, shared=True)
     elif name == "dense":
-        batch, tiles = 16, None
+        tiles = None
+    if name != "bits":
+        batch = batch if batch < 2 else 2 if batch % 16 else 16
     return shape[1], scheme, name, tiles, batch
 
 
@@ -138,7 +150,9 @@ def reference(planes: Planes, x: torch.Tensor) -> torch.Tensor:
     return x.float() @ kernels.unpack(planes, torch.float32, 0, planes.rows).T
 
 
-def check(name: str, tiles: tuple | None, x: torch.Tensor, planes: Planes, expected: torch.Tensor) -> tuple[float, bool]:
+def check(
+    name: str, tiles: tuple | None, x: torch.Tensor, planes: Planes, expected: torch.Tensor
+) -> tuple[float, bool]:
     """Return a candidate's error, and whether it is right: small, finite, and the same again."""
     y = kernels.PRODUCTS[name](x, planes, tiles)
     error = ((y.float() - expected).norm() / expected.norm()).item()
@@ -146,55 +160,76 @@ def check(name: str, tiles: tuple | None, x: torch.Tensor, planes: Planes, expec
     return error, same and error < LARGEST_ERROR.get(name, LARGEST_ERROR_16_BIT)
 
 
+def time_us(name: str, tiles: tuple | None, x: torch.Tensor, matrices: list[Planes], repeats: int) -> float:
+    """Return microseconds of one product, everything included that prepares it."""
+    product = kernels.PRODUCTS[name]
+    return median_graph_us([lambda planes=planes: product(x, planes, tiles) for planes in matrices], repeats=repeats)
+
+
 def measure(options: argparse.Namespace) -> dict:
-    """Measure every cell, the fewest inputs first, until the time is over; write after each matrix."""
-    start = time.monotonic()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    cells = [
-        (shape, scheme, batch, name, tiles)
+    """Compile, then measure one shape after the other, each in a process of its own, until the time is over."""
+    end = time.monotonic() + options.seconds
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    tasks = {
+        task_of(SHAPES[shape], scheme, name, tiles, batch): None
         for shape, scheme, batch in itertools.product(options.shapes, SCHEMES, options.inputs)
-        for name, tiles in candidates(SHAPES[shape], *SCHEMES[scheme], batch)
-    ]
-    tasks = list(dict.fromkeys(task_of(SHAPES[cell[0]], cell[1], cell[3], cell[4], cell[2]) for cell in cells))
-    compiled = compile_all(tasks, options.compile_seconds)
+        for name, tiles in candidates(SHAPES[shape], *SCHEMES[scheme], batch, processors)
+    }
+    start = time.monotonic()
+    compiled = compile_all(list(tasks), options.compile_seconds)
     results = provenance("cuda") | {
-        "command": " ".join(sys.argv), "tasks": len(tasks), "compiled": len(compiled),
-        "compile_s": time.monotonic() - start, "rows": [], "dense": {},
-        "errors": [[repr(task), error] for task, error in compiled.items() if error],
+        "command": " ".join(sys.argv), "processors": processors, "compile_s": time.monotonic() - start, "problems": [],
+        "not compiled in time": len(tasks) - len(compiled), "rows": [], "dense": {},
     }  # fmt: skip
-    print(f"{len(compiled)} of {len(tasks)} compiled in {results['compile_s']:.0f} s, {len(results['errors'])} failed")
-    for shape, scheme in itertools.product(options.shapes, SCHEMES):
-        rows, columns = SHAPES[shape]
-        planes, part = SCHEMES[scheme]
+    results["problems"] += [[repr(task), error] for task, error in compiled.items() if error]
+    print(f"{len(compiled)} of {len(tasks)} compiled in {results['compile_s']:.0f} s", flush=True)
+    ready = {task for task, error in compiled.items() if error is None}
+    for shape in options.shapes:
+        try:  # after an error of the device no other kernel runs in its process
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                part = process.submit(measure_shape, shape, options.inputs, ready, end, processors).result()
+        except Exception as error:
+            results["problems"].append([shape, repr(error)[:300]])
+            continue
+        results["rows"] += part["rows"]
+        results["dense"] |= part["dense"]
+        write_json(options.output, results)
+        print(f"{shape}: {len(part['rows'])} rows, {end - time.monotonic():.0f} s left", flush=True)
+    return results
+
+
+def measure_shape(shape: str, inputs: list[int], ready: set[tuple], end: float, processors: int) -> dict:
+    """Measure the cells of a shape, all schemes, the fewest inputs first; begin none after `end`."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rows, columns = SHAPES[shape]
+    x = torch.randn(max(inputs), columns, dtype=torch.bfloat16, device="cuda")
+    results: dict = {"rows": [], "dense": {}}
+    for scheme, (planes, part) in SCHEMES.items():
         count = math.ceil(ROTATING_BYTES / stored_bytes(rows, columns, planes, round(part * columns)))
         matrices = [
             collect(*random_operands(rows, columns, planes, round(part * columns)))
             for _ in range(min(MOST_COPIES, max(2, count)))
         ]
-        x = torch.randn(max(options.inputs), columns, dtype=torch.bfloat16, device="cuda")
         expected = reference(matrices[0], x)
-        for batch in options.inputs:
-            if time.monotonic() - start > options.seconds:
-                results["stopped"] = [shape, scheme, batch]
+        for batch in inputs:
+            if time.monotonic() > end:
                 return results
             key = f"{shape} {batch}"
             if key not in results["dense"]:
                 results["dense"][key] = dense_us((rows, columns), batch)
             used, repeats = (matrices, 11) if batch < 512 else (matrices[:2], 7)
-            for name, tiles in candidates((rows, columns), planes, part, batch):
-                if compiled.get(task_of((rows, columns), scheme, name, tiles, batch), "not in time") is not None:
+            for name, tiles in candidates((rows, columns), planes, part, batch, processors):
+                if task_of((rows, columns), scheme, name, tiles, batch) not in ready:
                     continue
                 row = {"shape": shape, "scheme": scheme, "batch": batch, "kernel": name, "tiles": tiles}
+                results["rows"].append(row)
                 try:
                     row["error"], row["right"] = check(name, tiles, x[:batch], matrices[0], expected[:batch])
-                    product = kernels.PRODUCTS[name]
-                    row["us"] = median_graph_us(
-                        [lambda p=p: product(x[:batch], p, tiles) for p in used], repeats=repeats  # noqa: B023
-                    )
+                    row["us"] = time_us(name, tiles, x[:batch], used, repeats)
                 except Exception as error:
                     row |= {"right": False, "problem": repr(error)[:300]}
-                results["rows"].append(row)
-            write_json(options.output, results)
+                    if "CUDA error" in repr(error):
+                        return results
         del matrices, expected
         torch.cuda.empty_cache()
     return results
@@ -218,13 +253,14 @@ def show(results: dict) -> None:
     for row in results["rows"]:
         if not row["right"]:
             print("WRONG", row)
-    for task, error in results["errors"]:
-        print("not compiled", task, error)
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for problem in results["problems"]:
+        print("PROBLEM", *problem)
     lines = []
     for (shape, scheme), rows in best_rows(results).items():
         ratios = [results["dense"][f"{shape} {row['batch']}"] / row["us"] for row in rows]
-        cells = [f"{row['batch']}: {row['us']:.1f} {r:.2f}× {row['kernel']}" for row, r in zip(rows, ratios, strict=True)]
+        cells = [
+            f"{row['batch']}: {row['us']:.1f} {r:.2f}× {row['kernel']}" for row, r in zip(rows, ratios, strict=True)
+        ]
         print(f"{shape}, {scheme} | " + " | ".join(cells))
         n, m = SHAPES[shape]
         planes, part = SCHEMES[scheme]
@@ -235,7 +271,7 @@ def show(results: dict) -> None:
             merged.append(row)
         merged[-1] = merged[-1] | {"batch": 2**31}
         choices = ", ".join(f'({row["batch"]}, "{row["kernel"]}", {short(row["tiles"])})' for row in merged)
-        lines.append(f"    ({processors}, {planes}, {n}, {math.ceil(m / 32)}, {part > 0}): ({choices},),")
+        lines.append(f"    ({results['processors']}, {planes}, {n}, {math.ceil(m / 32)}, {part > 0}): ({choices},),")
     print("MEASURED = {", *lines, "}", sep="\n")
 
 

@@ -36,23 +36,23 @@ def _numbers(x, dtype: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _multiply(l, h, b, c, dtype: tl.constexpr, WARPS: tl.constexpr):
+def _multiply(low, high, b, c, dtype: tl.constexpr, WARPS: tl.constexpr):
     """Return c plus the products of a warp's 16 rows and 8 inputs over 32 columns.
 
-    l, h are four pairs of weights each, of row g and of row g + 8; b the pairs of input g that meet them; c the sums of row g
-    and inputs 2t, 2t + 1, then those of row g + 8.
+    low, high are four pairs of weights each, of row g and of row g + 8; b the pairs of input g that meet them; c the sums of
+    row g and inputs 2t, 2t + 1, then those of row g + 8.
     """
     if INTERPRETED:
         b0, b1 = _numbers(b, dtype, [WARPS, 1, 8, 16])
-        l0, l1 = _numbers(l, dtype, [WARPS, 8, 1, 16])
-        h0, h1 = _numbers(h, dtype, [WARPS, 8, 1, 16])
+        l0, l1 = _numbers(low, dtype, [WARPS, 8, 1, 16])
+        h0, h1 = _numbers(high, dtype, [WARPS, 8, 1, 16])
         d0, d1 = tl.split(tl.reshape(tl.sum(l0 * b0 + l1 * b1, axis=3), [32 * WARPS, 2]))
         d2, d3 = tl.split(tl.reshape(tl.sum(h0 * b0 + h1 * b1, axis=3), [32 * WARPS, 2]))
         return c[0] + d0, c[1] + d1, c[2] + d2, c[3] + d3
     else:
         return tl.inline_asm_elementwise(
             _BFLOAT16 if dtype == tl.bfloat16 else _FLOAT16, _REGISTERS,
-            [l[0], l[1], l[2], l[3], h[0], h[1], h[2], h[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3]],
+            [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3]],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
 
@@ -93,11 +93,22 @@ def _load_piece(
         if RESIDUAL_WORDS:
             residual_word = (piece - PLANES * pieces) * 16 + thread % 4 * 4
             end = tl.where(plane < PLANES, 0, rows)
-            more_low, more_high = rows_words(
-                residual_ptr, here, residual_word, end, RESIDUAL_WORDS, RESIDUAL_STRIDE
-            )
+            more_low, more_high = rows_words(residual_ptr, here, residual_word, end, RESIDUAL_WORDS, RESIDUAL_STRIDE)
             low, high = low | more_low, high | more_high
         loaded = loaded + ((low, high),)
+    return loaded
+
+
+@triton.jit
+def _load_inputs(
+    u_ptr, piece, total, first_group, groups, PLACE: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr
+):
+    """Return for each group of 8 inputs the threads' four pairs of place PLACE of their pieces; zeros where there are none."""
+    loaded = ()
+    for n in tl.static_range(GROUPS):
+        block = ((piece * groups + first_group + n) * 16 + PLACE) * 128
+        inside = (piece < total) & (first_group + n < groups)
+        loaded = loaded + (four(tl.load(u_ptr + block[:, None], mask=inside[:, None], other=0), 32 * WARPS),)
     return loaded
 
 
@@ -128,6 +139,7 @@ def fragments_kernel(
     pieces: tl.constexpr = (NUM_WORDS + 15) // 16
     total: tl.constexpr = PLANES * pieces + (RESIDUAL_WORDS + 15) // 16
     turns: tl.constexpr = (total + SPLIT - 1) // SPLIT
+    AHEAD: tl.constexpr = 8 // GROUPS  # places whose inputs are under way
     thread = tl.arange(0, 32 * WARPS)
     first_row = tl.program_id(0) * (16 * TILES * (WARPS // SPLIT))
     row = first_row + thread // (32 * SPLIT) * (16 * TILES) + thread % 32 // 4
@@ -143,7 +155,7 @@ def fragments_kernel(
     first_group = tl.program_id(1) * GROUPS
     u_ptr += thread[:, None] % 32 * 4 + tl.arange(0, 4)[None, :]
     sums = ()
-    for i in tl.static_range(4 * TILES * GROUPS):
+    for _ in tl.static_range(4 * TILES * GROUPS):
         sums = sums + (tl.zeros([32 * WARPS], tl.float32),)
     for turn in range(turns):
         now = ahead
@@ -155,25 +167,31 @@ def fragments_kernel(
         for i in tl.static_range(TILES):
             words = words + (four(now[i][0], 32 * WARPS) + four(now[i][1], 32 * WARPS),)
         acc = ()
-        for i in tl.static_range(4 * TILES * GROUPS):
+        for _ in tl.static_range(4 * TILES * GROUPS):
             acc = acc + (tl.zeros([32 * WARPS], tl.float32),)
+        inputs = ()
+        for place in tl.static_range(AHEAD):
+            inputs = inputs + (_load_inputs(u_ptr, piece, total, first_group, groups, place, GROUPS, WARPS),)
         for place in tl.static_range(16):  # four pairs of columns of word 4t + place // 4
-            inputs = ()
-            for n in tl.static_range(GROUPS):
-                block = ((piece * groups + first_group + n) * 16 + place) * 128
-                inside = (piece < total) & (first_group + n < groups)
-                inputs = inputs + (four(tl.load(u_ptr + block[:, None], mask=inside[:, None], other=0), 32 * WARPS),)
+            if place + AHEAD < 16:
+                inputs = inputs + (
+                    _load_inputs(u_ptr, piece, total, first_group, groups, place + AHEAD, GROUPS, WARPS),
+                )
             following = ()
             for i in tl.static_range(TILES):
-                l = _four_pairs(words[i][place // 4], place % 4, dtype)
-                h = _four_pairs(words[i][4 + place // 4], place % 4, dtype)
+                low = _four_pairs(words[i][place // 4], place % 4, dtype)
+                high = _four_pairs(words[i][4 + place // 4], place % 4, dtype)
                 for n in tl.static_range(GROUPS):
-                    following = following + _multiply(l, h, inputs[n], _sums(acc, i * GROUPS + n), dtype, WARPS)
+                    following = following + _multiply(
+                        low, high, inputs[place][n], _sums(acc, i * GROUPS + n), dtype, WARPS
+                    )
             acc = following
         added = ()
         for i in tl.static_range(TILES):
             here = row + 16 * i
-            r = _row_scales(row_scale_ptr, residual_row_scale_ptr, here, rows, piece // pieces, PLANES, RESIDUAL_WORDS > 0)
+            r = _row_scales(
+                row_scale_ptr, residual_row_scale_ptr, here, rows, piece // pieces, PLANES, RESIDUAL_WORDS > 0
+            )
             s = _row_scales(
                 row_scale_ptr, residual_row_scale_ptr, here + 8, rows, piece // pieces, PLANES, RESIDUAL_WORDS > 0
             )

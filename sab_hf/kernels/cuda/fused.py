@@ -91,7 +91,9 @@ def _base_scales(row_scale_ptr, extra_row_scale_ptr, row, rows, PLANES: tl.const
     base = tl.load(row_scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
     most = tl.abs(base)
     for k in tl.static_range(1, PLANES):
-        most = tl.maximum(most, tl.abs(tl.load(row_scale_ptr + k * rows + row, mask=row < rows, other=0.0).to(tl.float32)))
+        most = tl.maximum(
+            most, tl.abs(tl.load(row_scale_ptr + k * rows + row, mask=row < rows, other=0.0).to(tl.float32))
+        )
     if EXTRA:
         most = tl.maximum(most, tl.abs(tl.load(extra_row_scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)))
     least = most * (2.0**-60 if dtype == tl.bfloat16 else 2.0**-11)
@@ -223,7 +225,7 @@ def expand_kernel(
     RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the residual plane's bits in the places of their columns, 0 elsewhere: [rows, STRIDE] int32, of which NUM_WORDS count.
+    """Write the residual plane's bits to the places of their columns, 0 elsewhere: [rows, STRIDE] int32; NUM_WORDS count.
 
     The bits of a word's columns are neighbours in the residual plane. They are spread to their places in five steps, each
     of which moves some of them by a power of two (`planes.expansion` says which).

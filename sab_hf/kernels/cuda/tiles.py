@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -119,6 +120,7 @@ def kernel(
     return "dot" if batch <= most else "dense"
 
 
+@lru_cache(4096)
 def measured(
     batch: int, planes: int, rows: int, words: int, residual_words: int, processors: int, itemsize: int, exact: bool,
     capability: tuple[int, int],
