@@ -93,10 +93,10 @@ def fragment_tiles(rows: int, words: int, groups: int) -> list[FragmentsTiles]:
         shares = [(1, 8, 8), (2, 8, 8), (1, 4, 4)]
     else:
         shares = [(2, 8, 8), (2, 4, 4), (2, 4, 1), (1, 8, 8)]
-    found = [FragmentsTiles(tiles, groups, warps, split, 0) for tiles, warps, split in shares]
+    found = [FragmentsTiles(tiles, groups, warps, split) for tiles, warps, split in shares]
     if groups == 4:  # fewer registers, and weights made twice
         found += [tiles._replace(groups=2) for tiles in found[:2]]
-    return found + [tiles._replace(ahead=16 // tiles.groups) for tiles in found[:3]]
+    return found
 
 
 @cache

@@ -158,7 +158,7 @@ def test_rows_shared_among_programs_add_up(tiles):
 
 
 @interpreted
-@pytest.mark.parametrize("tiles", [(1, 1, 2, 1, 0), (2, 2, 4, 2, 8)])
+@pytest.mark.parametrize("tiles", [(1, 1, 2, 1), (2, 2, 4, 2)])
 def test_warps_that_share_rows_of_fragments_make_every_row(tiles):
     """530 columns and 30 of the residual plane are three pieces, nine inputs two groups."""
     from sab_hf.kernels.cuda.tiles import FragmentsTiles

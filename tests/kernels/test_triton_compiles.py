@@ -76,6 +76,6 @@ def test_kernels_on_fragments_fit_the_registers(scheme, tmp_path):
     for tiles in fragment_tiles(3584, WORDS, 4) + fragment_tiles(18944, WORDS, 2):
         constants = MATRIX | {
             "PLANES": planes, "RESIDUAL_WORDS": words, "RESIDUAL_STRIDE": words, "TILES": tiles.tiles,
-            "GROUPS": tiles.groups, "WARPS": tiles.warps, "SPLIT": tiles.split, "AHEAD": tiles.ahead,
+            "GROUPS": tiles.groups, "WARPS": tiles.warps, "SPLIT": tiles.split,
         }  # fmt: skip
         assert stack_bytes(fragments_kernel, constants, tiles.warps, 3, tmp_path) == 0, tiles

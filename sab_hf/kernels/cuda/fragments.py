@@ -127,15 +127,13 @@ def fragments_kernel(
     u_ptr, signs_ptr, row_scale_ptr, residual_ptr, residual_row_scale_ptr, y_ptr, batch, rows,
     PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
     RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
-    TILES: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    TILES: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[b, i] = Σ over planes k of r_k[i] (B_k u_k)[i, b]: 16 TILES rows a warp, 8 GROUPS inputs a program.
 
     u: see `prepare.arrange_kernel`, pairs of numbers of the dtype of y as int32.
     SPLIT warps share rows and take pieces of 16 words in turn. The words of a piece are under way while the one before is
-    computed; the first ones are, before the activations are there. The inputs of the first AHEAD of a piece's 16 places are
-    loaded at once.
+    computed; the first ones are, before the activations are there.
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     pieces: tl.constexpr = (NUM_WORDS + 15) // 16
@@ -170,22 +168,14 @@ def fragments_kernel(
         acc = ()
         for _ in tl.static_range(4 * TILES * GROUPS):
             acc = acc + (tl.zeros([32 * WARPS], tl.float32),)
-        inputs = ()
-        for place in tl.static_range(AHEAD):
-            inputs = inputs + (_load_inputs(u_ptr, piece, total, first_group, groups, place, GROUPS, WARPS),)
-        if AHEAD:
-            tl.debug_barrier()  # else the compiler puts each load just before its use
         for place in tl.static_range(16):  # four pairs of columns of word 4t + place // 4
-            if place >= AHEAD:
-                inputs = inputs + (_load_inputs(u_ptr, piece, total, first_group, groups, place, GROUPS, WARPS),)
+            inputs = _load_inputs(u_ptr, piece, total, first_group, groups, place, GROUPS, WARPS)
             following = ()
             for i in tl.static_range(TILES):
                 low = _four_pairs(words[i][place // 4], place % 4, dtype)
                 high = _four_pairs(words[i][4 + place // 4], place % 4, dtype)
                 for n in tl.static_range(GROUPS):
-                    following = following + _multiply(
-                        low, high, inputs[place][n], _sums(acc, i * GROUPS + n), dtype, WARPS
-                    )
+                    following = following + _multiply(low, high, inputs[n], _sums(acc, i * GROUPS + n), dtype, WARPS)
             acc = following
         added = ()
         for i in tl.static_range(TILES):

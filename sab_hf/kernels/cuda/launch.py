@@ -192,7 +192,7 @@ def fragments_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FragmentsTile
     _launch(
         fragments_kernel, (triton.cdiv(planes.rows, rows), triton.cdiv(groups, tiles.groups)), u.view(torch.int32),
         *_weight_arguments(planes), y, batch, planes.rows, **_weight_sizes(planes), TILES=tiles.tiles, GROUPS=tiles.groups,
-        WARPS=tiles.warps, SPLIT=tiles.split, AHEAD=tiles.ahead, PDL=_pdl(x), num_warps=tiles.warps,
+        WARPS=tiles.warps, SPLIT=tiles.split, PDL=_pdl(x), num_warps=tiles.warps,
     )  # fmt: skip
     return y
 

@@ -46,14 +46,12 @@ class DotTiles(NamedTuple):
 
 
 class FragmentsTiles(NamedTuple):
-    """Tiles of the kernel on fragments: 16 rows each of a warp, 8 inputs each of a program; warps, warps that share rows; of
-    16 places in a piece, those whose inputs are loaded at once."""
+    """Tiles of the kernel on fragments: 16 rows each of a warp, 8 inputs each of a program; warps, warps that share rows."""
 
     tiles: int
     groups: int
     warps: int
     split: int
-    ahead: int
 
 
 class FusedTiles(NamedTuple):
@@ -237,7 +235,7 @@ def fragments_tiles(
     pieces = planes * math.ceil(words / 16) + math.ceil(residual_words / 16)
     tiles = 1 if rows < 32 * processors else 2
     split = power_of_two(pieces, 1, 16 if rows < 64 * processors else 8)
-    return FragmentsTiles(tiles, power_of_two(math.ceil(batch / 8), 1, 4), max(4, split), split, ahead=0)
+    return FragmentsTiles(tiles, power_of_two(math.ceil(batch / 8), 1, 4), max(4, split), split)
 
 
 def fused_tiles(
