@@ -65,6 +65,43 @@ def test_tiles_fit_any_shape(shape):
             dot = cuda_tiles.dot_tiles(rows, words, planes + (residual_words > 0), batch, processors, itemsize)
             assert 16 % dot.words == 0  # activations are padded to 16 words
             assert dot.splits < 2 * math.ceil(words / dot.words)
+        fragments = cuda_tiles.fragments_tiles(planes, rows, words, residual_words, processors, batch)
+        assert fragments.warps % fragments.split == 0
+        assert 8 % cuda_tiles.fused_tiles(planes, rows, words, residual_words, processors, batch).words == 0
+
+
+@given(st.integers(1, 2000), st.integers(1, 300), st.integers(1, 300), st.booleans())
+def test_shares_of_the_work_are_equal_and_complete(tiles, steps, most, shared):
+    programs, whole = cuda_tiles.shares(tiles, steps, most, shared)
+    assert 1 <= programs <= most
+    rest = max(0, tiles - whole * programs)
+    if not shared:
+        assert rest == 0
+        assert (whole - 1) * programs < tiles
+    elif rest:
+        assert rest * steps >= programs  # each has a part
+        assert whole == 0 or programs <= rest < 2 * programs
+
+
+def test_measured_choices_come_first(monkeypatch):
+    tiles = cuda_tiles.FusedTiles(128, 2, 256, 8, 3, 1, True)
+    rows = ((1, "single", None), (4, "bits", None), (16, "fragments", "of this matrix"), (512, "fused", tiles))
+    monkeypatch.setattr(cuda_tiles, "MEASURED", {(132, 1, 3584, 112, True): rows, (132, 1, 512, 112, True): ()})
+
+    def choice(batch, rows=3584, processors=132, residual_words=12, itemsize=2, exact=False, capability=HOPPER):
+        return cuda_tiles.measured.__wrapped__(
+            batch, 1, rows, 112, residual_words, processors, itemsize, exact, capability
+        )
+
+    assert choice(3) == ("bits", None)
+    assert choice(1, exact=True) == choice(9) == ("fragments", "of this matrix")
+    assert choice(9, rows=3000) == ("fragments", None)  # its tiles by the rule
+    assert choice(1, rows=3000) is None  # may not fit
+    assert choice(300, rows=3000) == ("fused", tiles)
+    assert choice(513) is None
+    assert choice(3, rows=500) is None  # nearest to a matrix of which nothing was measured
+    for other in ({"processors": 78}, {"residual_words": 0}, {"itemsize": 4}, {"capability": BLACKWELL}):
+        assert choice(3, **other) is None
 
 
 def test_an_old_or_missing_triton_is_named(monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import inputs, level_problem
+from helpers import inputs, level_problem, operands, random_planes
 
 from sab_hf.method import fit, levels
 from sab_hf.method.divergence import divergence
@@ -48,12 +48,15 @@ def test_kernels_pass_in_the_interpreter():
     assert " passed" in done.stdout
 
 
-def hold_exact(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes, scaled_dtype: torch.dtype) -> None:
-    """Hold `y` to float32 sums, one rounding of each scaled activation to `scaled_dtype`, and one of the result."""
+def hold_exact(
+    y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes, scaled_dtype: torch.dtype, roundings: int = 1
+) -> None:
+    """Hold `y` to float32 sums, `roundings` of each scaled activation or weight to `scaled_dtype`, and one of the result."""
     x64 = x.cpu().double()
     exact = x64 @ W.T
     magnitude = x64.abs() @ magnitudes(planes).T
-    bound = torch.finfo(x.dtype).eps * exact.abs() + (torch.finfo(scaled_dtype).eps / 2 + 4e-6) * magnitude + 1e-6
+    bound = torch.finfo(x.dtype).eps * exact.abs() + 1e-6
+    bound += (roundings * torch.finfo(scaled_dtype).eps / 2 + 4e-6) * magnitude
     assert y.shape == exact.shape
     assert y.dtype == x.dtype
     assert ((y.cpu().double() - exact).abs() <= bound).all()
@@ -96,10 +99,19 @@ def hold_bits(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes) -> None
     hold_rounded(y, x, W, planes, 512, 32767)
 
 
+def hold_fused(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes) -> None:
+    """Hold `y` to one rounding of the column scales, and if there are more planes, of their row scales and of the weights."""
+    sums = planes.num_planes + (planes.num_significant > 0)
+    hold_exact(y, x, W, planes, x.dtype, 1 if sums == 1 else 1 + sums)
+
+
 def check_all(size, dtype, batch, device):
     planes, W = problem(size, device)
     x = inputs(batch, size[1], dtype=dtype, seed=batch).to(device)
     hold_exact(kernels().dot_product(x, planes), x, W, planes, dtype)
+    if dtype != torch.float32:
+        hold_exact(kernels().fragments_product(x, planes), x, W, planes, dtype)
+        hold_fused(kernels().fused_product(x, planes), x, W, planes)
     hold_exact(kernels().dense_product(x, planes), x, W, planes, dtype)
     if batch <= 16:
         hold_bits(kernels().bits_product(x, planes), x, W, planes)
@@ -146,6 +158,69 @@ def test_rows_shared_among_programs_add_up(tiles):
 
 
 @interpreted
+@pytest.mark.parametrize("tiles", [(1, 1, 2, 1), (2, 2, 4, 2)])
+def test_warps_that_share_rows_of_fragments_make_every_row(tiles):
+    """530 columns and 30 of the residual plane are three pieces, nine inputs two groups."""
+    from sab_hf.kernels.cuda.tiles import FragmentsTiles
+
+    planes, W = problem((18, 530, 1, 30), "cpu")
+    x = inputs(9, 530, dtype=torch.float16)
+    hold_exact(kernels().fragments_product(x, planes, FragmentsTiles(*tiles)), x, W, planes, torch.float16)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("tiles", "size", "batch"),
+    [
+        ((16, 4, 16, 4, 2, 1, True), (37, 300, 1, 33), 3),  # four programs share three tiles of three steps
+        ((16, 4, 16, 4, 2, 1, False), (37, 300, 1, 33), 3),
+        ((16, 4, 16, 4, 2, 2, True), (20, 300, 2, 33), 19),  # eight programs, four tiles
+        ((16, 2, 8, 4, 2, 1, True), (140, 128, 1, 0), 1),  # a whole tile each, and the other five shared
+        ((16, 8, 8, 4, 2, 3, True), (9, 40, 1, 40), 2),  # one tile of one step
+    ],
+)
+def test_programs_that_share_tiles_add_up(tiles, size, batch):
+    from sab_hf.kernels.cuda.tiles import FusedTiles
+
+    planes, W = problem(size, "cpu")
+    x = inputs(batch, size[1], dtype=torch.float16)
+    hold_fused(kernels().fused_product(x, planes, FusedTiles(*tiles)), x, W, planes)
+
+
+@interpreted
+def test_rows_without_a_first_plane_keep_the_others():
+    """The fused product divides by the first plane's row scales."""
+    from sab_hf.kernels.cuda.planes import planes as collect
+
+    random = random_planes(7, 64, 2, 9)
+    random.row_scale[0, :3] = 0
+    random.row_scale[:, 1] = 0
+    random.residual_row_scale[1] = 0
+    x = inputs(2, 64, dtype=torch.float16)
+    planes = collect(*operands(random))
+    y = kernels().fused_product(x, planes)
+    hold_fused(y, x, random.dense().double(), planes)
+    assert not y[:, 1].any()
+    assert y[:, 0].all()
+
+
+@interpreted
+@pytest.mark.parametrize("size", [(3, 33, 1, 33), (5, 100, 1, 1), (4, 1030, 1, 500)])
+def test_residual_bits_are_spread_to_their_columns(size):
+    """A first plane of nothing leaves the residual one, all of whose scales are 1."""
+    from sab_hf.kernels.cuda.planes import planes as collect
+
+    random = random_planes(*size, seed=3)
+    random.row_scale.zero_()
+    random.col_scale.zero_()
+    random.residual_row_scale.fill_(1)
+    random.residual_col_scale.fill_(1)
+    x = torch.randint(-4, 5, (3, size[1])).half()
+    y = kernels().fused_product(x, collect(*operands(random)))
+    assert torch.equal(y.double(), x.double() @ random.dense().double().T)
+
+
+@interpreted
 @pytest.mark.parametrize("tiles", [(1, 1, 1), (1, 1, 2), (4, 2, 1), (4, 4, 3), (8, 4, 1)])
 def test_warps_that_share_rows_make_every_row(tiles):
     """1,200 columns are three pieces: warps get unequal numbers of them, or none."""
@@ -186,6 +261,9 @@ def test_strided_inputs():
     hold_int8(kernels().int8_product(x, planes), x, W, planes)
     hold_bits(kernels().bits_product(x, planes), x, W, planes)
     hold_int8(kernels().single_product(x[1:2], planes), x[1:2], W, planes)
+    x = x.half()
+    hold_exact(kernels().fragments_product(x, planes), x, W, planes, torch.float16)
+    hold_fused(kernels().fused_product(x, planes), x, W, planes)
 
 
 @interpreted
@@ -197,6 +275,8 @@ def test_inputs_that_are_not_finite_never_give_finite_numbers(value):
     assert not kernels().int8_product(x, planes).isfinite().any()
     assert not kernels().bits_product(x, planes).isfinite().any()
     assert not kernels().single_product(x, planes).isfinite().any()
+    assert not kernels().fragments_product(x.half(), planes).isfinite().any()
+    assert not kernels().fused_product(x.half(), planes).isfinite().any()
 
 
 @interpreted

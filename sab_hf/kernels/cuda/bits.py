@@ -54,7 +54,7 @@ def _count_bits(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _four(x, THREADS: tl.constexpr):
+def four(x, THREADS: tl.constexpr):
     """Return the columns of `x` [THREADS, 4]."""
     even, odd = tl.split(tl.reshape(x, [THREADS, 2, 2]))
     x0, x2 = tl.split(even)
@@ -63,7 +63,7 @@ def _four(x, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _rows_words(start, row, word, rows, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr):
+def rows_words(start, row, word, rows, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr):
     """Return the words `word` to `word + 3` of the rows `row` and `row + 8`, [THREADS, 4] each; 0 where there are none."""
     words = word[:, None] + tl.arange(0, 4)[None, :]
     pointers = start + row.to(tl.int64)[:, None] * STRIDE + words
@@ -89,9 +89,9 @@ def _load_tile(
     tile = ()
     for i in tl.static_range(PLANES * pieces):
         start = signs_ptr + tl.full([], i // pieces, tl.int64) * all_rows * STRIDE
-        tile = tile + (_rows_words(start, row, word + i % pieces * SPLIT * 16, rows, NUM_WORDS, STRIDE),)
+        tile = tile + (rows_words(start, row, word + i % pieces * SPLIT * 16, rows, NUM_WORDS, STRIDE),)
     for i in tl.static_range(residual_pieces):
-        tile = tile + (_rows_words(residual_ptr, row, word + i * SPLIT * 16, rows, RESIDUAL_WORDS, RESIDUAL_STRIDE),)
+        tile = tile + (rows_words(residual_ptr, row, word + i * SPLIT * 16, rows, RESIDUAL_WORDS, RESIDUAL_STRIDE),)
     return tile
 
 
@@ -101,10 +101,10 @@ def _piece_products(words, bits_ptr, scale_ptr, sum_ptr, piece, pieces, thread, 
     t = thread % 4
     here = piece < pieces
     pointers = bits_ptr + (piece * 256 + thread % 32 * 8)[:, None] + tl.arange(0, 4)[None, :]
-    x0, x1, x2, x3 = _four(tl.load(pointers, mask=here[:, None], other=0), 32 * WARPS)
-    z0, z1, z2, z3 = _four(tl.load(pointers + 4, mask=here[:, None], other=0), 32 * WARPS)
-    l0, l1, l2, l3 = _four(words[0], 32 * WARPS)
-    h0, h1, h2, h3 = _four(words[1], 32 * WARPS)
+    x0, x1, x2, x3 = four(tl.load(pointers, mask=here[:, None], other=0), 32 * WARPS)
+    z0, z1, z2, z3 = four(tl.load(pointers + 4, mask=here[:, None], other=0), 32 * WARPS)
+    l0, l1, l2, l3 = four(words[0], 32 * WARPS)
+    h0, h1, h2, h3 = four(words[1], 32 * WARPS)
     zero = tl.zeros([32 * WARPS], tl.int32)
     c0, c1, c2, c3 = _count_bits(l0, h0, l1, h1, x0, x1, zero, zero, zero, zero, WARPS)
     d0, d1, d2, d3 = _count_bits(l0, h0, l1, h1, z0, z1, zero, zero, zero, zero, WARPS)

@@ -18,7 +18,7 @@ _FLOAT16_SIGNS = tl.constexpr("lop3.b32 $0, $1, 0x80008000, 0xBC00BC00, 0x6A;")
 
 
 @triton.jit
-def _pairs(bits, dtype: tl.constexpr):
+def sign_pairs(bits, dtype: tl.constexpr):
     """Return -1 in each half of the words `bits`, with the halves' highest bits exclusive-ored to the signs."""
     if INTERPRETED:
         return (bits & -0x7FFF8000) ^ (-0x407F4080 if dtype == tl.bfloat16 else -0x43FF4400)
@@ -36,7 +36,7 @@ def _weights(words, dtype: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
         high = ((words[:, :, None] >> (i + 16)) & 1) * 2 - 1
         return tl.reshape(tl.join(low, high), [ROWS, 32 * WORDS]).to(dtype)
     else:
-        pair = _pairs(words[:, :, None] << (15 - i), dtype)
+        pair = sign_pairs(words[:, :, None] << (15 - i), dtype)
         low = pair.to(tl.int16).to(dtype, bitcast=True)
         high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
         return tl.reshape(tl.join(low, high), [ROWS, 32 * WORDS])

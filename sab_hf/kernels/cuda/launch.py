@@ -14,10 +14,12 @@ from triton.language.extra import cuda
 from . import tiles as cuda_tiles
 from .bits import bits_kernel
 from .dot import dot_kernel
+from .fragments import fragments_kernel
+from .fused import add_kernel, expand_kernel, fused_kernel
 from .int8 import int8_kernel
 from .joined import joined_bits_kernel, joined_cut_kernel, joined_single_kernel
-from .planes import Planes
-from .prepare import cut_kernel, quantize_kernel, scale_kernel
+from .planes import Planes, expansion, negated_scales
+from .prepare import arrange_kernel, cut_kernel, quantize_kernel, scale_kernel
 from .single import single_kernel
 from .unpack import unpack_kernel
 
@@ -30,10 +32,8 @@ DENSE_ROWS = 128
 
 def linear(x: Tensor, planes: Planes, exact: bool) -> Tensor:
     """Return x Wᵀ for x [batch ≥ 1, m] float16, bfloat16 or float32, by the kernel that suits the batch and the device."""
-    products = {
-        "single": single_product, "bits": bits_product, "int8": int8_product, "dot": dot_product, "dense": dense_product
-    }  # fmt: skip
-    return products[_kernel(x, planes, exact)](x, planes)
+    name, tiles = _choice(x, planes, exact)
+    return PRODUCTS[name](x, planes, tiles)
 
 
 def linears(x: Tensor, matrices: Sequence[Planes], exact: bool) -> list[Tensor]:
@@ -43,7 +43,7 @@ def linears(x: Tensor, matrices: Sequence[Planes], exact: bool) -> list[Tensor]:
     results: dict[int, Tensor] = {}
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, planes in enumerate(matrices):
-        name = _kernel(x, planes, exact)
+        name, _ = _choice(x, planes, exact)
         if name == "single":
             groups[joined_single_products, _single_tiles(x, planes).warps].append(i)
         elif name == "bits":
@@ -54,9 +54,13 @@ def linears(x: Tensor, matrices: Sequence[Planes], exact: bool) -> list[Tensor]:
     return [results[i] if i in results else linear(x, planes, exact) for i, planes in enumerate(matrices)]
 
 
-def _kernel(x: Tensor, planes: Planes, exact: bool) -> str:
+def _choice(x: Tensor, planes: Planes, exact: bool) -> tuple[str, tuple | None]:
+    """Return which kernel multiplies, and its tiles where they were measured."""
+    measured = cuda_tiles.measured(x.shape[0], *_tile_sizes(x, planes), x.element_size(), exact, _capability(x))
+    if measured is not None:
+        return measured
     sizes = x.shape[0], planes.num_planes, planes.rows, planes.num_words, planes.num_residual_words
-    return cuda_tiles.kernel(*sizes, x.element_size(), exact, _capability(x))
+    return cuda_tiles.kernel(*sizes, x.element_size(), exact, _capability(x)), None
 
 
 def single_product(x: Tensor, planes: Planes, tiles: cuda_tiles.SingleTiles | None = None) -> Tensor:
@@ -171,17 +175,85 @@ def dot_product(x: Tensor, planes: Planes, tiles: cuda_tiles.DotTiles | None = N
     return y
 
 
-def dense_product(x: Tensor, planes: Planes) -> Tensor:
-    """Unpack the weights in the dtype of x, at most `DENSE_BYTES` at a time, and multiply with the library."""
-    chunks = -(-planes.rows * planes.in_features * x.element_size() // DENSE_BYTES)
+def fragments_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FragmentsTiles | None = None) -> Tensor:
+    """Multiply in the 16-bit dtype of x, the scaled activations rounded to it once; see `fragments.py`."""
+    batch, total, pieces = x.shape[0], _total(planes), _pieces(planes)
+    tiles = tiles or cuda_tiles.fragments_tiles(*_tile_sizes(x, planes), batch)
+    groups = triton.cdiv(batch, 8)
+    all_pieces = planes.num_planes * triton.cdiv(planes.num_words, 16) + triton.cdiv(planes.num_residual_words, 16)
+    u = x.new_empty(all_pieces * groups * 4096)
+    _launch(
+        arrange_kernel, (pieces, total, groups), *_activation_arguments(x, planes), u,
+        planes.in_features, planes.num_significant, batch, PLANES=planes.num_planes, NUM_WORDS=planes.num_words,
+        RESIDUAL_WORDS=planes.num_residual_words, PDL=_pdl(x), num_warps=4,
+    )  # fmt: skip
+    y = x.new_empty(batch, planes.rows)
+    rows = 16 * tiles.tiles * (tiles.warps // tiles.split)
+    _launch(
+        fragments_kernel, (triton.cdiv(planes.rows, rows), triton.cdiv(groups, tiles.groups)), u.view(torch.int32),
+        *_weight_arguments(planes), y, batch, planes.rows, **_weight_sizes(planes), TILES=tiles.tiles, GROUPS=tiles.groups,
+        WARPS=tiles.warps, SPLIT=tiles.split, PDL=_pdl(x), num_warps=tiles.warps,
+    )  # fmt: skip
+    return y
+
+
+def fused_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles | None = None) -> Tensor:
+    """Multiply in the 16-bit dtype of x, the weights rounded to it; see `fused.py`."""
+    batch, pdl = x.shape[0], _pdl(x)
+    tiles = tiles or cuda_tiles.fused_tiles(*_tile_sizes(x, planes), batch)
+    extra, extra_scale, extra_row_scale = planes.words, planes.row_scale, planes.row_scale
+    if planes.num_significant:
+        extra = x.new_empty(planes.rows, triton.cdiv(planes.num_words, 4) * 4, dtype=torch.int32)
+        extra_scale = negated_scales(planes, x.dtype, residual=True)
+        extra_row_scale = planes.residual_row_scale
+        _launch(
+            expand_kernel, (triton.cdiv(planes.rows, 16), triton.cdiv(planes.num_words, 128)), planes.residual_words,
+            expansion(planes), extra, planes.rows, RESIDUAL_WORDS=planes.num_residual_words,
+            RESIDUAL_STRIDE=planes.residual_words.shape[-1], NUM_WORDS=planes.num_words, STRIDE=extra.shape[-1],
+            ROWS=16, WORDS=128, PDL=pdl, num_warps=4,
+        )  # fmt: skip
+    y = x.new_empty(batch, planes.rows)
+    row_tiles, steps = triton.cdiv(planes.rows, tiles.rows), triton.cdiv(planes.num_words, tiles.words)
+    count = row_tiles * triton.cdiv(batch, tiles.batch)
+    programs, whole = cuda_tiles.shares(count, steps, tiles.programs * _processors(x), tiles.shared)
+    shared = count - min(count, whole * programs)
+    partial = x.new_empty((2 * programs, tiles.rows, tiles.batch) if shared else 1, dtype=torch.float32)
+    sizes = _weight_sizes(planes)
+    _launch(
+        fused_kernel, (programs,), x, *x.stride(), negated_scales(planes, x.dtype, residual=False), extra_scale,
+        planes.words, planes.row_scale, extra, extra_row_scale, y, partial, batch, planes.rows, planes.in_features,
+        whole, row_tiles, count, PLANES=sizes["PLANES"], EXTRA=planes.num_significant > 0,
+        NUM_WORDS=sizes["NUM_WORDS"], STRIDE=sizes["STRIDE"], EXTRA_STRIDE=extra.shape[-1],
+        EVEN=planes.in_features % (32 * tiles.words) == 0, ROWS=tiles.rows, WORDS=tiles.words, BATCH=tiles.batch, PDL=pdl,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    if shared:
+        part = min(tiles.rows, 16)
+        _launch(
+            add_kernel, (shared, tiles.rows // part), partial, y, batch, planes.rows, whole, row_tiles, count, programs,
+            steps, ROWS=tiles.rows, BATCH=tiles.batch, PART=part, PDL=pdl, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def dense_product(x: Tensor, planes: Planes, tiles: cuda_tiles.DenseTiles | None = None) -> Tensor:
+    """Unpack the weights in the dtype of x, at most `DENSE_BYTES` or the tiles' at a time, and multiply with the library."""
+    most = DENSE_BYTES if tiles is None else tiles.mebibytes * 2**20
+    chunks = -(-planes.rows * planes.in_features * x.element_size() // most)
     size = -(-planes.rows // chunks // DENSE_ROWS) * DENSE_ROWS
     if size >= planes.rows:
         return x @ unpack(planes, x.dtype, 0, planes.rows).T
     y = x.new_empty(x.shape[0], planes.rows)
     for start in range(0, planes.rows, size):
         end = min(start + size, planes.rows)
-        y[:, start:end] = x @ unpack(planes, x.dtype, start, end).T
+        torch.mm(x, unpack(planes, x.dtype, start, end).T, out=y[:, start:end])
     return y
+
+
+PRODUCTS = {
+    "single": single_product, "bits": bits_product, "int8": int8_product, "fragments": fragments_product,
+    "fused": fused_product, "dot": dot_product, "dense": dense_product,
+}  # fmt: skip
 
 
 def unpack(planes: Planes, dtype: torch.dtype, start: int, end: int) -> Tensor:

@@ -90,6 +90,51 @@ def planes(
     )  # fmt: skip
 
 
+def negated_scales(planes: Planes, dtype: torch.dtype, residual: bool) -> Tensor:
+    """Return the negated column scales in a 16-bit dtype, as pairs: [planes, words rounded up to 8, 16] int32.
+
+    Args:
+        residual: those of the residual plane, spread to the columns of the matrix, 0 in the others.
+    """
+
+    def make() -> Tensor:
+        scales = planes.col_scale
+        if residual:
+            spread = scales.new_zeros(1, planes.in_features, dtype=torch.float32)
+            scales = spread.index_copy(1, planes.columns.long(), planes.residual_col_scale.float()[None])
+        pad = -planes.in_features % 256
+        return torch.nn.functional.pad(-scales.to(dtype), (0, pad)).view(torch.int32)
+
+    source = planes.residual_col_scale if residual else planes.col_scale
+    return _derived(f"negated scales {dtype} {residual}", source, make)
+
+
+def expansion(planes: Planes) -> Tensor:
+    """Return how the residual plane's bits are spread to their columns: [7, words] int32.
+
+    The first five are masks: the bits that come from places 16, 8, 4, 2 and 1 below, one step after the other. Then the mask
+    of significant columns, and how many there are in the words before. (Hacker's Delight, 7-5.)
+    """
+
+    def make() -> Tensor:
+        marked = torch.nn.functional.pad(planes.rank >= 0, (0, -planes.in_features % 32)).unflatten(0, (-1, 32)).long()
+        count = marked.sum(1)
+        # place[w, q]: where the word's bit q has to go; it is shifted by the bits of place - q, the largest first
+        order = torch.argsort(1 - marked, dim=1, stable=True)
+        bit = torch.arange(32, device=marked.device)
+        exists = bit < count[:, None]
+        distance = torch.where(exists, order - bit, 0)
+        now, steps = bit.expand_as(order), []
+        for shift in (16, 8, 4, 2, 1):
+            moves = exists & (distance & shift > 0)
+            now = now + shift * moves
+            steps.append((moves.long() << now).sum(1))
+        masks = torch.stack([*steps, (marked << bit).sum(1), count.cumsum(0) - count])
+        return torch.where(masks >= 2**31, masks - 2**32, masks).int()
+
+    return _derived("expansion", planes.rank, make)
+
+
 def _words(packed: Tensor) -> Tensor:
     """Return rows of bytes as rows of 32-bit words: a view where that can be, else a copy padded to 16 bytes."""
     if packed.is_contiguous() and packed.shape[-1] % 4 == 0 and packed.storage_offset() % 4 == 0:

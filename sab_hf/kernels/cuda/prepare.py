@@ -165,3 +165,30 @@ def scale_kernel(
         while tl.min(counter) < num_counters:
             tl.store(counter_ptr + counter, 0, mask=counter < num_counters)
             counter += tl.num_programs(0) * 32
+
+
+@triton.jit(do_not_specialize=["num_inputs"])
+def arrange_kernel(
+    x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
+    u_ptr, in_features, num_significant, num_inputs,
+    PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, RESIDUAL_WORDS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Write c ⊙ x in the dtype of u, in the order in which the threads of `fragments.py` need it.
+
+    A program makes a piece of 16 words for 8 inputs, zeros where there are none: u is [piece, inputs / 8, 4, 4, 8, 4, 4, 2];
+    (j, q, b, t, i, s) is input b and, of the piece's word 4t + j, the column 16s + 4q + i. Pieces are those of all planes
+    in turn.
+    """
+    pieces: tl.constexpr = (NUM_WORDS + 15) // 16
+    residual_pieces: tl.constexpr = (RESIDUAL_WORDS + 15) // 16
+    piece, plane, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b = (group * 8 + tl.arange(0, 8))[:, None]
+    u = _scaled(
+        x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr, in_features,
+        num_significant, (piece * 512 + tl.arange(0, 512))[None, :], plane, tl.minimum(b, num_inputs - 1), PLANES, PDL,
+    )  # fmt: skip
+    u = tl.where(b < num_inputs, u, 0.0).to(u_ptr.dtype.element_ty)
+    ordered = tl.reshape(tl.permute(tl.reshape(u, [8, 4, 4, 2, 4, 4]), (2, 4, 0, 1, 5, 3)), [4096])
+    place = (plane * pieces + piece) * tl.num_programs(2) + group
+    exists = piece < tl.where(plane < PLANES, pieces, residual_pieces)
+    tl.store(u_ptr + place.to(tl.int64) * 4096 + tl.arange(0, 4096), ordered, mask=exists)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -44,6 +45,42 @@ class DotTiles(NamedTuple):
     stages: int
 
 
+class FragmentsTiles(NamedTuple):
+    """Tiles of the kernel on fragments: 16 rows each of a warp, 8 inputs each of a program; warps, warps that share rows."""
+
+    tiles: int
+    groups: int
+    warps: int
+    split: int
+
+
+class FusedTiles(NamedTuple):
+    """Tiles of the kernel of one product: rows, words, inputs; warps, stages; programs of a processor, and whether they share
+    tiles to have equal work."""
+
+    rows: int
+    words: int
+    batch: int
+    warps: int
+    stages: int
+    programs: int
+    shared: bool
+
+
+class DenseTiles(NamedTuple):
+    """Most MiB of weights that are unpacked at a time for the library's product."""
+
+    mebibytes: int
+
+
+Choice = tuple[int, str, tuple | None]
+
+# What `python benchmarks/speed_gpu_sweep.py` measures: its table goes here.
+MEASURED: dict[tuple[int, int, int, int, bool], tuple[Choice, ...]] = {}
+"""(processors, planes, rows, words, has a residual plane) → (inputs up to which, kernel, tiles), the least inputs first."""
+ROUNDS_INPUTS = ("single", "bits", "int8")
+"""Kernels that round activations to integers."""
+
 # Measured on one H100, 2026-11-25 (`benchmarks/results/speed_gpu_sweeps.json`):
 SINGLE_WORDS, SINGLE_PLANES, SINGLE_ROWS = 128, 2, 4096
 """Words of a row (the residual plane's included), planes and rows up to which a single launch is the fastest for one input."""
@@ -81,6 +118,45 @@ def kernel(
             return "int8"
     most = 128 if itemsize == 4 else _dot_batch(planes, rows, residual_words)
     return "dot" if batch <= most else "dense"
+
+
+@lru_cache(4096)
+def measured(
+    batch: int, planes: int, rows: int, words: int, residual_words: int, processors: int, itemsize: int, exact: bool,
+    capability: tuple[int, int],
+) -> tuple[str, tuple | None] | None:  # fmt: skip
+    """Return kernel and tiles of the measured matrix that is most like this one, or None.
+
+    It has the same planes, and was measured on devices of as many processors, of compute capability 9.x, with 16-bit inputs.
+    Arguments: see `kernel`.
+    """
+    if itemsize != 2 or capability[0] != 9:
+        return None
+    alike = [key for key in MEASURED if (key[0], key[1], key[4]) == (processors, planes, residual_words > 0)]
+    if not alike:
+        return None
+    nearest = min(alike, key=lambda key: abs(math.log(key[2] / rows)) + abs(math.log(key[3] / words)))
+    same = nearest[2:4] == (rows, words)
+    for most, name, tiles in MEASURED[nearest]:
+        if batch <= most and not (exact and name in ROUNDS_INPUTS):
+            if name == "single" and not same:  # it may not fit
+                return None
+            return name, tiles if same or name == "fused" else None
+    return None
+
+
+def shares(tiles: int, steps: int, programs: int, shared: bool) -> tuple[int, int]:
+    """Return how many programs `fused.py` has, at most `programs`, and how many whole tiles each makes; the rest is shared.
+
+    Args:
+        tiles: tiles of the result, of `steps` steps each.
+        shared: whether tiles may be shared. At least one tile a program is left for that, so that parts are not short.
+    """
+    if not shared or tiles % programs == 0:
+        programs = min(programs, tiles)
+        return programs, -(-tiles // programs)
+    programs = min(programs, tiles * steps)
+    return programs, max(0, tiles // programs - 1)
 
 
 def _dot_batch(planes: int, rows: int, residual_words: int) -> int:
@@ -150,3 +226,26 @@ def dot_tiles(rows: int, words: int, sums: int, batch: int, processors: int, ite
     programs = math.ceil(rows / tile.rows) * math.ceil(batch / tile.batch)
     most = math.ceil(words / tile.words)
     return tile._replace(splits=power_of_two(2 * processors // programs, 1, power_of_two(most, 1, 8)))
+
+
+def fragments_tiles(
+    planes: int, rows: int, words: int, residual_words: int, processors: int, batch: int
+) -> FragmentsTiles:  # fmt: skip
+    """Choose tiles of the kernel on fragments: warps share rows until there are enough of them, each with a piece at least."""
+    pieces = planes * math.ceil(words / 16) + math.ceil(residual_words / 16)
+    tiles = 1 if rows < 32 * processors else 2
+    split = power_of_two(pieces, 1, 16 if rows < 64 * processors else 8)
+    return FragmentsTiles(tiles, power_of_two(math.ceil(batch / 8), 1, 4), max(4, split), split)
+
+
+def fused_tiles(
+    planes: int, rows: int, words: int, residual_words: int, processors: int, batch: int
+) -> FusedTiles:  # fmt: skip
+    """Choose tiles of the kernel of one product: high ones, since they need the fewest loads of activations."""
+    if batch <= 32:
+        return FusedTiles(64, 8, power_of_two(batch, 8, 32), warps=4, stages=4, programs=2, shared=True)
+    if batch <= 64:
+        return FusedTiles(128, 4, 64, warps=4, stages=4, programs=2, shared=True)
+    if batch <= 128:
+        return FusedTiles(256, 2, 128, warps=8, stages=4, programs=1, shared=True)
+    return FusedTiles(128, 2, 256, warps=8, stages=3, programs=1, shared=True)
