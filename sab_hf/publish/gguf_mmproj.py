@@ -32,7 +32,7 @@ class _Tower:
     Attributes:
         projector: its name of the projector.
         add_sizes: adds the keys that only this kind has, and raises if llama.cpp computes something else.
-        tensors: yields names and values for the file, given the base model.
+        tensors: yields names and values for the file, given the model without its head.
     """
 
     projector: str
@@ -103,7 +103,7 @@ def tower_tensors(model: nn.Module) -> Iterator[tuple[str, np.ndarray, Any]]:
     import gguf
 
     kinds = gguf.GGMLQuantizationType
-    for name, value in TOWERS[model.config.model_type].tensors(model.base_model):
+    for name, value in TOWERS[model.config.model_type].tensors(model.model):
         exact = value.ndim == 1 or name.startswith(_EXACT)
         yield name, value.detach().float().cpu().numpy(), kinds.F32 if exact else kinds.F16
 

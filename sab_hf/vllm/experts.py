@@ -6,11 +6,13 @@ The experts of one layer differ in planes and significant columns, so each keeps
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from ..packed.experts import SPLIT
@@ -23,7 +25,11 @@ _PLACES = {
     "w2": _DOWN,
 }  # fmt: skip
 """Name of a matrix in files, also as vLLM renames it → outputs of the first product that it gives; None: it is the second."""
-_ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
+_ACTIVATIONS = {
+    MoEActivation.SILU: functional.silu,
+    MoEActivation.GELU: functional.gelu,
+    MoEActivation.GELU_TANH: partial(functional.gelu, approximate="tanh"),
+}
 
 
 class SABExpertsMethod(FusedMoEMethodBase):
@@ -132,9 +138,8 @@ class SABExpertsMethod(FusedMoEMethodBase):
             seen = x[tokens]
             if layer.apply_router_weight_on_input:
                 seen, weight = seen * weight.to(x.dtype), 1.0
-            both = multiply(first, seen, self.exact)
-            inner = both.new_empty(len(both), both.shape[1] // 2)
-            apply_moe_activation(self.moe.activation, inner, both)
+            gate, up = multiply(first, seen, self.exact).chunk(2, -1)
+            inner = _ACTIVATIONS[self.moe.activation](gate) * up
             y.index_add_(0, tokens, multiply(down, inner, self.exact).float() * weight)
         return y.to(x.dtype)
 

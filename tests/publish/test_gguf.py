@@ -245,10 +245,9 @@ def test_llama_cpp_sees_a_picture_as_transformers_does(pictured, family, tmp_pat
         found = llama.log_probabilities(prompt, VOCAB_SIZE)
     loaded = load_vlm(packed)
     loaded.config.vision_start_token_id = first[-1]  # by which transformers 4 finds pictures
-    types = "token_type_ids" if family == "gemma3" else "mm_token_type_ids"
-    inputs = {"input_ids": ids, types: (ids == IMAGE).long()}
-    if family != "gemma3" and not V5:
-        del inputs[types]
+    inputs = {"input_ids": ids}
+    if family == "gemma3" or V5:
+        inputs["token_type_ids" if family == "gemma3" else "mm_token_type_ids"] = (ids == IMAGE).long()
     wanted, other = (
         loaded(**inputs, **picture_inputs(family, shown)).logits[0, -1].log_softmax(-1)
         for shown in (pixels, 255 - pixels)
