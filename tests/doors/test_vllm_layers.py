@@ -304,8 +304,9 @@ def test_experts_of_a_file_that_has_them_one_by_one(alone):
 
 
 def test_dense_experts_stay_vllms_own(alone):
-    layer = make_experts(quant_config=make_config("lm_head"))
-    assert type(layer.quant_method) is not SABExpertsMethod
+    layer = make_experts()
+    assert type(layer.quant_method) is SABExpertsMethod
+    assert make_config("lm_head").get_quant_method(layer, "model.mlp.experts") is None
 
 
 def test_experts_with_a_matrix_too_few_or_too_many_are_refused(alone):
