@@ -67,7 +67,10 @@ def _with_uneven_gains(model: nn.Module, has_tower: bool = False) -> nn.Module:
 
 
 def build_vlm(family: str, seed: int = 0) -> nn.Module:
-    """Return a random vision-language model, float32: "gemma3", whose 64×64 pictures take 4 tokens, or "qwen2_5_vl"."""
+    """Return a random vision-language model, float32: "gemma3", whose 64×64 pictures take 4 tokens, or "qwen2_5_vl".
+
+    A 168×196 picture takes 42 tokens of the second one, and six windows of its first block.
+    """
     torch.manual_seed(seed)
     sizes = {"num_attention_heads": 2, "intermediate_size": 96, "hidden_size": 64, "patch_size": 8}
     if family == "gemma3":
@@ -78,7 +81,13 @@ def build_vlm(family: str, seed: int = 0) -> nn.Module:
     else:
         rope = {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
         text = AutoConfig.for_model("qwen2_5_vl_text", **_SIZES, **{"rope_parameters" if V5 else "rope_scaling": rope})
-        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 128}
+        vision = sizes | {
+            "depth": 2,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+            "patch_size": 14,
+            "fullatt_block_indexes": [1],
+        }
         own = {"image_token_id": IMAGE, "tie_word_embeddings": False}
     config = AutoConfig.for_model(family, text_config=text.to_dict(), vision_config=vision, **own)
     model = AutoModelForImageTextToText.from_config(config).eval()

@@ -37,6 +37,7 @@ SIZES = {
 }  # fmt: skip
 HEADS = {"head_dim": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+SHARED = {"shared_expert_intermediate_size": 96}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64, "query_pre_attn_scalar": 32}
 FAMILIES = {
     "Llama, embedding and head packed": ("LlamaConfig", HEADS, False, {"rest_bits": 4}),
@@ -46,6 +47,8 @@ FAMILIES = {
     "Gemma 3, packed embedding is the head": ("Gemma3TextConfig", HEADS | WINDOWS, True, {"rest_bits": 4}),
     "Phi-3, whose files have q, k, v and gate, up as one": ("Phi3Config", {}, False, {"rest_bits": 4}),
     "Qwen3-MoE, experts dense": ("Qwen3MoeConfig", HEADS | EXPERTS, False, {"modules_to_not_convert": ["experts"]}),
+    "Qwen3-MoE, experts packed": ("Qwen3MoeConfig", HEADS | EXPERTS, False, {}),
+    "Qwen2-MoE, experts packed, one of them shared": ("Qwen2MoeConfig", EXPERTS | SHARED, False, {}),
 }
 """Name → config class of transformers, its fields beside `SIZES`, whether embedding and head are one, settings of the method."""
 

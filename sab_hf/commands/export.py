@@ -22,10 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--embedding", choices=("q8_0", "q4_0", "f16"), default="q8_0",
         help="type of input embedding and output head",
     )  # fmt: skip
+    parser.add_argument(
+        "--mmproj", metavar="FILE",
+        help="write vision tower and projector there, in F16: Gemma 3 and Qwen2.5-VL; others use the original model's file",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..publish.gguf import export_gguf
 
-    result = export_gguf(args.checkpoint, args.output, like=args.like, embedding=args.embedding)
+    result = export_gguf(args.checkpoint, args.output, like=args.like, embedding=args.embedding, mmproj=args.mmproj)
     return asdict(result), str(result)

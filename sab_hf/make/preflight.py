@@ -283,7 +283,7 @@ def estimate_on(machine: Machine, model: nn.Module, plan: Plan, config: SABQuant
     working["capture"] = beside + moved * dearest.dense + _activations(dearest, data)
     working["fit"] = moved * dearest.dense + _moments(dearest, data) + _fit(dearest, data)
     if refine_steps:
-        working["refinement"] = moved * dearest.dense + _refine(dearest, data)
+        working["refinement"] = moved * dearest.dense + _refine(dearest, data, machine)
     if plan.distil.steps:
         working["distillation"] = beside + _distil(blocks, data, machine)
     states, most = (
@@ -496,11 +496,11 @@ def _fit(block: _Block, data: _Data) -> float:
     return max((one(*linear) for linear in block.linears), default=0.0)
 
 
-def _refine(block: _Block, data: _Data) -> float:
+def _refine(block: _Block, data: _Data, machine: Machine) -> float:
     """Return the peak of training one block; each step works on one Linear after the other."""
     at_once = max((n * m * (8 * (planes + bool(k)) + 10) for n, m, planes, k in block.linears), default=0)
     shapes = [(n, m) for n, m, _, _ in block.linears]
-    return BYTES_PER_WEIGHT["built"] * block.weights + at_once + activation_bytes(shapes, data.largest)
+    return bytes_of_training([block.weights], machine.device) + at_once + activation_bytes(shapes, data.largest)
 
 
 def _distil(blocks: list[_Block], data: _Data, machine: Machine) -> float:

@@ -28,6 +28,7 @@ from ..anatomy.roles import EMBEDDING, HEAD, LANGUAGE, Roles, find_roles
 from ..packed.linear import SABLinear, SABModule
 from ..version import __version__
 from .gguf_header import Architecture, add_sizes, add_tokenizer, architecture_of
+from .gguf_mmproj import add_tower_header, image_statistics, require_tower, tower_tensors
 from .locate import read_config, require_packed
 from .open import opening_class
 
@@ -52,15 +53,28 @@ class GGUFExport:
         path: of the file.
         num_bytes: its size.
         bytes_by_type: type of tensors → bytes of them.
+        has_tower: whether the model has a vision tower, which is not in this file.
+        mmproj: path of the file with the vision tower; None if none was written.
     """
 
     path: str
     num_bytes: int
     bytes_by_type: dict[str, int]
+    has_tower: bool = False
+    mmproj: str | None = None
 
     def __str__(self) -> str:
         parts = ", ".join(f"{2**-20 * size:.1f} MiB {kind}" for kind, size in self.bytes_by_type.items())
-        return f"saved: {self.path}, {2**-20 * self.num_bytes:.1f} MiB ({parts})"
+        lines = [f"saved: {self.path}, {2**-20 * self.num_bytes:.1f} MiB ({parts})"]
+        if self.mmproj:
+            lines.append(
+                f"saved: {self.mmproj}, vision tower and projector: `--mmproj` of llama-server and llama-mtmd-cli"
+            )
+        elif self.has_tower:
+            lines.append(
+                "it reads text alone: pictures need an `mmproj` file, that of the original model, or one of --mmproj"
+            )
+        return "\n".join(lines)
 
 
 def export_gguf(
@@ -69,8 +83,9 @@ def export_gguf(
     *,
     like: str | os.PathLike | None = None,
     embedding: str = "q8_0",
+    mmproj: str | os.PathLike | None = None,
 ) -> GGUFExport:
-    """Write the language model of a portable checkpoint as a GGUF file. A vision tower has a file of its own (`mmproj`).
+    """Write the language model of a portable checkpoint as a GGUF file, and its vision tower as another one.
 
     Args:
         checkpoint: folder or Hub id of a checkpoint that was quantized with `portable="gguf"`.
@@ -78,9 +93,11 @@ def export_gguf(
         like: an F16, BF16 or F32 GGUF file of the same model: tokenizer, chat template and metadata are taken from it. None: they
             are written anew.
         embedding: type of input embedding and output head: "q8_0", "q4_0" or "f16".
+        mmproj: file for vision tower and projector, in float16, of a Gemma 3 or Qwen2.5-VL; nothing may be there. None: they are
+            not written, as the file of the original model goes with this one.
     Raises:
-        ValueError: the checkpoint is not portable, its kind of model or tokenizer cannot be written, `like` is of another model,
-            or something is where the file shall be.
+        ValueError: the checkpoint is not portable, its kind of model, tower or tokenizer cannot be written, `like` is of another
+            model, or something is where a file shall be.
         ImportError: the package `gguf` is missing.
         OSError: there is no such checkpoint, or the file cannot be written.
     """
@@ -88,17 +105,28 @@ def export_gguf(
     if embedding not in EMBEDDING_TYPES:
         raise ValueError(f"`embedding` must be one of {list(EMBEDDING_TYPES)}, got {embedding!r}")
     output = Path(output).absolute()
-    _check_new(output)
+    beside = None if mmproj is None else Path(mmproj).absolute()
+    outputs = [path for path in (output, beside) if path]
+    for path in outputs:
+        _check_new(path)
+    if beside == output:
+        raise ValueError(
+            f"the language model and `mmproj` are two files, and both shall be `{output}`; choose another name"
+        )
     source = None if like is None else _Source(Path(like))
     packed = read_config(checkpoint)
     require_packed(packed, checkpoint)
     tokenizer = None if source else _tokenizer(checkpoint)
+    if beside:
+        require_tower(packed.model_type)
+        statistics = image_statistics(checkpoint)
     model = opening_class(packed).from_pretrained(checkpoint, dtype="auto", device_map="cpu")
     roles, config = find_roles(model), model.config.get_text_config()
     architecture = architecture_of(config)
     _check_portable(model, roles, str(checkpoint))
     tensors = dict(_tensors(model, roles, config, architecture, embedding))
-    with _new_file(output) as partial:
+    with _new_files(*outputs) as partials:
+        partial = partials[0]
         writer = gguf.GGUFWriter(partial, architecture.name)
         if source is None:
             _add_header(writer, model, roles, config, tokenizer, _name_of(checkpoint))
@@ -107,20 +135,31 @@ def export_gguf(
             source.copy_header(writer)
             tensors = source.complete(tensors, embedding)
         writer.add_quantized_by("sab_hf")
-        writer.add_string(MADE_BY, __version__)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q1_0)
-        for name, tensor in tensors.items():
-            writer.add_tensor(name, tensor.data, raw_dtype=tensor.kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        _finish(writer, tensors)
         size = partial.stat().st_size
+        if beside:
+            writer = gguf.GGUFWriter(partials[1], "clip")
+            add_tower_header(writer, model.config, statistics)
+            writer.add_name(_name_of(checkpoint))
+            _finish(writer, {name: _dense(value, kind) for name, value, kind in tower_tensors(model)})
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         sizes[tensor.kind.name] += tensor.data.nbytes
-    return GGUFExport(str(output), size, dict(sizes.most_common()))
+    has_tower = bool(roles.vision)
+    return GGUFExport(str(output), size, dict(sizes.most_common()), has_tower, None if beside is None else str(beside))
+
+
+def _finish(writer: Any, tensors: dict[str, _Tensor]) -> None:
+    """Write a file whose header is complete but for who made it."""
+    writer.add_string(MADE_BY, __version__)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.data, raw_dtype=tensor.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 # ---- tensors
@@ -422,17 +461,22 @@ def _check_new(output: Path) -> None:
 
 
 @contextmanager
-def _new_file(output: Path) -> Iterator[Path]:
-    """Give the name of a hidden file beside `output` that becomes it in the end; on an error it is removed."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
-    os.close(descriptor)
-    partial = Path(name)
+def _new_files(*outputs: Path) -> Iterator[list[Path]]:
+    """Give names of hidden files beside `outputs` that become them in the end, all or none; on an error they are removed."""
+    partials: list[Path] = []
     try:
-        yield partial
+        for output in outputs:
+            descriptor, name = tempfile.mkstemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
+            os.close(descriptor)
+            partials.append(Path(name))
+        yield partials
         mask = os.umask(0)
         os.umask(mask)
-        partial.chmod(0o666 & ~mask)
-        _check_new(output)
-        partial.rename(output)
+        for output, partial in zip(outputs, partials, strict=True):
+            partial.chmod(0o666 & ~mask)
+            _check_new(output)
+        for output, partial in zip(outputs, partials, strict=True):
+            partial.rename(output)
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials:
+            partial.unlink(missing_ok=True)

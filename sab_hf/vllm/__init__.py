@@ -2,7 +2,8 @@
 
 `shards.py` cuts packed tensors for one rank of several, `parts.py` collects those of one layer as vLLM's loaders hand them over,
 `checkpoint.py` checks a folder before anything is loaded: these three need no vLLM. `config.py` is the quantization method as
-vLLM knows it, `methods.py` what its layers do with packed weights. The products are those of `kernels/`, as in transformers.
+vLLM knows it, `methods.py` what its layers do with packed weights, `experts.py` its mixtures of experts. The products are those
+of `kernels/`, as in transformers.
 """
 
 from __future__ import annotations

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from ..config import SABQuantizationConfig
@@ -14,7 +12,6 @@ from ..packed.verify import PackedSize, check_contents, naming_stale_files, pack
 
 logger = logging.getLogger(__name__)
 
-_EXPERT = re.compile(r"(^|\.)experts\.(split|\d+)\.")
 PATTERNS = ("*.json", "*.safetensors")
 """Files of a repository that the checks read."""
 
@@ -39,7 +36,6 @@ def check_checkpoint(folder: Path, config: SABQuantizationConfig) -> tuple[dict[
         entries = read_entries(files)
         sizes = packed_sizes(entries)
         _check_listed(sizes, config)
-        refuse_experts(sizes)
         if config.tied_embeddings:
             raise ValueError(
                 f"`{config.tied_embeddings[0]}` of this checkpoint uses the planes of the packed input embedding, which vLLM "
@@ -60,15 +56,4 @@ def _check_listed(sizes: dict[str, PackedSize], config: SABQuantizationConfig) -
         raise ValueError(
             f"the checkpoint's quantization_config lists {len(config.modules)} packed modules, the files hold {len(in_files)}, "
             "or their planes and significant columns differ; it is incomplete or was altered: download or quantize it again"
-        )
-
-
-def refuse_experts(names: Iterable[str]) -> None:
-    """Raise a ValueError if experts are among the packed modules called `names`."""
-    experts = [name for name in names if _EXPERT.search(name)]
-    if experts:
-        raise ValueError(
-            f"{len(experts)} experts of this checkpoint are packed, first `{experts[0]}`, and vLLM cannot run packed experts "
-            "with this plugin. Serve it with `python -m sab_hf.run transformers serve`, or export it dense for vLLM: `sab-hf "
-            "dequantize`. Mixtures whose experts stayed dense (`modules_to_not_convert`) load"
         )

@@ -98,15 +98,21 @@ class SABConfig(QuantizationConfig):
             layer: a layer of the model being built.
             prefix: its name.
         """
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+        from .experts import SABExpertsMethod
         from .methods import SABEmbeddingMethod, SABLinearMethod, SABTiedHeadMethod
 
         if isinstance(layer, LinearBase):
             packed = [name for name in self._names(prefix) if name in self.sizes]
             self._placed.update(packed)
             return SABLinearMethod(prefix, self.check_placed) if packed else UnquantizedLinearMethod()
+        if isinstance(layer, RoutedExperts):
+            packed = [name for name in self.sizes if name.startswith(f"{prefix}.")]
+            self._placed.update(packed)
+            return SABExpertsMethod(layer.moe_config, prefix, self.check_placed) if packed else None
         if not isinstance(layer, VocabParallelEmbedding):
             return None
         head = isinstance(layer, ParallelLMHead)

@@ -22,7 +22,7 @@ from sab_hf import SABLinear, SABQuantizationConfig
 from sab_hf.packed.verify import packed_sizes, read_entries
 from sab_hf.packing import pack_bits, to_tensors
 from sab_hf.planes import SignPlanes
-from sab_hf.vllm.checkpoint import check_checkpoint, refuse_experts
+from sab_hf.vllm.checkpoint import check_checkpoint
 from sab_hf.vllm.parts import Parts, Share, multiply
 from sab_hf.vllm.shards import cut_bits
 from sab_hf.vllm.versions import ANY_VERSION, check_version
@@ -352,12 +352,3 @@ def test_further_embeddings_on_the_packed_one_are_refused(packed_dir):
     config.tied_embeddings = ["model.decoder.embed_tokens"]
     with pytest.raises(ValueError, match=r"`model\.decoder\.embed_tokens` of this checkpoint uses the planes"):
         check_checkpoint(packed_dir, config)
-
-
-def test_packed_experts_are_refused_by_name():
-    refuse_experts(["model.layers.0.mlp.shared_experts.up_proj", "model.layers.0.mlp.down_proj"])
-    for name in ("model.layers.0.mlp.experts.split.gate_up_proj.3", "model.layers.0.block_sparse_moe.experts.7.w1"):
-        with pytest.raises(
-            ValueError, match=f"1 experts of this checkpoint are packed, first `{name}`.*transformers serve"
-        ):
-            refuse_experts(["model.layers.0.mlp.down_proj", name])

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,13 +20,14 @@ from transformers import AutoConfig
 
 vllm = pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config  # noqa: E402
 from vllm.distributed import (  # noqa: E402
     cleanup_dist_env_and_memory,
     init_distributed_environment,
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory  # noqa: E402
 from vllm.model_executor.layers.linear import (  # noqa: E402
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -40,7 +42,9 @@ from sab_hf.packed.verify import PackedSize  # noqa: E402
 from sab_hf.packing import to_tensors  # noqa: E402
 from sab_hf.vllm import register  # noqa: E402
 from sab_hf.vllm.config import SABConfig  # noqa: E402
+from sab_hf.vllm.experts import SABExpertsMethod  # noqa: E402
 from sab_hf.vllm.methods import SABLinearMethod  # noqa: E402
+from sab_hf.vllm.shards import ROW_AXIS  # noqa: E402
 
 HIDDEN, VOCABULARY = 40, 70
 MAPPING = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -54,6 +58,12 @@ PLANES = {
     "model.embed_tokens": random_planes(VOCABULARY, HIDDEN, 3, 0, seed=6),
     "lm_head": random_planes(VOCABULARY, HIDDEN, 2, 6, seed=7),
 }
+INNER = 36
+EXPERTS = {
+    f"model.mlp.experts.split.{matrix}.{number}": random_planes(*shape, 1, 3 * number, seed=10 + number)
+    for number in range(3)
+    for matrix, shape in {"gate_up_proj": (2 * INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}.items()
+}
 
 
 def make_config(*names: str, **changes) -> SABConfig:
@@ -61,7 +71,7 @@ def make_config(*names: str, **changes) -> SABConfig:
     config = SABConfig(SABQuantizationConfig(**changes))
     config.packed_modules_mapping = MAPPING
     for name in names or PLANES:
-        planes = PLANES[name]
+        planes = (PLANES | EXPERTS)[name]
         config.sizes[name] = PackedSize(*planes.shape, planes.num_planes, planes.num_significant)
     return config
 
@@ -74,6 +84,45 @@ def load(layer: torch.nn.Module, shards: dict) -> torch.nn.Module:
             parameter.weight_loader(parameter, tensor, *([] if shard is None else [shard]))
     layer.quant_method.process_weights_after_loading(layer)
     return layer
+
+
+def make_experts(**changes) -> torch.nn.Module:
+    """Return vLLM's layer of three experts, of which a token gets two, for the matrices of `EXPERTS`."""
+    values = {"quant_config": make_config(*EXPERTS), "prefix": "model.mlp.experts"} | changes
+    return FusedMoEFactory(3, 2, HIDDEN, INNER, params_dtype=torch.float32, **values).routed_experts
+
+
+def expert_tensors() -> dict[str, torch.Tensor]:
+    """Return the tensors of `EXPERTS` as a file holds them, relative to the layer."""
+    return {
+        f"{name.removeprefix('model.mlp.experts.')}.{part}": tensor
+        for name, planes in EXPERTS.items()
+        for part, tensor in to_tensors(planes).items()
+    }
+
+
+def run_experts(layer: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what the experts give for `CHOSEN`, on this rank."""
+    assert set(layer.load_weights(iter(tensors.items()))) == {"w13_weight"}
+    layer.quant_method.process_weights_after_loading(layer)
+    weights, ids = CHOSEN
+    return layer.quant_method.apply(layer, inputs(4, HIDDEN), weights, ids, None, None)
+
+
+CHOSEN = torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.9, 0.1], [0.4, 0.6]]), torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0]])
+"""Weights and numbers of the experts of four tokens; the second expert gets none."""
+
+
+def expected_experts(down: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+    """Return the sum that dense experts give; down: other second matrices."""
+    x, y = inputs(4, HIDDEN), torch.zeros(4, HIDDEN)
+    for token, (weights, ids) in enumerate(zip(*(values.tolist() for values in CHOSEN), strict=True)):
+        for weight, number in zip(weights, ids, strict=True):
+            W = {m: EXPERTS[f"model.mlp.experts.split.{m}.{number}"].dense() for m in ("gate_up_proj", "down_proj")}
+            gate, up = (W["gate_up_proj"] @ x[token]).chunk(2)
+            second = W["down_proj"] if down is None else down[number]
+            y[token] += weight * (second @ (torch.nn.functional.silu(gate) * up))
+    return y
 
 
 def run_layers() -> dict[str, torch.Tensor]:
@@ -97,6 +146,7 @@ def run_layers() -> dict[str, torch.Tensor]:
         "mlp": down(torch.nn.functional.silu(gate) * value),
         "embed": embed(torch.tensor([0, 5, 63, 64, 69])),
         "logits": head.quant_method.apply(head, x),
+        "experts": run_experts(make_experts(), expert_tensors()),
     }
 
 
@@ -155,6 +205,9 @@ def test_two_ranks_give_the_outputs_of_one(tmp_path):
     for name in ("mlp", "embed"):  # added up over the ranks
         for both in (first, second):
             assert torch.allclose(both[name], expected[name], rtol=1e-4, atol=1e-3), name
+    wanted = expected_experts()  # vLLM adds up what the ranks give
+    assert torch.allclose(one["experts"], wanted, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(first["experts"] + second["experts"], wanted, rtol=1e-4, atol=1e-3)
     logits = torch.cat([first["logits"], second["logits"]], -1)
     assert torch.allclose(logits, expected["logits"], rtol=1e-4, atol=1e-3)
     parts = [[q.chunk(2, -1)[rank] for q in expected["qkv"].split([32, 16, 16], -1)] for rank in range(2)]
@@ -229,6 +282,58 @@ def test_part_that_stayed_dense(alone):
     load(layer, {"q": "model.attn.q_proj", "v": "model.attn.v_proj"})
     x, W = inputs(3, HIDDEN), [PLANES["model.attn.q_proj"].dense(), k, PLANES["model.attn.v_proj"].dense()]
     assert torch.allclose(layer(x), x @ torch.cat(W).T, rtol=1e-4, atol=1e-3)
+
+
+def test_experts_of_a_file_that_has_them_one_by_one(alone):
+    """Gate and up apart, as vLLM's Mixtral renames them, and second matrices that stayed dense as one parameter."""
+    names = [f"model.mlp.experts.{number}.{matrix}" for number in range(3) for matrix in ("w1", "w3")]
+    config = make_config()
+    config.sizes = dict.fromkeys(names, PackedSize(INNER, HIDDEN, 1, 0))
+    down = {number: inputs(HIDDEN, INNER, seed=20 + number) for number in range(3)}
+    tensors = {"down_proj": torch.stack(list(down.values()))}
+    for name, tensor in expert_tensors().items():
+        _, matrix, number, part = name.split(".")
+        if matrix == "gate_up_proj":
+            axis = ROW_AXIS.get(part)
+            halves = [tensor, tensor] if axis is None else tensor.chunk(2, axis)
+            tensors |= {f"{number}.w1.{part}": halves[0], f"{number}.w3.{part}": halves[1]}
+    layer = make_experts(quant_config=config, ckpt_names=("w1", "w2", "w3"))
+    assert torch.allclose(run_experts(layer, tensors), expected_experts(down), rtol=1e-4, atol=1e-3)
+
+
+def test_dense_experts_stay_vllms_own(alone):
+    layer = make_experts()
+    assert type(layer.quant_method) is SABExpertsMethod
+    assert make_config("lm_head").get_quant_method(layer, "model.mlp.experts") is None
+
+
+def test_experts_with_a_matrix_too_few_or_too_many_are_refused(alone):
+    tensors = expert_tensors()
+    layer = make_experts()
+    with pytest.raises(ValueError, match=r"`model.mlp.experts` has no place for the tensor `split.gate_proj.0.bias`"):
+        list(layer.load_weights([("split.gate_proj.0.bias", torch.zeros(2))]))
+    few = {name: tensor for name, tensor in tensors.items() if not name.startswith("split.down_proj.1")}
+    with pytest.raises(ValueError, match=r"`model.mlp.experts.1` must get a matrix for each of its 1 outputs"):
+        run_experts(layer, few)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"activation": "swigluoai"}, "their activation is 'swigluoai'"), ({"has_bias": True}, "they have biases")],
+)
+def test_experts_that_do_something_else_are_refused(alone, changes, message):
+    with pytest.raises(
+        ValueError, match=f"the experts of `model.mlp.experts` are packed, and vLLM cannot run them: {message}"
+    ):
+        make_experts(**changes)
+
+
+def test_packed_experts_need_eager_mode(alone, monkeypatch):
+    monkeypatch.setattr(
+        get_current_vllm_config(), "model_config", SimpleNamespace(enforce_eager=False, dtype=torch.float32)
+    )
+    with pytest.raises(ValueError, match="no graph can hold that; add --enforce-eager"):
+        make_experts()
 
 
 def test_checkpoint_of_the_hub_is_checked_and_its_head_tied(packed_dir, monkeypatch):

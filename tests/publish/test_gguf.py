@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_files import as_converted, read, write, write_gemma_mmproj
+from gguf_files import as_converted, read, write
+from helpers import V5
 from llama_cpp import serving
 from PIL import Image
 from portable_models import FAMILIES, IMAGE, SPLITS, TEXTS, VOCAB_SIZE, build_portable, build_tokenizer, build_vlm
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 import sab_hf
 from sab_hf import SABQuantizationConfig, cli
 from sab_hf.publish.gguf import export_gguf, q1_0
+from sab_hf.publish.gguf_mmproj import add_tower_header
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
 Q1_0 = gguf.GGMLQuantizationType.Q1_0
@@ -125,8 +128,6 @@ def test_llama_cpp_computes_what_transformers_does(exported, family, tmp_path):
     ids=["linear", "llama3"],
 )  # fmt: skip
 def test_scaled_rotary_positions(scaling, tmp_path):
-    from helpers import V5
-
     changes = (
         {"rope_parameters": scaling | {"rope_theta": 5000.0}} if V5 else {"rope_scaling": scaling, "rope_theta": 5000.0}
     )
@@ -180,35 +181,171 @@ def test_the_file_says_what_made_it(exported):
 # ---- vision-language models
 
 
+MEAN, STD = [0.5, 0.4, 0.3], [0.3, 0.25, 0.2]
+PICTURES = {"gemma3": (64, 64), "qwen2_5_vl": (168, 196)}  # height and width; llama.cpp need not resize them
+TOKENS = {"gemma3": 4, "qwen2_5_vl": 6 * 7}
+AROUND = {"gemma3": ("<start_of_image>", "<end_of_image>"), "qwen2_5_vl": ("<|vision_start|>", "<|vision_end|>")}
+
+
+def save_vlm(model, folder: Path) -> Path:
+    """Save a portable model with tokenizer and image processor."""
+    save(model, folder)
+    content = {"image_processor_type": "SiglipImageProcessor", "image_mean": MEAN, "image_std": STD}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def load_vlm(folder: Path):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory):
+    """Return a function that gives the packed checkpoint of a vision-language model, its language file and its `mmproj`."""
+    known = {}
+
+    def of(family: str) -> tuple[Path, Path, Path]:
+        if family not in known:
+            folder = tmp_path_factory.mktemp(family)
+            packed = save_vlm(quantize(build_vlm(family), allow_text_only=True), folder / "packed")
+            result = export_gguf(packed, folder / "a.gguf", embedding="f16", mmproj=folder / "mmproj.gguf")
+            assert result.mmproj == str(folder / "mmproj.gguf")
+            known[family] = packed, folder / "a.gguf", folder / "mmproj.gguf"
+        return known[family]
+
+    return of
+
+
+def picture_inputs(family: str, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what a model takes for one picture [height, width, 3] in 0…255."""
+    seen = ((pixels / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
+    if family == "gemma3":
+        return {"pixel_values": seen[None]}
+    rows, columns = (side // 14 for side in seen.shape[1:])
+    patches = seen.view(3, rows // 2, 2, 14, columns // 2, 2, 14).permute(1, 4, 2, 5, 0, 3, 6)
+    both = patches.reshape(rows * columns, 3, 1, 14, 14).expand(-1, -1, 2, -1, -1).flatten(1)  # a picture is two frames
+    return {"pixel_values": both, "image_grid_thw": torch.tensor([[1, rows, columns]])}
+
+
 @torch.no_grad()
-def test_llama_cpp_sees_a_picture_as_transformers_does(tmp_path):
-    model = quantize(build_vlm("gemma3"), allow_text_only=True)
-    packed = save(model, tmp_path / "packed")
-    export_gguf(packed, tmp_path / "a.gguf", embedding="f16")
-    text = write(tmp_path / "b.gguf", read(tmp_path / "a.gguf"), like=tmp_path / "a.gguf")
-    pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
+@pytest.mark.parametrize("family", PICTURES)
+def test_llama_cpp_sees_a_picture_as_transformers_does(pictured, family, tmp_path):
+    """With both files of an export; weights of the language model in float32, so that the rest is compared to float16."""
+    packed, path, mmproj = pictured(family)
+    text = write(tmp_path / "b.gguf", read(path), like=path)
+    pixels = torch.randint(
+        0, 256, (*PICTURES[family], 3), generator=torch.Generator().manual_seed(4), dtype=torch.uint8
+    )
     Image.fromarray(pixels.numpy()).save(tmp_path / "a.png")
-    with serving(text, write_gemma_mmproj(model, tmp_path / "mmproj.gguf")) as llama:
-        ids = llama.tokens("Look: <start_of_image>") + [IMAGE] * 4 + llama.tokens("<end_of_image> What?")
+    before, after = AROUND[family]
+    with serving(text, mmproj) as llama:
+        first = llama.tokens(f"Look: {before}")
+        ids = torch.tensor([first + [IMAGE] * TOKENS[family] + llama.tokens(f"{after} What?")])
         prompt = llama.prompt_with((tmp_path / "a.png").read_bytes(), "Look: ", " What?")
         found = llama.log_probabilities(prompt, VOCAB_SIZE)
-    inputs = {"input_ids": torch.tensor([ids]), "token_type_ids": (torch.tensor([ids]) == IMAGE).long()}
-    loaded = type(model).from_pretrained(packed, dtype=torch.float32).eval()
-    seen = pixels.permute(2, 0, 1)[None] / 127.5 - 1
-    wanted, other = (loaded(**inputs, pixel_values=x).logits[0, -1].log_softmax(-1) for x in (seen, -seen))
+    loaded = load_vlm(packed)
+    loaded.config.vision_start_token_id = first[-1]  # by which transformers 4 finds pictures
+    inputs = {"input_ids": ids}
+    if family == "gemma3" or V5:
+        inputs["token_type_ids" if family == "gemma3" else "mm_token_type_ids"] = (ids == IMAGE).long()
+    wanted, other = (
+        loaded(**inputs, **picture_inputs(family, shown)).logits[0, -1].log_softmax(-1)
+        for shown in (pixels, 255 - pixels)
+    )
     assert (wanted.exp() * (wanted - found)).sum() < 1e-5
     assert (wanted.exp() * (wanted - other)).sum() > 1e-3
 
 
 @torch.no_grad()
-def test_the_language_part_of_a_qwen_vl_reads_text_alone(tmp_path):
-    model = quantize(build_vlm("qwen2_5_vl"), allow_text_only=True)
-    packed = save(model, tmp_path / "packed")
-    export_gguf(packed, tmp_path / "a.gguf", embedding="f16")
-    loaded = type(model).from_pretrained(packed, dtype=torch.float32).eval()
+def test_the_language_part_of_a_qwen_vl_reads_text_alone(pictured, tmp_path):
+    packed, path, _ = pictured("qwen2_5_vl")
+    loaded = load_vlm(packed)
     wanted = loaded(torch.tensor([IDS])).logits[0].log_softmax(-1)
-    with serving(write(tmp_path / "b.gguf", read(tmp_path / "a.gguf"), like=tmp_path / "a.gguf")) as llama:
+    with serving(write(tmp_path / "b.gguf", read(path), like=path)) as llama:
         assert divergence(llama, wanted, IDS) < 1e-5
+
+
+def test_a_tower_is_written_in_float16_and_says_so(pictured):
+    for family in PICTURES:
+        packed, _, mmproj = pictured(family)
+        fields = gguf.GGUFReader(mmproj).fields
+        assert fields["general.architecture"].contents() == "clip"
+        assert fields["sab_hf.version"].contents() == sab_hf.__version__
+        kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(mmproj).tensors}
+        vision = json.loads((packed / "config.json").read_text())["vision_config"]
+        assert fields["clip.vision.embedding_length"].contents() == vision["hidden_size"]
+        assert kinds["v.blk.1.attn_v.weight"] == kinds["v.blk.0.ffn_down.weight"] == "F16"
+        assert kinds["v.blk.1.attn_v.bias"] == kinds["v.patch_embd.weight"] == "F32"
+
+
+def test_an_export_without_its_tower_says_what_is_missing(pictured, exported, capsys, tmp_path):
+    packed, path, mmproj = pictured("gemma3")
+    assert cli.main(["export", "gguf", str(packed), str(tmp_path / "a.gguf"), "--embedding", "f16"]) == 0
+    assert "it reads text alone: pictures need an `mmproj` file" in capsys.readouterr().out
+    both = [str(tmp_path / name) for name in ("b.gguf", "mmproj.gguf")]
+    assert cli.main(["export", "gguf", str(packed), both[0], "--embedding", "f16", "--mmproj", both[1]]) == 0
+    assert f"saved: {both[1]}, vision tower and projector" in capsys.readouterr().out
+    assert Path(both[0]).read_bytes() == path.read_bytes()
+    assert Path(both[1]).read_bytes() == mmproj.read_bytes()
+    assert cli.main(["export", "gguf", str(exported("qwen2")[0]), str(tmp_path / "c.gguf")]) == 0
+    assert "pictures" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gemma3", {"hidden_act": "gelu"}, r"has the activation 'gelu', which llama.cpp has no key for"),
+        ("gemma3", {"image_size": 72}, r"has 4 tokens for 9×9 patches"),
+        ("qwen2_5_vl", {"hidden_act": "gelu"}, r"has the activation 'gelu'"),
+        ("qwen2_5_vl", {"window_size": 56}, r"has windows of 56 pixels"),
+        ("qwen2_5_vl", {"fullatt_block_indexes": [0]}, r"has attention to the whole picture in the blocks \[0\] of 2"),
+        ("qwen2_5_vl", {"fullatt_block_indexes": []}, r"in the blocks \[\] of 2"),
+        ("qwen2_5_vl", {"spatial_merge_size": 3}, r"has 3×3 patches in a token"),
+        ("qwen2_5_vl", {"temporal_patch_size": 1}, r"has patches of 1 frames"),
+    ],
+)
+def test_towers_that_llama_cpp_computes_otherwise_are_refused(family, changes, message, tmp_path):
+    config = build_vlm(family).config
+    for name, value in changes.items():
+        setattr(config.vision_config, name, value)
+    writer = gguf.GGUFWriter(tmp_path / "mmproj.gguf", "clip")
+    with pytest.raises(ValueError, match=message):
+        add_tower_header(writer, config, {"image_mean": MEAN, "image_std": STD})
+
+
+def test_a_tower_that_cannot_be_written_leaves_nothing_behind(pictured, exported, monkeypatch, tmp_path):
+    packed, *_ = pictured("qwen2_5_vl")
+    output, mmproj = tmp_path / "a.gguf", tmp_path / "mmproj.gguf"
+    text = exported("qwen2")[0]
+    bare = tmp_path / "bare"
+    shutil.copytree(packed, bare, ignore=shutil.ignore_patterns("preprocessor_config.json"))
+    mute = shutil.copytree(packed, tmp_path / "mute")
+    (mute / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}')
+    cases = [
+        (
+            text,
+            mmproj,
+            ValueError,
+            r"written for models of the types \['gemma3', 'qwen2_5_vl'\], and this one is 'qwen2'",
+        ),
+        (bare, mmproj, OSError, r"bare` has no image processor beside its weights"),
+        (mute, mmproj, OSError, r"mute` has no image processor .* how pictures are normalized \('image_mean'\)"),
+        (packed, output, ValueError, r"are two files, and both shall be `.*a.gguf`"),
+        (packed, tmp_path / "none" / "mmproj.gguf", OSError, "is no folder that can be written"),
+        (packed, bare, ValueError, r"bare` exists, and an export replaces nothing"),
+    ]
+    for checkpoint, beside, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            export_gguf(checkpoint, output, mmproj=beside)
+        assert not list(tmp_path.glob("*.gguf*")), message
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(sab_hf.publish.gguf, "tower_tensors", full)
+    with pytest.raises(OSError, match="no space left"):
+        export_gguf(packed, output, mmproj=mmproj)
+    assert not list(tmp_path.glob("*.gguf*"))
 
 
 # ---- into a copy of an existing file
