@@ -81,8 +81,11 @@ def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return _exit_code(COMMANDS["run"].run(args))
     command = COMMANDS[args.sab_command]
     try:
-        with _stopping_when_terminated(), logging_to_stderr(args.quiet, args.verbose), once_without_hub(args):
-            plain, text = command.run(args)
+        with _stopping_when_terminated(), logging_to_stderr(args.quiet, args.verbose):
+            if hasattr(command, "check"):
+                command.check(args)
+            with once_without_hub(args):
+                plain, text = command.run(args)
         if getattr(args, "json", False):
             sys.stdout.write(_json(plain) + "\n")
         elif text:

@@ -11,18 +11,20 @@ adapter's files are those of any LoRA adapter.
 PEFT finds the layer for a module in a fixed list, and the one opening it leaves, `LoraConfig._register_custom_module`, is
 not saved with the adapter. So this module enters its `LoraModel` in PEFT's table of tuners instead: a subclass that treats
 `SABLinear` and passes every other module on. The other tuners of the table get subclasses that refuse packed modules with a
-reason; on dense modules of a packed model (norms, a dense tower) they work as ever.
+reason; on dense modules of a packed model (norms, a dense tower) they work as ever. Prompt tuning, which looks for the
+embedding among dense parameters, is refused where that is packed.
 """
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
 
 try:
-    from peft import PeftType
+    from peft import PeftModel, PeftType
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -38,6 +40,7 @@ from .packed.linear import SABLinear, SABModule
 
 PACKED = (SABModule, SABTiedHead)
 _ALL_LINEAR = "all-linear"
+_WITHOUT_EMBEDDING = {"PREFIX_TUNING", "CARTRIDGE"}  # kinds of prompts that are keys and values
 _INITIALIZATIONS = (True, False, "gaussian")  # the others start from a decomposition of the dense weight
 
 
@@ -129,6 +132,11 @@ class LoraSABLinear(nn.Module, LoraLayer):
 class _Refusing:
     """What a tuner does before PEFT's own: refuse what would train, copy or replace packed tensors."""
 
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Check before a tuner sizes what its layers share: VeRA would only say that no target is of a known type."""
+        self._check_targets(model, adapter_name)
+        super()._pre_injection_hook(model, config, adapter_name)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model.
 
@@ -136,18 +144,19 @@ class _Refusing:
             ValueError: the config asks for something of a packed module that needs dense weights.
         """
         _check_trained_whole(model, self.peft_config[adapter_name])
+        self._check_targets(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        if isinstance(_base(target), self.refused):
-            raise ValueError(
-                f"{peft_config.peft_type.value} adapters need the dense weight of `{target_name}`, which is packed "
-                f"({type(_base(target)).__name__}); use LoRA on packed Linears, leave `{target_name}` out of `target_modules`, "
-                "or put the adapter on `model.dequantize()`"
-            )
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, *args, **kwargs)
+    def _check_targets(self, model: nn.Module, adapter_name: str) -> None:
+        """Raise a ValueError if an adapter would be put on a module that this tuner refuses."""
+        config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
+        for name, module in model.named_modules():
+            if isinstance(_base(module), self.refused) and self._check_target_module_exists(config, name):
+                raise ValueError(
+                    f"{config.peft_type.value} adapters need the dense weight of `{name}`, which is packed "
+                    f"({type(_base(module)).__name__}); use LoRA on packed Linears, leave `{name}` out of `target_modules`, "
+                    "or put the adapter on `model.dequantize()`"
+                )
 
 
 class SABLoraModel(_Refusing, LoraModel):
@@ -207,11 +216,30 @@ def _refusing(tuner: type) -> type:
     return type(tuner.__name__, (_Refusing, tuner), {"refused": PACKED, "__doc__": tuner.__doc__})
 
 
+def _check_prompt(model: PeftModel, config: Any) -> None:
+    """Raise a ValueError if a config adds tokens to prompts, and the embedding that PEFT looks for is packed."""
+    embedding = getattr(model.get_base_model(), "get_input_embeddings", lambda: None)()
+    if isinstance(embedding, SABEmbedding) and config.peft_type not in _WITHOUT_EMBEDDING:
+        raise ValueError(
+            f"{config.peft_type.value} needs a dense embedding, and that of the model is packed; load a checkpoint whose "
+            "embedding is dense (`embedding_bits=16`), use LoRA or prefix tuning, or put the adapter on `model.dequantize()`"
+        )
+
+
 def register() -> None:
-    """Enter tuners that know packed modules in PEFT's table; done when this module is imported, and harmless when repeated."""
+    """Enter in PEFT what knows packed modules; done when this module is imported, and harmless when repeated."""
     for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
         if issubclass(tuner, BaseTuner) and not issubclass(tuner, _Refusing):
             PEFT_TYPE_TO_TUNER_MAPPING[kind] = SABLoraModel if kind is PeftType.LORA else _refusing(tuner)
+    setup = PeftModel._setup_prompt_encoder
+    if not hasattr(setup, "__wrapped__"):
+
+        @functools.wraps(setup)
+        def checked(self: PeftModel, adapter_name: str) -> Any:
+            _check_prompt(self, self.peft_config[adapter_name])
+            return setup(self, adapter_name)
+
+        PeftModel._setup_prompt_encoder = checked
 
 
 register()

@@ -35,6 +35,7 @@ def estimate(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     processes: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Estimate:
     """Predict what `quantize` needs: bytes of the file by role, memory and minutes by stage, tokens, disk. Nothing is changed.
 
@@ -48,6 +49,7 @@ def estimate(
         revision: of the Hub repository.
         processes: that share the run, each on a device like this one's; memory is then that of one of them. None: as many as
             `torchrun` or `accelerate launch` has started.
+        trust_remote_code: whether code that the model brings may be run.
     Returns:
         The prediction: `print` it for one line, `table()` for all, `to_dict()` for plain data.
     Raises:
@@ -63,14 +65,15 @@ def estimate(
     from .make.preflight import estimate_run
 
     config = SABQuantizationConfig.of(config)
+    code = {"trust_remote_code": True} if trust_remote_code else {}
     source = processor or config.processor
     if not isinstance(model, nn.Module):
         source = source or (None if isinstance(model, PretrainedConfig) else model)
-        model = without_weights(model, dtype, revision)
+        model = without_weights(model, dtype, revision, **code)
     given = samples if samples is not None else config.calibration
     tokens_from = None
     if isinstance(given, (str, os.PathLike)):
-        found = _read_processor(source or getattr(model, "name_or_path", None), revision)
+        found = _read_processor(source or getattr(model, "name_or_path", None), revision, **code)
         calibration, tokens_from = like_builtin(model, found, config)
         plan = plan_with(model, config, lambda: calibration)
     else:
@@ -93,28 +96,30 @@ def file_bytes(model: nn.Module, config: SABQuantizationConfig) -> int:
     return sum(stored_sizes(model, plan_with(model, config, lambda: CalibrationSet([], 0, 0, {}))).values())
 
 
-def without_weights(source: Any, dtype: str | torch.dtype = "auto", revision: str | None = None) -> nn.Module:
+def without_weights(
+    source: Any, dtype: str | torch.dtype = "auto", revision: str | None = None, **code: bool
+) -> nn.Module:
     """Return the model of a config, Hub id or folder on the meta device; arguments and errors as of `estimate`."""
     from .publish.inspect import empty_model
     from .publish.locate import quantization_method, read_config
 
-    config = source if isinstance(source, PretrainedConfig) else read_config(source, revision=revision)
+    config = source if isinstance(source, PretrainedConfig) else read_config(source, revision=revision, **code)
     name = getattr(config, "_name_or_path", None) or type(config).__name__
     method = quantization_method(config)
     if method is not None:
         raise ValueError(f"`{name}` is quantized already, with {method!r}; name the dense original")
-    model = empty_model(config, name)
+    model = empty_model(config, name, **code)
     return model if dtype == "auto" else model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
-def _read_processor(source: Any, revision: str | None) -> Any:
+def _read_processor(source: Any, revision: str | None, **code: bool) -> Any:
     """Return a processor, or the one of a Hub id or folder; None, with a warning, if there is none."""
     from transformers import AutoProcessor
 
     if not isinstance(source, (str, os.PathLike)) or not str(source):
         return source or None
     try:
-        return AutoProcessor.from_pretrained(source, revision=revision)
+        return AutoProcessor.from_pretrained(source, revision=revision, **code)
     except (OSError, ValueError, ImportError) as error:
         logger.warning("the processor of `%s` cannot be read (%s): tokens are assumed", source, error)
         return None

@@ -100,6 +100,7 @@ class SABHfQuantizer(HfQuantizer):
             from .machine.weights import check_complete
 
             check_complete(model, missing_keys)
+            _check_sizes_when_initialized(model, missing_keys)
         return missing_keys
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
@@ -152,16 +153,38 @@ class SABHfQuantizer(HfQuantizer):
 
 
 def _check_when_tied(model: nn.Module) -> None:
-    """Check once that a dense checkpoint is complete, when transformers 5 ties weights and says which ones are missing."""
-    from .machine.weights import check_complete
+    """Check once what a dense checkpoint lacks, when transformers 5 ties weights and says which ones are missing."""
+    from .machine.weights import check_complete, check_sizes
 
     def tie_weights(missing_keys: set[str] | None = None, **kwargs: Any) -> None:
         type(model).tie_weights(model, missing_keys=missing_keys, **kwargs)
         if missing_keys is not None:
             del model.tie_weights  # from here on the class's own again
             check_complete(model, missing_keys)
+            check_sizes(model, _not_loaded(model) - set(missing_keys))
 
     model.tie_weights = tie_weights
+
+
+def _check_sizes_when_initialized(model: nn.Module, missing: list[str]) -> None:
+    """Check once the sizes of a dense checkpoint, when transformers 4 gives values to the tensors that it will not load."""
+    from .machine.weights import check_sizes
+
+    def initialize_weights() -> None:
+        del model.initialize_weights  # from here on the class's own again
+        check_sizes(model, _not_loaded(model) - set(missing))
+        model.initialize_weights()
+
+    model.initialize_weights = initialize_weights
+
+
+def _not_loaded(model: nn.Module) -> set[str]:
+    """Return the parameters that transformers has not flagged as loaded, except those that stay on disk."""
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
+    }
 
 
 register_quantizer("sab")(SABHfQuantizer)  # not as a decorator, see `config.py`

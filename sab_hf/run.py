@@ -29,7 +29,10 @@ from .spelling import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-USAGE = "usage: python -m sab_hf.run PROGRAM [ARGS ...]\nPROGRAM: a .py file, a command of a package, or a module"
+USAGE = """\
+usage: sab-hf run [-m] PROGRAM [ARGS ...]    (or python -m sab_hf.run ...)
+PROGRAM: a .py file, the command of an installed package, or a module; with -m a module. Packed checkpoints load in it.
+example: sab-hf run transformers serve me/qwen-sab"""
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

@@ -147,10 +147,6 @@ def check_image_tokens(
                 "pass samples with parts {'type': 'audio', 'audio': <path or URL>}, or processed batches. To "
                 "calibrate on text alone, set allow_text_only=True"
             )
-        if not takes_audio(model_config):
-            logger.warning(
-                "%s takes no images: calibrating with text as the only modality", type(model_config).__name__
-            )
         return
     if allow_text_only:
         logger.warning("the calibration set has no image tokens; the visual side of the model is calibrated on nothing")

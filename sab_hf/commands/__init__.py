@@ -1,7 +1,8 @@
 """The commands of `sab-hf`, one a file: `SUMMARY`, `EXAMPLE`, `add_arguments(parser)` and `run(args)`.
 
-`run` returns the result as plain data, for `--json`, and as text. `kept(args)`, where a command has it, says after an
-interruption where the finished work lies. What a command needs is imported when it runs, so that `--help` is quick.
+`run` returns the result as plain data, for `--json`, and as text. `check(args)`, where a command has it, finds wrong options
+before the Hub is asked. `kept(args)`, where a command has it, says after an interruption where the finished work lies.
+What a command needs is imported when it runs, so that `--help` is quick.
 """
 
 from __future__ import annotations

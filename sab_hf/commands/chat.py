@@ -48,11 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_remote_code(parser)
 
 
-def run(args: argparse.Namespace) -> tuple[Any, str]:
-    from ..dialogue import Chat, check_image
+def check(args: argparse.Namespace) -> None:
+    from ..dialogue import check_image
 
     for image in args.image:
         check_image(image)
+
+
+def run(args: argparse.Namespace) -> tuple[Any, str]:
+    from ..dialogue import Chat
+
     code = {"trust_remote_code": True} if args.trust_remote_code else {}
     model = load_model(args.model, args.dtype, device_map(args), **code)
     chat = Chat(model, args.model, args.image, args.max_new_tokens, **code)

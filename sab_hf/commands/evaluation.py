@@ -7,7 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .shared import add_allow_urls, add_device_map, add_dtype, add_trust_remote_code, device_map, positive
+from .shared import (
+    UsageError,
+    add_allow_urls,
+    add_device_map,
+    add_dtype,
+    add_trust_remote_code,
+    device_map,
+    positive,
+)
 
 SUMMARY = "score a model, and compare it with its original"
 EXAMPLE = "sab-hf eval smolvlm-sab --original HuggingFaceTB/SmolVLM-256M-Instruct --data my_questions.jsonl"
@@ -49,15 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--picture", metavar="FILE.svg", help="file for a picture of model and original side by side")
 
 
-def run(args: argparse.Namespace) -> tuple[Any, str]:
-    from ..publish.html import scores_picture
-
+def check(args: argparse.Namespace) -> None:
     if args.include_path and not args.tasks:
-        raise ValueError("--include-path: it is for --tasks, which names none")
+        raise UsageError("--include-path: it is for --tasks, which names none")
     if args.output:
         check_output(args.output)
     if args.picture:
         check_picture(args.picture)
+
+
+def run(args: argparse.Namespace) -> tuple[Any, str]:
+    from ..publish.html import scores_picture
+
     result = _tasks(args) if args.tasks else _questions(args)
     plain = result.to_dict()
     if args.output:
@@ -81,9 +92,7 @@ def _questions(args: argparse.Namespace) -> Any:
         allow_urls=args.allow_urls,
         num_examples=(4 if data == "builtin" else 0) if args.examples is None else args.examples,
         speed=not args.no_speed,
-        dtype=args.dtype,
-        device_map=device_map(args),
-        **({"trust_remote_code": True} if args.trust_remote_code else {}),
+        **_loading(args),
     )
 
 
@@ -99,9 +108,14 @@ def _tasks(args: argparse.Namespace) -> Any:
         num_samples=args.num_samples,
         seed=args.seed,
         batch_size=args.batch_size,
-        dtype=args.dtype,
-        device_map=device_map(args),
+        **_loading(args),
     )
+
+
+def _loading(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that models are loaded with."""
+    code = {"trust_remote_code": True} if args.trust_remote_code else {}
+    return {"dtype": args.dtype, "device_map": device_map(args), **code}
 
 
 def _names(text: str) -> list[str]:

@@ -82,11 +82,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_push(parser)
 
 
+def check(args: argparse.Namespace) -> None:
+    quantization_config(args)
+    if args.output is None and not args.dry_run:
+        raise UsageError("name the folder to write, or add --dry-run to be told only what the run would need")
+
+
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     if args.dry_run:
         return _dry_run(args)
-    if args.output is None:
-        raise UsageError("name the folder to write, or add --dry-run to be told only what the run would need")
     import torch
 
     from ..machine.disk import Need, check_disk
@@ -142,7 +146,13 @@ def _dry_run(args: argparse.Namespace) -> tuple[Any, str]:
     """Return what the run would need, as data and as text."""
     from ..prediction import estimate
 
-    found = estimate(args.model, config=quantization_config(args), dtype=args.dtype, revision=args.revision)
+    found = estimate(
+        args.model,
+        config=quantization_config(args),
+        dtype=args.dtype,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
     return found.to_dict(), found.table()
 
 

@@ -17,7 +17,7 @@ from .shared import DTYPES, UsageError, add_trust_remote_code, say
 SUMMARY = "serve a model over HTTP (OpenAI's interface), with a chat page for the browser"
 EXAMPLE = "sab-hf serve examples/tiny_vlm-sab"
 _NEEDS = {"transformers": ("fastapi", "uvicorn", "openai"), "vllm": ("vllm",)}
-_INSTALL = {"transformers": 'pip install "sab_hf[serve]"', "vllm": "pip install vllm"}
+_INSTALL = {"transformers": 'pip install "sab_hf[serve]"', "vllm": 'pip install "sab_hf[vllm]"'}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -67,13 +67,34 @@ def check_complete(model: nn.Module, missing: Iterable[str]) -> None:
     missing = sorted(name for name in missing if not any(re.search(pattern, name) for pattern in allowed))
     if missing:
         saved_by = f" ({model.config.architectures[0]})" if model.config.architectures else ""
-        listed = ", ".join(f"`{name}`" for name in missing[:5]) + (", …" if len(missing) > 5 else "")
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} of the {len(model.state_dict())} tensors of {type(model).__name__}: {listed}. "
-            f"Random values would be binarized in their place. Load it with the class that saved it{saved_by}, or download "
-            "it again; if these tensors are meant to be new, load the model without `quantization_config` and call "
-            "`sab_hf.quantize(model, processor)`"
+            f"the checkpoint lacks {len(missing)} of the {len(model.state_dict())} tensors of {type(model).__name__}: "
+            f"{_listed(missing)}. Random values would be binarized in their place. Load it with the class that saved "
+            f"it{saved_by}, or download it again; if these tensors are meant to be new, load the model without "
+            "`quantization_config` and call `sab_hf.quantize(model, processor)`"
         )
+
+
+def check_sizes(model: nn.Module, mismatched: Iterable[str]) -> None:
+    """Check that the tensors of a dense checkpoint have the sizes of `model`: transformers fills the others with random values.
+
+    Args:
+        model: the model or its skeleton.
+        mismatched: the tensors that were not loaded, though the checkpoint has them.
+    Raises:
+        ValueError: there is one; `from_pretrained` was called with `ignore_mismatched_sizes=True`.
+    """
+    if mismatched := sorted(mismatched):
+        raise ValueError(
+            f"the checkpoint holds {len(mismatched)} tensors of another size than {type(model).__name__} has with this "
+            f"config: {_listed(mismatched)}. With `ignore_mismatched_sizes=True` random values would be binarized in their "
+            "place. Load it with its own config; if these tensors are meant to be new, load the model without "
+            "`quantization_config`, train them, and call `sab_hf.quantize(model, processor)`"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def apart(model: nn.Module, names: Iterable[str]) -> AbstractContextManager[None]:

@@ -69,7 +69,9 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     Raises:
         ValueError, RuntimeError: see `quantize`.
     """
-    return plan_with(model, config, lambda: _calibration(model, config, processor, samples))
+    plan = plan_with(model, config, lambda: _calibration(model, config, processor, samples))
+    logger.info(plan.coverage.summary())
+    return plan
 
 
 def plan_with(model: nn.Module, config: SABQuantizationConfig, calibrate: Callable[[], CalibrationSet]) -> Plan:
@@ -95,7 +97,6 @@ def plan_with(model: nn.Module, config: SABQuantizationConfig, calibrate: Callab
     linears = language_linears(model, roles, skipped, others=rest_names(model, roles, config))
     covered = coverage(model, roles, linears, skipped)
     covered.check(config.allow_low_coverage)
-    logger.info(covered.summary())
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     folds = find_folds(model, roles, linears) if config.portable else {}
     modules = {name: [1, 0] for name in shapes} if config.portable else allocate(shapes, config.bits)

@@ -181,11 +181,44 @@ def test_code_of_a_model_is_run_only_when_asked_for(tmp_path, capsys, questions)
     argv = ["quantize", str(folder), str(tmp_path / "out"), "--calibration", questions, *QUICK_OPTIONS]
     assert main(argv) == 1
     assert "trust_remote_code" in capsys.readouterr().err
+    assert main([*argv, "--dry-run"]) == 1
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert main([*argv, "--dry-run", "--trust-remote-code"]) == 0
     assert main([*argv, "--trust-remote-code"]) == 0
     assert main(["inspect", str(tmp_path / "out"), "--trust-remote-code"]) == 0
     capsys.readouterr()
     prompt = ["--prompt", "Hello", "--max-new-tokens", "2", "--trust-remote-code", "--json"]
     assert main(["chat", str(tmp_path / "out"), *prompt]) == 0
+
+
+def test_models_of_tasks_may_bring_code_when_asked(monkeypatch, packed_dir):
+    from sab_hf.evaluate import tasks
+
+    given = {}
+    result = tasks.TaskEvaluation("lmms-eval", 1, None, [tasks.TaskScore("chartqa", "a/b", "relaxed", 4, 0.5)])
+    monkeypatch.setattr(tasks, "evaluate_tasks", lambda *args, **kwargs: given.update(kwargs) or result)
+    assert main(["eval", str(packed_dir), "--tasks", "chartqa"]) == 0
+    assert "trust_remote_code" not in given
+    assert main(["eval", str(packed_dir), "--tasks", "chartqa", "--trust-remote-code"]) == 0
+    assert given["trust_remote_code"] is True
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["quantize", "nope", "out", "--preset", "fst"], 2, "did you mean 'fast'?"),
+        (["quantize", "nope", "out", "--set", "bitz=2"], 2, "did you mean `bits`?"),
+        (["eval", "nope", "--include-path", "tasks"], 2, "it is for --tasks"),
+        (["eval", "nope", "--output", "no/where.json"], 1, "there is no folder `no`"),
+        (["chat", "nope", "--image", "no.png"], 1, "there is no picture `no.png`"),
+    ],
+)
+def test_wrong_options_are_told_before_the_hub_is_asked(argv, code, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert main(argv) == code
+    assert message in capsys.readouterr().err
 
 
 # ---- the same in Python

@@ -272,7 +272,10 @@ def test_saving_a_model_with_an_adapter_says_how_to_save_both(packed, inputs, tm
             {"trainable_token_indices": {"embed_tokens": [1]}},
             r"`trainable_token_indices` asks to train `model\.embed_tok",
         ),
-        ({"target_modules": ["embed_tokens"]}, r"LORA adapters need the dense weight of `embed_tokens`.*SABEmbedding"),
+        (
+            {"target_modules": ["embed_tokens"]},
+            r"LORA adapters need the dense weight of `.*embed_tokens`.*SABEmbedding",
+        ),
     ],
 )
 def test_training_packed_parts_themselves_is_refused(packed_rest_dir, changes, message):
@@ -290,14 +293,34 @@ def test_lora_on_a_packed_head_trains(packed_rest_dir):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig"])
+@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig", "VeraConfig"])
 def test_adapters_that_need_the_dense_weight_are_refused(packed_rest_dir, kind):
     model = LlamaForCausalLM.from_pretrained(packed_rest_dir)
     extra = {"feedforward_modules": []} if kind == "IA3Config" else {}
     with pytest.raises(
-        ValueError, match=r"adapters need the dense weight of `q_proj`, which is packed \(SABLinear\); use LoRA"
+        ValueError, match=r"adapters need the dense weight of `.*q_proj`, which is packed \(SABLinear\); use LoRA"
     ):
         peft.get_peft_model(model, getattr(peft, kind)(target_modules=["q_proj"], **extra))
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_prompts_need_a_dense_embedding(packed_rest_dir, packed, kind):
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(
+        ValueError, match=r"needs a dense embedding, and that of the model is packed.*`embedding_bits=16`"
+    ):
+        peft.get_peft_model(LlamaForCausalLM.from_pretrained(packed_rest_dir), config)
+    model, ids = peft.get_peft_model(packed, config), torch.arange(9)[None]
+    losses = train(model, {"input_ids": ids, "labels": ids}, steps=8)
+    assert losses[-1] < losses[0]
+
+
+def test_prefix_is_trained_beside_a_packed_embedding(packed_rest_dir):
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(packed_rest_dir), config)
+    ids = torch.arange(9)[None]
+    losses = train(model, {"input_ids": ids, "labels": ids}, steps=8)
+    assert losses[-1] < losses[0]
 
 
 def test_adapters_on_dense_parts_of_a_packed_model_work(packed_rest_dir):

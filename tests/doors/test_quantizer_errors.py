@@ -12,7 +12,13 @@ import torch
 from helpers import V5, build_llama, build_llava, build_tokenizer, load, logits, packed_linears
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
@@ -142,15 +148,16 @@ def test_model_without_an_origin_needs_a_processor(model, make_config):
 # ---- text-only models
 
 
-def test_text_only_model_works_with_a_warning(make_config, tmp_path, caplog):
+def test_text_only_model_works_without_a_word_on_images(make_config, tmp_path, caplog):
     build_llama().save_pretrained(tmp_path / "dense")
     build_tokenizer().save_pretrained(tmp_path / "dense")
     texts = [{"text": f"Sample {i} of a few words."} for i in range(4)]
-    with caplog.at_level(logging.WARNING, logger="sab_hf"):
+    with caplog.at_level(logging.INFO, logger="sab_hf"):
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path / "dense", dtype=torch.float32, quantization_config=make_config(calibration=texts)
         )
-    assert "takes no images: calibrating with text as the only modality" in caplog.text
+    assert "(text 100.0 %)" in caplog.text
+    assert "image" not in caplog.text
     assert all(fit.tokens.keys() == {"text"} for fit in model.hf_quantizer.record.fits)
     model.save_pretrained(tmp_path / "packed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
@@ -369,6 +376,18 @@ def test_class_that_the_checkpoint_has_no_tensors_for_is_refused(vlm_dir, make_c
     config = make_config(calibration=["some text"] * 4, processor=processor.tokenizer, allow_text_only=True)
     with pytest.raises(ValueError, match=r"lacks \d+ of the \d+ tensors of LlamaForCausalLM: `lm_head.weight`, .*…"):
         LlamaForCausalLM.from_pretrained(vlm_dir, config=build_llama(vocab_size=270).config, quantization_config=config)
+
+
+def test_sizes_that_do_not_match_are_refused(vlm_dir, make_config):
+    """With `ignore_mismatched_sizes=True` transformers fills such tensors with random values, and these would be binarized."""
+    changed = AutoConfig.from_pretrained(vlm_dir)
+    changed.text_config.intermediate_size = 40
+    with pytest.raises(
+        ValueError, match=r"holds 6 tensors of another size than LlavaFor.*: `.*layers\.0\.mlp\.down_proj"
+    ):
+        load(vlm_dir, config=changed, quantization_config=make_config(), ignore_mismatched_sizes=True)
+    model = load(vlm_dir, quantization_config=make_config(), ignore_mismatched_sizes=True)
+    assert "initialize_weights" not in vars(model)
 
 
 def test_tied_head_is_not_missing(make_config, tmp_path, processor):

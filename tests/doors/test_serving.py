@@ -197,7 +197,7 @@ def test_missing_parts_are_named_before_a_model_is_read(monkeypatch, capsys):
     monkeypatch.setattr("sab_hf.publish.locate.read_config", None)
     found = importlib.util.find_spec
     for missing, argv, message in (
-        ("vllm", ["--engine", "vllm"], "--engine vllm needs vllm: pip install vllm"),
+        ("vllm", ["--engine", "vllm"], '--engine vllm needs vllm: pip install "sab_hf[vllm]"'),
         ("fastapi", [], '--engine transformers needs fastapi: pip install "sab_hf[serve]"'),
         ("gradio", ["--page"], '--page needs Gradio: pip install "sab_hf[chat]"'),
     ):

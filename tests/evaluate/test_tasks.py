@@ -162,7 +162,7 @@ def test_missing_program_says_what_to_install(monkeypatch, capsys):
 def test_wrong_options_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
         evaluate_tasks("/nowhere", ["chartqa"], num_samples=0)
-    assert cli.main(["eval", "/nowhere", "--include-path", str(tmp_path)]) == 1
+    assert cli.main(["eval", "/nowhere", "--include-path", str(tmp_path)]) == 2
     assert "--include-path: it is for --tasks" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("mine")
     assert cli.main(["eval", "/nowhere", "--picture", str(tmp_path / "mine.txt")]) == 1
