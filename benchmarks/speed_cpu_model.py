@@ -27,7 +27,10 @@ import torch
 from timing import kernels_in_use, merge_rows, provenance
 from torch import nn
 
-VARIANTS = ("float32", "bfloat16", "int8", "packed", "packed head", "packed head exact")
+VARIANTS = ("float32", "bfloat16", "int8", "packed", "packed all", "packed all, by PyTorch", "packed all, exact")
+"""Packed: the language blocks, one plane; all: also the embedding and a head of its own, four planes. By PyTorch: without
+recorded tokens; exact: without rounded activations."""
+PLANES_OF_THE_REST = 4
 IMAGE_TOKEN, IMAGE_TOKENS, TEXT_TOKENS, NEW_TOKENS = 151_646, 196, 32, 64
 LANGUAGE = {  # vocabulary, hidden and intermediate size, layers, heads of queries, and of keys and values
     "0.5b": (151_936, 896, 4864, 24, 14, 2),  # Qwen2-0.5B
@@ -56,35 +59,39 @@ def config(shape: str, layers: int | None = None):
     )  # fmt: skip
 
 
-def random_packed(linear: nn.Linear, num_planes: int, num_significant: int):
-    """A `SABLinear` of the shape of `linear` with random signs and scales; the bias stays."""
-    from sab_hf import SABLinear, packing
+def random_tensors(rows: int, columns: int, num_planes: int, num_significant: int) -> dict[str, torch.Tensor]:
+    """Packed tensors of a matrix with random signs and equal scales."""
+    from sab_hf import packing
 
-    specs = packing.tensor_specs(linear.out_features, linear.in_features, num_planes, num_significant)
     tensors = {}
-    for name, (dtype, shape) in specs.items():
+    for name, (dtype, shape) in packing.tensor_specs(rows, columns, num_planes, num_significant).items():
         if dtype == torch.uint8:
             tensors[name] = torch.randint(0, 256, shape, dtype=torch.uint8)
         else:
             tensors[name] = torch.full(shape, 0.15 if "row" in name else 0.2, dtype=torch.float16).view(torch.int16)
     if num_significant:
-        mask = torch.zeros(linear.in_features, dtype=torch.bool)
-        mask[torch.randperm(linear.in_features)[:num_significant]] = True
+        mask = torch.zeros(columns, dtype=torch.bool)
+        mask[torch.randperm(columns)[:num_significant]] = True
         tensors["significant_columns"] = packing.pack_bits(mask)
-    bias = None if linear.bias is None else torch.zeros(linear.out_features)
-    return SABLinear(tensors, linear.in_features, bias)
+    return tensors
 
 
-def pack_language(model: nn.Module, head_planes: int, residual: float) -> None:
-    """Replace the meta-device Linears of the language blocks, and the head if asked, by random packed ones."""
+def pack(model: nn.Module, rest: bool, residual: float) -> None:
+    """Replace Linears of the language blocks on the meta device, and with `rest` embedding and head, by random packed modules."""
+    from sab_hf import SABLinear
+    from sab_hf.packed.embedding import SABEmbedding
     from sab_hf.packed.linear import replace_module
 
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for name, linear in linears:
-        if "language_model.layers" in name:
-            replace_module(model, name, random_packed(linear, 1, int(residual * linear.in_features)))
-        elif head_planes and name.endswith("lm_head"):
-            replace_module(model, name, random_packed(linear, head_planes, 0))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and ("language_model.layers" in name or (rest and name.endswith("lm_head"))):
+            inside = "language_model.layers" in name
+            planes, significant = (1, int(residual * module.in_features)) if inside else (PLANES_OF_THE_REST, 0)
+            tensors = random_tensors(module.out_features, module.in_features, planes, significant)
+            bias = None if module.bias is None else torch.zeros(module.out_features)
+            replace_module(model, name, SABLinear(tensors, module.in_features, bias))
+        elif rest and name.endswith("embed_tokens"):
+            tensors = random_tensors(module.num_embeddings, module.embedding_dim, PLANES_OF_THE_REST, 0)
+            replace_module(model, name, SABEmbedding(tensors, module.embedding_dim, module.weight.dtype))
 
 
 def make_model(variant: str, shape: str = "0.5b", layers: int | None = None, residual: float = 0.0) -> nn.Module:
@@ -97,7 +104,7 @@ def make_model(variant: str, shape: str = "0.5b", layers: int | None = None, res
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config(shape, layers), dtype=dtype)
     if variant.startswith("packed"):
-        pack_language(model, 4 if "head" in variant else 0, residual)
+        pack(model, "all" in variant, residual)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -108,6 +115,10 @@ def make_model(variant: str, shape: str = "0.5b", layers: int | None = None, res
                 module.register_buffer(name, rebuild_buffer(module, name, buffer), persistent=False)
     if variant == "int8":
         model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    if variant.startswith("packed") and not variant.endswith("PyTorch"):
+        from sab_hf import record_decoding
+
+        record_decoding(model)
     return model.eval()
 
 
@@ -168,9 +179,8 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float | str]
         return [stamp - start for stamp in clock.times[1:]]  # the first one is the prompt
 
     with torch.inference_mode():
-        generate(
-            NEW_TOKENS if options.compile else 2
-        )  # a static cache is as long as the text, and compiled for its length
+        # a static cache is as long as the text, and compiled for its length; otherwise until tokens are recorded
+        generate(NEW_TOKENS if options.compile else 5)
         runs = [generate(NEW_TOKENS) for _ in range(options.repeats)]
     steps = [later - earlier for run in runs for earlier, later in pairwise(run)]
     return {
@@ -232,7 +242,7 @@ def main() -> None:
         row = json.loads(done.stdout.splitlines()[-1])
         results["rows"].append(row)
         print(
-            f"{variant:18} {row['seconds']:7.2f} s, first token {row['first_token_seconds']:6.2f} s, then "
+            f"{variant:22} {row['seconds']:7.2f} s, first token {row['first_token_seconds']:6.2f} s, then "
             f"{row['ms_per_token']:7.2f} ms/token; resident {row['resident_mib']:6.0f} MiB, peak {row['peak_mib']:6.0f}",
             flush=True,
         )

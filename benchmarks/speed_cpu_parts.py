@@ -1,6 +1,6 @@
 """Where the time of a token goes on a CPU: products in C, their calls, and everything that is no packed Linear.
 
-The model of `speed_cpu_model.py`, packed, with a packed head, not compiled.
+The model of `speed_cpu_model.py`, embedding and head packed too, not compiled: by PyTorch, and as recorded steps.
 
     SAB_CPU_ISA=avx2 python benchmarks/speed_cpu_parts.py --threads 2 --output speed_cpu_parts.json
 """
@@ -8,6 +8,7 @@ The model of `speed_cpu_model.py`, packed, with a packed head, not compiled.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from speed_cpu_model import IMAGE_TOKEN, IMAGE_TOKENS, NEW_TOKENS, TEXT_TOKENS, 
 from timing import kernels_in_use, provenance, write_json
 from torch import nn
 
-from sab_hf import SABLinear
+from sab_hf import SABLinear, record_decoding
 from sab_hf.kernels.cpu import library
+from sab_hf.kernels.cpu.steps import KINDS, _Step
 from sab_hf.packed.linear import replace_module
 
 
@@ -42,9 +44,22 @@ class TimedLibrary:
 
     def __init__(self, kernels):
         self.kernels, self.seconds = kernels, 0.0
+        self.by_kind: dict[str, float] = {}
 
     def __getattr__(self, name: str):
         return getattr(self.kernels, name)
+
+    def sab_cpu_steps(self, steps: int, count: int, threads: int) -> int:
+        """Run steps one by one, and add up the time of each kind; they share no crew then."""
+        for place in range(count):
+            address, start = steps + place * ctypes.sizeof(_Step), time.perf_counter()
+            failed = self.kernels.sab_cpu_steps(address, 1, threads)
+            step = _Step.from_address(address)
+            name = KINDS[step.kind] if KINDS[step.kind] != "packed" else f"packed, {step.size[3]} columns"
+            self.by_kind[name] = self.by_kind.get(name, 0.0) + time.perf_counter() - start
+            if failed:
+                return failed
+        return 0
 
     def sab_cpu_linears(self, *arguments) -> int:
         start = time.perf_counter()
@@ -99,6 +114,24 @@ def time_products(modules: list[SABLinear], inputs: dict[int, torch.Tensor]) -> 
     return whole, within
 
 
+def time_steps(model: nn.Module, load: Callable[[], object]) -> dict[str, dict[str, float]]:
+    """Milliseconds of a recorded token, and of the steps of each kind, one after the other on one thread."""
+    record_decoding(model)
+    whole, tokens = time_tokens(model)
+    rows = {"recorded token": spread(tokens) | {"generate s": whole}}
+    timed, threads = TimedLibrary(load()), torch.get_num_threads()
+    library.load = lambda: timed
+    torch.set_num_threads(1)
+    replayed = model.forward.replayed
+    time_tokens(model)
+    library.load = load
+    torch.set_num_threads(threads)
+    for kind, seconds in sorted(timed.by_kind.items(), key=lambda item: -item[1]):
+        rows[f"steps: {kind}"] = {"mean ms": seconds / (model.forward.replayed - replayed) * 1e3}
+    record_decoding(model, enabled=False)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -106,7 +139,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     isa = kernels_in_use()
-    model = make_model("packed head")
+    model = make_model("packed all, by PyTorch")
     packed = {name: module for name, module in model.named_modules() if isinstance(module, SABLinear)}
     inputs = {module.in_features: torch.randn(1, 1, module.in_features) for module in packed.values()}
     rows = {}
@@ -118,6 +151,7 @@ def main() -> None:
             called, within = time_products(modules, inputs)
             rows[f"{len(modules)} {part or 'all'} modules"] = spread(called)
             rows[f"{len(modules)} {part or 'all'} products in C"] = spread(within)
+        rows |= time_steps(model, library.load)
         for name, module in packed.items():
             replace_module(model, name, Stub(module.out_features))
         whole, tokens = time_tokens(model)

@@ -26,7 +26,7 @@ from timing import kernels_in_use, provenance, write_json
 PROMPT = IMAGE_TOKENS + TEXT_TOKENS  # tokens, as many as with a picture
 OURS = "sab_hf"
 KINDS = {"Q1_0": ("Q1_0", "Q4_0"), "Q4_0": ("Q4_0", "Q4_0"), "Q2_K": ("Q2_K", "Q4_0")}
-"""Name of a file → types of its blocks, and of embedding and head. Ours have one plane, and four in the head."""
+"""Name of a file → types of its blocks, and of embedding and head. Ours have one plane, and four in embedding and head."""
 HALVES = {"Q1_0": (0,), "Q4_0": (0,), "IQ4_NL": (0,), "Q2_K": (80, 82)}
 """Where the float16 numbers lie in a group of each type."""
 NARROW = {"Q2_K": "IQ4_NL"}  # what llama.cpp takes where rows are not of whole groups
@@ -149,8 +149,8 @@ def in_process(script: str, *arguments: str) -> dict[str, Any]:
 
 
 def measure_ours(shape: str, threads: int, compiled: bool) -> dict[str, float]:
-    """Time our model, one plane and a head of four; a prompt of text alone, as the others have."""
-    options = ["--one", "packed head", "--shape", shape, "--threads", str(threads), "--text", "--repeats", "1"]
+    """Time our model, one plane, embedding and head of four; a prompt of text alone, as the others have."""
+    options = ["--one", "packed all", "--shape", shape, "--threads", str(threads), "--text", "--repeats", "1"]
     row = in_process("speed_cpu_model.py", *options, *(["--compile"] if compiled else []))
     return {
         "tokens_per_s": 1e3 / row["ms_per_token"],

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..packed.linear import PackedWeight
 from ..planes import SignPlanes
 from .fit import PlaneState, from_sign_planes, nearest_signs, to_sign_planes
 from .levels import BETAS, EPSILON, Scales, descend, nearest_level, unit_of
@@ -118,6 +119,11 @@ class TrainablePlanes(nn.Module):
         else:
             self.gradient = torch.zeros_like(self.latent, dtype=dtype)
         self._anchor = torch.zeros((), requires_grad=True)  # gives outputs a gradient where inputs have none
+
+    @property
+    def weight(self) -> PackedWeight:
+        """What models may ask of a Linear's weight; it is not a tensor that they could use."""
+        return PackedWeight((self.out_features, self.in_features), self.latent.dtype, self.latent.device)
 
     def build(self, rows: Tensor) -> Tensor:
         """Write the weight of the own rows, for the latents and scales of now, into `rows`, and return it."""

@@ -8,6 +8,7 @@ model's own way, for good.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 import os
@@ -150,25 +151,28 @@ class _Replay:
         carried = named | {s for state in self._states.values() for s in (state.storage, state.grown)}
         self._model = model
         fixed, self._attributes = _tensors_of(model, recording, second.recording, carried)
-        self._held = [(tensor, tensor.data_ptr(), _version(tensor)) for tensor in fixed.values()]
+        self._known = _what_counts(model)
         made = {view.storage for view in self._outputs.values() if view.storage in recording.made}
-        named |= {storage for storage, _, _ in self._attributes}
+        named |= {storage for storage, *_ in self._attributes}
         passed_on = {view.storage for view in self._outputs.values()} - made
         if not passed_on <= named or made & carried:
             raise NotReplayableError("the pass returns a tensor of the model or the cache")
         self._steps = Steps(recording, fixed, sorted(named), list(self._states.values()), sorted(made))
+        recording.tensors.clear()  # a copy of the cache, and all that was computed
 
     def is_for(self, model: nn.Module) -> bool:
-        """Tell whether the model's tensors are still where they were, and packed ones what they were."""
-        return all(tensor.data_ptr() == place and _version(tensor) == version for tensor, place, version in self._held)
+        """Tell whether the model is still what it was: modules, hooks, settings, and where its tensors are."""
+        return self._known == _what_counts(model)
 
     def run(self, cache: DynamicCache, room: _Room, inputs: dict[str, Tensor], tokens: int) -> ModelOutput | None:
         """Compute a pass, and write what it adds to the cache; None if it has to go another way."""
         given = {view.storage: inputs[name] for name, view in self._inputs.items()}
-        for storage, module, attribute in self._attributes:
+        for storage, module, attribute, form in self._attributes:
             given[storage] = getattr(module, attribute)
+            if not isinstance(given[storage], Tensor) or _form(given[storage]) != form:
+                return None
         for (layer, name), view in self._constant.items():
-            given[view.storage] = getattr(cache.layers[layer], name)
+            given[view.storage] = getattr(cache.layers[layer], name).contiguous()
         for view in (*self._inputs.values(), *self._constant.values()):
             tensor = given[view.storage]
             if list(tensor.shape) != [number.at(tokens) for number in view.size] or tensor.dtype != view.dtype:
@@ -227,9 +231,9 @@ class RecordedDecoding:
     """A model's `forward`, see `record_decoding`."""
 
     def __init__(self, model: nn.Module):
-        self._model = model
-        self.__wrapped__ = type(model).forward.__get__(model)
+        functools.update_wrapper(self, type(model).forward.__get__(model))
         self.__signature__ = inspect.signature(self.__wrapped__)
+        self._model = model
         self._lock = threading.Lock()
         self._first: dict[tuple, _Pass] = {}
         self._replays: dict[tuple, _Replay] = {}
@@ -442,7 +446,7 @@ def _state(recording: Recording, before: View, after: View) -> State:
 
 def _tensors_of(
     model: nn.Module, recording: Recording, second: Recording, carried: set[int]
-) -> tuple[dict[int, Tensor], list[tuple[int, nn.Module, str]]]:
+) -> tuple[dict[int, Tensor], list[tuple[int, nn.Module, str, tuple]]]:
     """Return the tensors that a pass reads and nobody hands over.
 
     They are the parameters and buffers of the model, by storage, with constants that the pass makes of the same numbers each
@@ -471,7 +475,7 @@ def _tensors_of(
             fixed[number] = owned[place]
         elif place in others:
             module, name = others[place]
-            attributes.append((number, module, name))
+            attributes.append((number, module, name, _form(getattr(module, name))))
             carried = carried | {number}
         else:
             raise NotReplayableError("it reads a tensor that belongs neither to the model nor to its inputs")
@@ -490,9 +494,29 @@ def _constants(first: Recording, second: Recording) -> dict[int, Tensor]:
     return found
 
 
-def _version(tensor: Tensor) -> int:
-    """Return how often a packed tensor was written in place; layouts are made from what it held."""
-    return 0 if tensor.is_inference() or tensor.dtype is not torch.uint8 else tensor._version
+def _form(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _what_counts(model: nn.Module) -> list[tuple]:
+    """Return what a model's passes depend on beside what its tensors hold; packed ones count how often they were written."""
+    found = []
+    for module in model.modules():
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module)
+        tensors = [
+            (tensor.data_ptr(), 0 if tensor.is_inference() or tensor.dtype is not torch.uint8 else tensor._version)
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        found.append((module, type(module), hooks, tensors, [x for x in vars(module).items() if _is_plain(x[1])]))
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a module's attribute is a setting: a number, a word, a flag, or a list of them."""
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(item, (bool, int, float, str)) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _is_close(output: ModelOutput, values: dict[str, Any]) -> bool:

@@ -213,7 +213,6 @@ def test_prepare_calibration_takes_text_for_a_text_model(processor, caplog):
     assert sorted(texts) == ["user: Hello.\n", "user: What is it?\nassistant: A sky.\n"]
     assert result.tokens.keys() == {TEXT}
     assert "of 1 samples with images, video or audio only the text is used" in caplog.text
-    assert "text as the only modality" in caplog.text
     bare = prepare_calibration([CONVERSATION], make_tokenizer(), LlamaConfig(), num_samples=1)
     assert tokenizer.decode(bare.batches[0].inputs["input_ids"][0]) == "What is it?\nA sky."
 

@@ -141,18 +141,47 @@ def test_room_grows(llama, ids, monkeypatch):
     assert_as_before(llama, ids)
 
 
-def test_changed_weights_are_seen(llama, ids):
+@torch.no_grad()
+def change_norm(model):
+    model.model.norm.weight.mul_(-0.5)  # read where it is
+
+
+@torch.no_grad()
+def change_signs(model):
+    model.model.layers[0].mlp.up_proj.signs.bitwise_not_()  # laid out anew
+
+
+def change_parameter(model):
+    model.model.layers[1].input_layernorm.weight = nn.Parameter(torch.rand(model.config.hidden_size))
+
+
+def change_module(model):
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def change_hook(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: -output)
+
+
+def change_setting(model):
+    model.model.norm.variance_epsilon = 3.0
+
+
+@pytest.mark.parametrize(
+    "change", [change_norm, change_signs, change_parameter, change_module, change_hook, change_setting]
+)
+def test_a_changed_model_gives_what_it_now_gives(llama, ids, change):
+    was = answer(llama, ids)[1]
     assert_as_before(llama, ids)
-    with torch.no_grad():
-        llama.model.norm.weight.mul_(-0.5)  # read where it is
-        llama.model.layers[0].mlp.up_proj.signs.bitwise_not_()  # laid out anew
-        llama.model.layers[1].input_layernorm.weight = nn.Parameter(torch.rand(llama.config.hidden_size))
-    with_steps = answer(llama, ids)
-    assert llama.forward.replayed > LENGTH
+    count = llama.forward.replayed
+    change(llama)
+    found, close = answer(llama, ids)
+    assert llama.forward.replayed > count
     sab_hf.record_decoding(llama, enabled=False)
     tokens, logits = answer(llama, ids)
-    assert torch.equal(with_steps[0], tokens)
-    torch.testing.assert_close(with_steps[1], logits, rtol=1e-3, atol=1e-3)
+    assert torch.equal(found, tokens)
+    torch.testing.assert_close(close, logits, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(logits, was)
 
 
 def test_copies_and_pickles_are_models_of_their_own(llama, ids):
