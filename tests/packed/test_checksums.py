@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -204,7 +205,8 @@ def test_loading_without_the_plugin_raises(packed_dir):
     """The marker: a weight of the wrong shape, where transformers would only warn and initialize randomly."""
 
     def load_without() -> None:
-        transformers.logging.set_verbosity_warning()  # the table of what does not fit
+        transformers.logging.set_verbosity_warning()
+        transformers.logging.add_handler(logging.StreamHandler())  # for the table of what does not fit
         del AUTO_QUANTIZATION_CONFIG_MAPPING["sab"], AUTO_QUANTIZER_MAPPING["sab"]
         load(packed_dir)
 

@@ -504,10 +504,9 @@ class Lowering:
         return [step]
 
     def _tensor(self, view: View) -> Tensor:
-        """Return the tensor of a view of fixed memory."""
-        storage = self._fixed[view.storage].untyped_storage()
+        """Return the tensor of a view of fixed memory, which counts as written when that is."""
         size, stride = ([number.constant for number in numbers] for numbers in (view.size, view.stride))
-        return torch.empty(0, dtype=view.dtype).set_(storage, view.offset.constant, size, stride)
+        return self._fixed[view.storage].detach().view(view.dtype).as_strided(size, stride, view.offset.constant)
 
     def _guard(self, call: Call) -> list[Step] | None:
         source, (value,) = call.arguments["self"], call.arguments["returned"]
