@@ -83,8 +83,8 @@ def pack(model: nn.Module, rest: bool, residual: float) -> None:
     from sab_hf.packed.linear import replace_module
 
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and ("language_model.layers" in name or (rest and name.endswith("lm_head"))):
-            inside = "language_model.layers" in name
+        inside = "layers." in name and "vision" not in name
+        if isinstance(module, nn.Linear) and (inside or (rest and name.endswith("lm_head"))):
             planes, significant = (1, int(residual * module.in_features)) if inside else (PLANES_OF_THE_REST, 0)
             tensors = random_tensors(module.out_features, module.in_features, planes, significant)
             bias = None if module.bias is None else torch.zeros(module.out_features)
@@ -94,15 +94,21 @@ def pack(model: nn.Module, rest: bool, residual: float) -> None:
             replace_module(model, name, SABEmbedding(tensors, module.embedding_dim, module.weight.dtype))
 
 
-def make_model(variant: str, shape: str = "0.5b", layers: int | None = None, residual: float = 0.0) -> nn.Module:
-    """The model of one variant, evaluated, weights on the CPU."""
-    from transformers import AutoModelForImageTextToText
+def make_model(
+    variant: str, shape: str = "0.5b", layers: int | None = None, residual: float = 0.0, text: bool = False
+) -> nn.Module:
+    """The model of one variant, evaluated, weights on the CPU; with `text` its language model alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     os.environ["SAB_EXACT"] = "1" if variant.endswith("exact") else "0"
     torch.manual_seed(0)
     dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config(shape, layers), dtype=dtype)
+        whole = config(shape, layers)
+        if text:
+            model = AutoModelForCausalLM.from_config(whole.text_config, dtype=dtype)
+        else:
+            model = AutoModelForImageTextToText.from_config(whole, dtype=dtype)
     if variant.startswith("packed"):
         pack(model, "all" in variant, residual)
     for module in model.modules():
@@ -156,7 +162,7 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float | str]
     Medians over the repeats; of the tokens' times the median over all tokens of all repeats.
     """
     before = resident_mib("VmRSS")
-    model = make_model(variant, options.shape, options.layers, options.residual)
+    model = make_model(variant, options.shape, options.layers, options.residual, options.text)
     arguments = {}
     if options.compile:
         model.model.language_model.forward = torch.compile(model.model.language_model.forward, dynamic=False)
@@ -217,7 +223,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shape", choices=LANGUAGE, default="0.5b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
-    parser.add_argument("--text", action="store_true", help="a prompt of as many tokens without a picture")
+    parser.add_argument("--text", action="store_true", help="the language model alone; a prompt of as many tokens")
     parser.add_argument(
         "--residual", type=float, default=0.0, help="share of significant columns in the language blocks"
     )

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from tqdm import tqdm
+from tqdm.std import tqdm
 
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 
@@ -23,11 +23,19 @@ FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 def begin_forked(limit: int = 300) -> None:
     """Call first in a forked process that may be killed; one that hangs says where after `limit` s, and ends.
 
-    The progress bars of forked processes share a semaphore, which one that is killed while it draws never gives back.
+    The progress bars of forked processes share a semaphore, which one that is killed while it draws never gives back. A class of
+    bars that was used before the one that it comes from has a lock of its own.
     """
-    tqdm.set_lock(threading.RLock())
+    lock = threading.RLock()
+    for kind in _kinds_of(tqdm):
+        kind.set_lock(lock)
     faulthandler.register(signal.SIGALRM, chain=True)
     signal.alarm(limit)
+
+
+def _kinds_of(kind: type) -> list[type]:
+    """Return a class and all that come from it."""
+    return [kind, *(found for child in kind.__subclasses__() for found in _kinds_of(child))]
 
 
 def forked(work: Callable[[], object], stdout: int | None = None) -> CompletedProcess:
