@@ -142,7 +142,7 @@ def test_quantize_refuses_its_target_before_it_reads_the_model(capsys, vlm_dir, 
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to_my_aunt.txt").write_text("Dear aunt")
     shutil.copytree(vlm_dir, tmp_path / "the original")
-    monkeypatch.setattr("sab_hf.publish.locate.read_config", None)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)  # nothing is read
     before = contents(tmp_path)
     output = tmp_path / ("file/out" if target == "below a file" else target)
     message = fails(capsys, "quantize", tmp_path / "the original", output)
@@ -237,7 +237,7 @@ def test_a_reader_that_has_enough_is_no_error(saved, tmp_path):
 
 
 def test_publishing_needs_a_login_and_a_possible_name_before_work_is_done(capsys, vlm_dir, hub, monkeypatch):
-    monkeypatch.setattr("sab_hf.publish.locate.read_config", None)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)  # nothing is read
     assert "Repo id must" in fails(capsys, "quantize", vlm_dir, "me/no good name", "--push")
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere")

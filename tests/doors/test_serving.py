@@ -194,7 +194,7 @@ def test_chat_page_answers_about_a_picture(served, question, tmp_path):
 def test_missing_parts_are_named_before_a_model_is_read(monkeypatch, capsys):
     from sab_hf.cli import main
 
-    monkeypatch.setattr("sab_hf.publish.locate.read_config", None)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)  # nothing is read
     found = importlib.util.find_spec
     for missing, argv, message in (
         ("vllm", ["--engine", "vllm"], '--engine vllm needs vllm: pip install "sab_hf[vllm]"'),
