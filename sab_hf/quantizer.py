@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -156,12 +157,18 @@ def _check_when_tied(model: nn.Module) -> None:
     """Check once what a dense checkpoint lacks, when transformers 5 ties weights and says which ones are missing."""
     from .machine.weights import check_complete, check_sizes
 
+    left: set[str] = set()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    _before_initialization(model, lambda: left.update(_not_loaded(model)))
+
     def tie_weights(missing_keys: set[str] | None = None, **kwargs: Any) -> None:
         type(model).tie_weights(model, missing_keys=missing_keys, **kwargs)
         if missing_keys is not None:
             del model.tie_weights  # from here on the class's own again
             check_complete(model, missing_keys)
-            check_sizes(model, _not_loaded(model) - set(missing_keys))
+            # transformers 5.17 takes tensors of any size where there is a quantizer
+            others = {name for name, p in model.named_parameters() if p.shape != shapes.get(name, p.shape)}
+            check_sizes(model, (left - set(missing_keys)) | others)
 
     model.tie_weights = tie_weights
 
@@ -170,9 +177,15 @@ def _check_sizes_when_initialized(model: nn.Module, missing: list[str]) -> None:
     """Check once the sizes of a dense checkpoint, when transformers 4 gives values to the tensors that it will not load."""
     from .machine.weights import check_sizes
 
+    _before_initialization(model, lambda: check_sizes(model, _not_loaded(model) - set(missing)))
+
+
+def _before_initialization(model: nn.Module, act: Callable[[], None]) -> None:
+    """Have `act` called once, before transformers gives values to tensors that were not loaded and flags them like others."""
+
     def initialize_weights() -> None:
         del model.initialize_weights  # from here on the class's own again
-        check_sizes(model, _not_loaded(model) - set(missing))
+        act()
         model.initialize_weights()
 
     model.initialize_weights = initialize_weights
