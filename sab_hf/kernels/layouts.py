@@ -35,7 +35,7 @@ def cached(name: str, source: Tensor, make: Callable[[], Any], keep: bool = True
     """
     storage = source.untyped_storage()
     key = (name, storage._cdata, source.storage_offset(), tuple(source.shape), source.dtype)
-    version = 0 if source.is_inference() else source._version
+    version = version_of(source)
     entry = _CACHE.get(key)
     if entry is None or entry.version != version or entry.storage.expired():
         if not keep:
@@ -47,3 +47,8 @@ def cached(name: str, source: Tensor, make: Callable[[], Any], keep: bool = True
                     del _CACHE[old]
                 entry = _CACHE[key] = _Entry(StorageWeakRef(storage), version, make())
     return entry.layout
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place; 0 for those of `torch.inference_mode`, which do not count it."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -23,8 +23,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
 from ..kernels.cpu import library
+from ..kernels.cpu.operands import State
 from ..kernels.cpu.recording import NotReplayableError, Number, Recording, View, compare, record
-from ..kernels.cpu.steps import State, Steps
+from ..kernels.cpu.steps import Steps
+from ..kernels.layouts import version_of
 from .linear import SABModule
 
 logger = logging.getLogger(__name__)
@@ -34,11 +36,8 @@ _FEWEST_TOKENS = 2  # in the cache: sizes of 0 and 1 are also those of other thi
 _MOST_BATCH = 8
 _MOST_TRIES = 3
 _ROOM = 256  # tokens by which the cache's memory grows at least
-_CLOSE = {
-    torch.float32: 0.02,
-    torch.bfloat16: 0.1,
-    torch.float16: 0.05,
-}  # how far steps may be from the model's own pass
+_CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.05}  # from the model's own pass
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def record_decoding(model: nn.Module, enabled: bool = True) -> bool:
@@ -76,23 +75,21 @@ class _Pass:
 
     Attributes:
         tokens: in the cache before it.
-        inputs, before, after, outputs: by name; the states by (layer, attribute).
+        views: by part ("input", "before", "after", "output") and name; those of the cache, before and after, have (layer,
+            attribute) as their name.
         counts: numbers of the cache and its layers that it raised by one, by (layer or None, attribute).
         values: what it returned, by name.
         kind: the class of what it returned.
+        given: its inputs.
     """
 
     tokens: int
     recording: Recording
-    inputs: dict[str, View]
-    before: dict[tuple[int, str], View]
-    after: dict[tuple[int, str], View]
-    outputs: dict[str, View]
+    views: dict[tuple[str, Any], View]
     counts: list[tuple[int | None, str]]
     values: dict[str, Any]
     kind: type
     given: dict[str, Tensor]
-    states: dict[tuple[int, str], Tensor]
 
 
 @dataclass
@@ -124,24 +121,19 @@ class _Replay:
     """
 
     def __init__(self, first: _Pass, second: _Pass, model: nn.Module):
-        if second.tokens != first.tokens + 1 or first.counts != second.counts or first.kind is not second.kind:
+        same = first.counts == second.counts and first.kind is second.kind and first.views.keys() == second.views.keys()
+        if second.tokens != first.tokens + 1 or not same:
             raise NotReplayableError("the second pass was none of one token more")
-        names = [
-            *(("input", name) for name in first.inputs),
-            *(("before", name) for name in first.before),
-            *(("after", name) for name in first.after),
-            *(("output", name) for name in first.outputs),
-        ]
-        parts = {"input": "inputs", "before": "before", "after": "after", "output": "outputs"}
-        pairs = [(getattr(first, parts[part])[name], getattr(second, parts[part])[name]) for part, name in names]
+        pairs = [(view, second.views[key]) for key, view in first.views.items()]
         recording, views = compare(first.recording, second.recording, first.tokens, pairs)
-        found = dict(zip(names, views, strict=True))
-        self._inputs = {name: found["input", name] for name in first.inputs}
-        self._outputs = {name: found["output", name] for name in first.outputs}
+        found: dict[str, dict[Any, View]] = {"input": {}, "before": {}, "after": {}, "output": {}}
+        for (part, name), view in zip(first.views, views, strict=True):
+            found[part][name] = view
+        self._inputs, self._outputs = found["input"], found["output"]
         self._constant: dict[tuple[int, str], View] = {}
         self._states: dict[tuple[int, str], State] = {}
-        for key in first.before:
-            before, after = found["before", key], found["after", key]
+        for key, before in found["before"].items():
+            after = found["after"][key]
             if before == after:
                 self._constant[key] = before
             else:
@@ -272,7 +264,7 @@ class RecordedDecoding:
                 if cache is not None:
                     return None
                 cache = value
-            elif value is None or isinstance(value, (bool, int, float, str)):
+            elif isinstance(value, _PLAIN):
                 key.append((name, value))
             else:
                 return None
@@ -294,16 +286,17 @@ class RecordedDecoding:
         tokens = cache.get_seq_length()
         if key in self.refused or not isinstance(tokens, int) or tokens < _FEWEST_TOKENS or library.load() is None:
             return None
-        inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-        inputs = {n: v if v.is_contiguous() and not v.storage_offset() else v.clone() for n, v in inputs.items()}
         replay = self._replays.get(key)
         room = self._rooms.get(cache)
         if room is None:
             room = self._rooms[cache] = _Room()
             if replay is not None and not replay.is_for(self._model):
                 self._first.pop(key, None)
-                replay = self._replays.pop(key) and None
+                del self._replays[key]
+                replay = None
         if replay is not None:
+            inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+            inputs = {n: v if v.is_contiguous() and not v.storage_offset() else v.clone() for n, v in inputs.items()}
             output = replay.run(cache, room, inputs, tokens)
             self.replayed += output is not None
             return output
@@ -324,7 +317,7 @@ class RecordedDecoding:
         replay = _Replay(first, recorded, self._model)
         shadow, room = _shadow(cache), _Room()
         output = replay.run(shadow, room, recorded.given, tokens)
-        if output is None or not _is_close(output, recorded.values | {}):
+        if output is None or not _is_close(output, recorded.values):
             tries = self._tries[key] = self._tries.get(key, 0) + 1
             if tries == _MOST_TRIES:
                 self._refuse(key, "its steps gave another result than the model")
@@ -345,20 +338,13 @@ def _record_pass(forward: Any, kwargs: dict[str, Any], cache: DynamicCache, toke
     """
     shadow = _shadow(cache)
     given = {name: value.clone() for name, value in kwargs.items() if isinstance(value, Tensor)}
-    states = {
-        (index, name): value
-        for index, layer in enumerate(shadow.layers)
-        for name, value in vars(layer).items()
-        if isinstance(value, Tensor)
-    }
+    states = _tensors_in(shadow)
     before = _plain_values(shadow)
     passed = {name: shadow if value is cache else given.get(name, value) for name, value in kwargs.items()}
     recording, output = record(lambda: forward(**passed))
     if not isinstance(output, ModelOutput):
         raise NotReplayableError(f"it returns a {type(output).__name__}")
-    after = {
-        (i, n): v for i, layer in enumerate(shadow.layers) for n, v in vars(layer).items() if isinstance(v, Tensor)
-    }
+    after = _tensors_in(shadow)
     if after.keys() != states.keys():
         raise NotReplayableError("the cache has other tensors after it")
     values = {}
@@ -366,29 +352,28 @@ def _record_pass(forward: Any, kwargs: dict[str, Any], cache: DynamicCache, toke
         if not (value is None or value is shadow or isinstance(value, (Tensor, bool, int, float))):
             raise NotReplayableError(f"it returns `{name}`, a {type(value).__name__}")
         values[name] = _CACHE if value is shadow else value
-    return _Pass(
-        tokens,
-        recording,
-        {name: recording.view(value) for name, value in given.items()},
-        {key: recording.view(value) for key, value in states.items()},
-        {key: recording.view(value) for key, value in after.items()},
-        {name: recording.view(value) for name, value in values.items() if isinstance(value, Tensor)},
-        _raised(before, _plain_values(shadow)),
-        values,
-        type(output),
-        given,
-        states,
-    )
+    outputs = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    parts = {"input": given, "before": states, "after": after, "output": outputs}
+    views = {(part, name): recording.view(tensor) for part, own in parts.items() for name, tensor in own.items()}
+    return _Pass(tokens, recording, views, _raised(before, _plain_values(shadow)), values, type(output), given)
 
 
 def _shadow(cache: DynamicCache) -> DynamicCache:
     """Return a copy of a cache with tensors of its own, contiguous ones: some passes write into them."""
     shadow = copy.deepcopy(cache)
-    for layer in shadow.layers:
-        for name, value in vars(layer).items():
-            if isinstance(value, Tensor):
-                setattr(layer, name, value.contiguous())
+    for (index, name), value in _tensors_in(shadow).items():
+        setattr(shadow.layers[index], name, value.contiguous())
     return shadow
+
+
+def _tensors_in(cache: DynamicCache) -> dict[tuple[int, str], Tensor]:
+    """Return the tensors of a cache by (layer, attribute)."""
+    return {
+        (index, name): value
+        for index, layer in enumerate(cache.layers)
+        for name, value in vars(layer).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _plain_values(cache: DynamicCache) -> dict[tuple[int | None, str], Any]:
@@ -398,7 +383,7 @@ def _plain_values(cache: DynamicCache) -> dict[tuple[int | None, str], Any]:
         (index, name): value
         for index, owner in owners
         for name, value in vars(owner).items()
-        if value is None or isinstance(value, (bool, int, float, str))
+        if isinstance(value, _PLAIN)
     }
 
 
@@ -458,9 +443,8 @@ def _tensors_of(
     owned: dict[int, Tensor] = {}
     others: dict[int, tuple[nn.Module, str]] = {}
     for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                owned[tensor.untyped_storage()._cdata] = tensor
+        for tensor in _own_tensors(module):
+            owned[tensor.untyped_storage()._cdata] = tensor
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 others[value.untyped_storage()._cdata] = (module, name)
@@ -494,6 +478,11 @@ def _constants(first: Recording, second: Recording) -> dict[int, Tensor]:
     return found
 
 
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    """Return parameters and buffers of a module without those of modules in it."""
+    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+
+
 def _form(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
 
@@ -503,20 +492,15 @@ def _what_counts(model: nn.Module) -> list[tuple]:
     found = []
     for module in model.modules():
         hooks = len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module)
-        tensors = [
-            (tensor.data_ptr(), 0 if tensor.is_inference() or tensor.dtype is not torch.uint8 else tensor._version)
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None
-        ]
+        own = _own_tensors(module)
+        tensors = [(t.data_ptr(), version_of(t) if t.dtype is torch.uint8 else 0) for t in own]
         found.append((module, type(module), hooks, tensors, [x for x in vars(module).items() if _is_plain(x[1])]))
     return found
 
 
 def _is_plain(value: Any) -> bool:
     """Tell whether a module's attribute is a setting: a number, a word, a flag, or a list of them."""
-    if isinstance(value, (list, tuple)):
-        return all(isinstance(item, (bool, int, float, str)) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+    return all(isinstance(item, _PLAIN) for item in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def _is_close(output: ModelOutput, values: dict[str, Any]) -> bool:

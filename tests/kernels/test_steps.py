@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sab_hf.kernels.cpu import library
+from sab_hf.kernels.cpu.operands import DTYPES as STEP_DTYPES
 from sab_hf.kernels.cpu.recording import Call, NotReplayableError, compare, record
-from sab_hf.kernels.cpu.steps import DTYPES as STEP_DTYPES
 from sab_hf.kernels.cpu.steps import FUNCTIONS, KINDS, Steps, _Step
 from sab_hf.kernels.ops import sab_linear
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...packing import unpack_mask
-from ..layouts import cached
+from ..layouts import cached, version_of
 from ..ops import Operands, check_operands, linear_reference
 from . import library
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum sab_dtype
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum sab_dtype
 # Beyond this number of tokens exact products are left to PyTorch's matmul on dense rows; measured by benchmarks/speed_cpu.py.
 _EXACT_TOKENS = {"avx512": sys.maxsize, "avx2": 16, "neon": 4, "portable": 4}
 _FEW_TOKENS = min(_EXACT_TOKENS.values())
@@ -76,8 +76,7 @@ def _identity(tensors: list[Tensor | None]) -> list:
         if tensor is None:
             identity.append(None)
         elif (dtype := tensor.dtype) is torch.uint8:
-            version = 0 if tensor.is_inference() else tensor._version
-            identity += (tensor.data_ptr(), tensor.numel(), tensor.untyped_storage()._cdata, version)
+            identity += (tensor.data_ptr(), tensor.numel(), tensor.untyped_storage()._cdata, version_of(tensor))
         else:
             identity += (tensor.data_ptr(), tensor.numel(), dtype)
     return identity
@@ -96,7 +95,7 @@ def products(x: Tensor, matrices: list[Operands], exact: bool) -> list[Tensor]:
         RuntimeError: `x` has another number of features than a matrix.
     """
     kernels = library.load()
-    if kernels is None or x.dtype not in _DTYPES:
+    if kernels is None or x.dtype not in DTYPES:
         return [linear_reference(x, *operands) for operands in matrices]
     if not matrices:
         return []
@@ -130,7 +129,7 @@ class Direct:
         None: nothing can be computed here; call the op.
         """
         kernels = library.load()
-        if kernels is None or x.dtype not in _DTYPES:
+        if kernels is None or x.dtype not in DTYPES:
             return None
         tensors = [packed.get(name) for name in Operands._fields]
         identity, prepared = _identity(tensors), self._prepared()
@@ -166,7 +165,7 @@ def _multiply(kernels: ctypes.CDLL, matrices: _Matrices, x: Tensor, exact: bool)
         len(outputs),
         x.data_ptr(),
         columns,
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         tokens,
         into,
         exact,

@@ -10,27 +10,16 @@ import torch
 from torch import Tensor
 
 from ..ops import Operands
+from . import linear
+from .operands import DIMS, DTYPES, Amount, Elsewhere, Placed, State, Step, offset_of, state_of, strides_of
 from .recording import Call, NotReplayableError, Number, Recording, View
-from .steps import DIMS, DTYPES, Amount, Elsewhere, Placed, State, Step, offset_of, state_of, strides_of
 
 ONE = Number(1)
 _ZERO = Amount(0)
 
 _UNARY = (
-    "neg",
-    "abs",
-    "exp",
-    "log",
-    "sqrt",
-    "rsqrt",
-    "sin",
-    "cos",
-    "tanh",
-    "sigmoid",
-    "silu",
-    "relu",
-    "reciprocal",
-    "square",
+    *("neg", "abs", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "silu", "relu", "reciprocal"),
+    *("square", "gelu", "logical_not", "bitwise_not"),
 )
 _BINARY = {
     **{name: name for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge")},
@@ -42,16 +31,10 @@ _COPIES = (
     *("float", "lift_fresh_copy", "dropout"),
 )
 _FILLS = ("ones", "ones_like", "new_ones", "zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full", "fill")
-_REDUCTIONS = {
-    "sum": "sum",
-    "mean": "mean",
-    "amax": "max",
-    "amin": "min",
-    "max": "max",
-    "min": "min",
-    "all": "all",
-    "any": "any",
-}
+_REDUCTIONS = {name: name for name in ("sum", "mean", "max", "min", "all", "any")} | {"amax": "max", "amin": "min"}
+MOST_PRODUCTS = 8  # that share a call: MOST_MATRICES of csrc/linear.c
+
+Item = tuple[Step | Elsewhere, list[int], list[int]]  # what is to be done, and the storages that it writes and reads
 
 
 class Lowering:
@@ -64,35 +47,35 @@ class Lowering:
     def __init__(self, recording: Recording, fixed: dict[int, Tensor], states: list[State]):
         self._recording, self._fixed, self._states = recording, fixed, states
 
-    def items(self) -> list[tuple[Step | Elsewhere, list[int], list[int]]]:
-        """Return what is to be done, in order, with the storages that each writes and reads.
+    def items(self) -> list[Item]:
+        """Return what is to be done, in order.
 
         Raises:
             NotReplayableError: the pass writes into memory that is not its own, or changes a state in another way.
         """
-        items: list[tuple[Step | Elsewhere, list[int], list[int]]] = []
-        products: dict[tuple, Step] = {}  # packed products by their input
+        items: list[Item] = []
+        products: dict[tuple, Item] = {}  # packed products by their input
         for call in self._recording.calls:
             if self._is_view(call):
                 continue
-            written = [view.storage for view in call.results]
-            read = [view.storage for view in _views_in(list(call.arguments.values()))]
-            self._check_writes(call, written)
+            self._check_writes(call)
+            written, read = [view.storage for view in call.results], [view.storage for view in _given(call)]
             steps = self._steps(call)
             if steps is None:
                 items.append((Elsewhere(call), written, read))
                 products.clear()
                 continue
             for step in steps:
+                item = step, list(written), read
                 if step.products:
-                    key = (_key(call.arguments["x"]), step.exact)
-                    earlier = products.get(key)
-                    if earlier is not None and len(earlier.products) < MOST_PRODUCTS:
-                        earlier.products += step.products  # one call for products of one input
-                        next(item for item in items if item[0] is earlier)[1].extend(written)
+                    key = _key(call.arguments["x"]), step.exact
+                    first = products.get(key)
+                    if first is not None and len(first[0].products) < MOST_PRODUCTS:
+                        first[0].products += step.products  # one call for products of one input
+                        first[1].extend(written)
                         continue
-                    products[key] = step
-                items.append((step, list(written), read))
+                    products[key] = item
+                items.append(item)
             if call.op._schema.is_mutable:
                 products.clear()
         return items
@@ -101,11 +84,11 @@ class Lowering:
         """Tell whether a call computes nothing: its results are views of what it was given."""
         if call.op._schema.name == "aten::detach_":
             return True
-        given = {view.storage for view in _views_in(list(call.arguments.values()))}
+        given = {view.storage for view in _given(call)}
         made = {view.storage for view in call.results}
         return bool(made) and made <= given and not call.op._schema.is_mutable
 
-    def _check_writes(self, call: Call, written: list[int]) -> None:
+    def _check_writes(self, call: Call) -> None:
         """Refuse calls that write elsewhere than into their own results."""
         if not call.op._schema.is_mutable:
             return
@@ -125,7 +108,7 @@ class Lowering:
             return self._packed(call) if name == "linear" else None
         in_place = name.endswith("_") and not name.startswith("__")
         handler = _HANDLERS.get(name[:-1] if in_place and name != "copy_" else name)
-        dtypes = {view.dtype for view in [*_views_in(list(call.arguments.values())), *call.results]}
+        dtypes = {view.dtype for view in [*_given(call), *call.results]}
         if handler is None or not dtypes <= DTYPES.keys():
             return None
         return handler(self, call)
@@ -152,16 +135,24 @@ class Lowering:
         return Placed(view.storage, offset_of(view, self._states), strides, view.dtype)
 
     def _step(
-        self, kind: str, function: str, size: list[Number], operands: list[Any], keep: int = 0, **more
-    ) -> Step | None:
-        """Return a step over `size`, with dimensions joined where all operands allow it; None if too many are left.
+        self,
+        kind: str,
+        function: str,
+        size: list[Number],
+        operands: list[Any],
+        keep: int = 0,
+        integers: bool = False,
+        numbers: dict[int, float] | None = None,
+    ) -> list[Step] | None:
+        """Return the step over `size`, with dimensions joined where all operands allow it; None if too many are left.
 
         Args:
             operands: the result, then inputs: views that broadcast to `size`, placed ones, or numbers.
             keep: dimensions at the end that stay as they are.
+            integers, numbers: as in `Step`; numbers among the inputs are added.
         """
         placed = [value if isinstance(value, Placed) else self._placed(value, size) for value in operands]
-        numbers = {}
+        numbers = dict(numbers or {})
         for place, value in enumerate(operands):
             if placed[place] is None and value is not None:
                 value = value.constant if isinstance(value, Number) and value.fixed else value
@@ -169,40 +160,35 @@ class Lowering:
                     return None  # a number that grows, or one that is no real number
                 numbers[place - 1] = float(value)
         dims = list(zip(size, *[operand.strides if operand else [None] * len(size) for operand in placed], strict=True))
-        head, tail = dims[: len(dims) - keep], dims[len(dims) - keep :]
-        joined: list[tuple] = []
-        for dim in head:
-            if dim[0] == ONE:
-                continue
-            if joined and _continues(joined[-1], dim):
-                joined[-1] = (Number(joined[-1][0].constant * dim[0].constant), *dim[1:])
-            else:
-                joined.append(dim)
-        dims = joined + tail
+        dims = _joined(dims[: len(dims) - keep]) + dims[len(dims) - keep :]
         if len(dims) > DIMS:
             return None
-        sizes = [dim[0] for dim in dims]
         placed = [
             operand and operand._replace(strides=[dim[1 + place] for dim in dims])
             for place, operand in enumerate(placed)
         ]
-        return Step(kind, function, sizes=sizes, operands=placed, numbers=numbers, **more)
+        return [Step(kind, function, integers, [dim[0] for dim in dims], placed, numbers)]
 
     def _map(self, function: str, result: View, *inputs: Any) -> list[Step] | None:
         """Return the step of an elementwise function."""
-        step = self._step("map", function, list(result.size), [result, *inputs], integers=_whole(result, inputs))
-        return None if step is None else [step]
+        integers = _whole(result, inputs)
+        return self._step("map", function, list(result.size), [result, *inputs], integers=integers)
+
+    def _copy_to(self, target: Placed, source: View) -> list[Step] | None:
+        """Return the step that copies a tensor to a place with strides for its dimensions."""
+        return self._step("map", "copy", list(source.size), [target, source], integers=_whole(target, [source]))
 
     # ---- operations
 
     def _unary(self, call: Call) -> list[Step] | None:
         name = _name(call).rstrip("_")
         source = _input(call)
-        if name == "logical_not" or (name == "bitwise_not" and source.dtype is torch.bool):
-            return self._map("not", call.results[0], source)
-        if name == "gelu":
-            name = "gelu_tanh" if call.arguments["approximate"] == "tanh" else "gelu"
-        return self._map(name, call.results[0], source) if name != "bitwise_not" else None
+        if name in ("logical_not", "bitwise_not"):
+            of_bits = name == "bitwise_not" and source.dtype is not torch.bool
+            return None if of_bits else self._map("not", call.results[0], source)
+        if name == "gelu" and call.arguments["approximate"] == "tanh":
+            name = "gelu_tanh"
+        return self._map(name, call.results[0], source)
 
     def _binary(self, call: Call) -> list[Step] | None:
         arguments = call.arguments
@@ -240,13 +226,10 @@ class Lowering:
     def _clamp(self, call: Call) -> list[Step] | None:
         steps, source = [], call.arguments["self"]
         for name, function in (("min", "max"), ("max", "min")):
-            limit = call.arguments.get(name)
-            if limit is not None:
-                made = self._map(function, call.results[0], source, limit)
-                if made is None:
-                    return None
-                steps, source = [*steps, *made], call.results[0]
-        return steps
+            if call.arguments.get(name) is not None:
+                steps.append(self._map(function, call.results[0], source, call.arguments[name]))
+                source = call.results[0]
+        return _all(steps)
 
     def _copy(self, call: Call) -> list[Step] | None:
         if call.arguments.get("train") is True:  # dropout
@@ -255,31 +238,23 @@ class Lowering:
         source = call.arguments["src"] if "src" in call.arguments else _input(call)
         if not isinstance(source, View):
             return None
-        size = list(source.size)
-        if list(result.size) != size and call.op._schema.name != "aten::copy_":
-            strides, step = [], Amount(1)
-            if not all(number.fixed for number in (*result.size, *result.stride)) and not _grows_once(size):
-                return None
-            for number in reversed(size):  # the same numbers in the same order, one after the other
-                strides.insert(0, step)
-                step = _times(step, number)
-            target = self._laid(result, strides)
-            if not _is_contiguous(result) or state_of(result.storage, self._states) is not None:
-                return None
-        else:
-            size, target = list(result.size), result
-        step = self._step("map", "copy", size, [target, source], integers=_whole(result, [source]))
-        return None if step is None else [step]
+        if result.size == source.size or _name(call) == "copy_":
+            return self._map("copy", result, source)
+        alone = state_of(result.storage, self._states) is None
+        if not alone or not _is_contiguous(result) or sum(not number.fixed for number in source.size) > 1:
+            return None
+        strides, step = [], Amount(1)
+        for number in reversed(source.size):  # the same numbers in the same order, one after the other
+            strides.insert(0, step)
+            step = _times(step, number)
+        return self._copy_to(self._laid(result, strides), source)
 
     def _fill(self, call: Call) -> list[Step] | None:
         name = _name(call)
         value = call.arguments.get("fill_value", call.arguments.get("value"))
         if "ones" in name or "zeros" in name:
             value = Number(int("ones" in name))
-        if isinstance(value, View):
-            return None
-        value = value.constant if isinstance(value, Number) and value.fixed else value
-        return self._map("copy", call.results[0], float(value) if isinstance(value, (int, float)) else value)
+        return None if isinstance(value, View) else self._map("copy", call.results[0], value)
 
     def _range(self, call: Call) -> list[Step] | None:
         result, a = call.results[0], call.arguments
@@ -294,35 +269,27 @@ class Lowering:
     def _concatenate(self, call: Call) -> list[Step] | None:
         result, parts = call.results[0], call.arguments["tensors"]
         dim = call.arguments["dim"].constant % len(result.size)
-        state = state_of(result.storage, self._states)
+        state, strides = state_of(result.storage, self._states), strides_of(result, self._states)
         steps, start = [], Number(0)
-        strides = strides_of(result, self._states)
         for part in parts:
             if len(part.size) != len(result.size):
                 return None  # an empty tensor of one dimension is allowed there
             if state is None or part.storage != state.storage:
                 offset = _plus(Amount(*result.offset), _times(strides[dim], start))
-                target = Placed(result.storage, offset, strides, result.dtype)
-                step = self._step("map", "copy", list(part.size), [target, part], integers=_whole(result, [part]))
-                if step is None:
-                    return None
-                steps.append(step)
+                steps.append(self._copy_to(Placed(result.storage, offset, strides, result.dtype), part))
             length = part.size[dim]
             start = Number(start.constant + length.constant, start.per_token + length.per_token)
-        return steps
+        return _all(steps)
 
     def _stack(self, call: Call) -> list[Step] | None:
         result = call.results[0]
         dim = call.arguments["dim"].constant % len(result.size)
         strides, steps = strides_of(result, self._states), []
+        others = [*strides[:dim], *strides[dim + 1 :]]
         for place, part in enumerate(call.arguments["tensors"]):
             offset = _plus(Amount(*result.offset), _times(strides[dim], Number(place)))
-            target = Placed(result.storage, offset, [*strides[:dim], *strides[dim + 1 :]], result.dtype)
-            step = self._step("map", "copy", list(part.size), [target, part], integers=_whole(result, [part]))
-            if step is None:
-                return None
-            steps.append(step)
-        return steps
+            steps.append(self._copy_to(Placed(result.storage, offset, others, result.dtype), part))
+        return _all(steps)
 
     def _reduce(self, call: Call) -> list[Step] | None:
         source, result = call.arguments["self"], call.results[0]
@@ -334,10 +301,6 @@ class Lowering:
             d.constant % rank
             for d in ([dims] if isinstance(dims, Number) else dims or [Number(d) for d in range(rank)])
         }
-        if not all(source.size[d].fixed for d in reduced):
-            grows = [d for d in reduced if source.size[d] != ONE]
-            if len(grows) != 1:
-                return None
         kept = [d for d in range(rank) if d not in reduced]
         strides = strides_of(source, self._states)
         inner = [(source.size[d], strides[d]) for d in sorted(reduced) if source.size[d] != ONE]
@@ -350,45 +313,31 @@ class Lowering:
         places = kept if len(result.size) == rank else list(range(len(result.size)))
         into = strides_of(result, self._states)
         size = [source.size[d] for d in kept] + [length]
-        target = Placed(
-            result.storage, offset_of(result, self._states), [into[p] for p in places] + [_ZERO], result.dtype
-        )
-        origin = Placed(
-            source.storage, offset_of(source, self._states), [strides[d] for d in kept] + [along], source.dtype
-        )
+        target = self._laid(result, [into[p] for p in places] + [_ZERO])
+        origin = self._laid(source, [strides[d] for d in kept] + [along])
         function = _REDUCTIONS[_name(call)]
         whole = _whole(result, [source])
         if function in ("all", "any") and not whole:
             return None
-        step = self._step("reduce", function, size, [target, origin], keep=1, integers=whole)
-        return None if step is None else [step]
+        return self._step("reduce", function, size, [target, origin], keep=1, integers=whole)
 
     def _softmax(self, call: Call) -> list[Step] | None:
         source, result = call.arguments["self"], call.results[0]
         rank = len(source.size)
         if call.arguments["dim"].constant % rank != rank - 1 or not _last_adjacent(source, result):
             return None
-        step = self._step("normalize", "softmax", list(result.size), [result, source, None, None], keep=1)
-        return None if step is None else [step]
+        return self._step("normalize", "softmax", list(result.size), [result, source, None, None], keep=1)
 
     def _norm(self, call: Call) -> list[Step] | None:
         a, result = call.arguments, call.results[0]
         layer = call.op._schema.name == "aten::layer_norm"
         parts = [a["input"], a["weight"], a["bias"] if layer else None]
         shape = a["normalized_shape"]
-        if (
-            len(shape) != 1
-            or a["eps"] is None
-            or not _last_adjacent(result, *[part for part in parts if part is not None])
-        ):
+        adjacent = _last_adjacent(result, *[part for part in parts if part is not None])
+        if len(shape) != 1 or a["eps"] is None or not adjacent:
             return None
-        step = self._step(
-            "normalize", "layer_norm" if layer else "rms_norm", list(result.size), [result, *parts], keep=1
-        )
-        if step is None:
-            return None
-        step.numbers = {0: a["eps"]}
-        return [step]
+        function = "layer_norm" if layer else "rms_norm"
+        return self._step("normalize", function, list(result.size), [result, *parts], keep=1, numbers={0: a["eps"]})
 
     def _gather(self, call: Call) -> list[Step] | None:
         a, result = call.arguments, call.results[0]
@@ -398,20 +347,17 @@ class Lowering:
         adjacent = _last_adjacent(table, result) and len(table.size) == 2
         if not adjacent or ids.dtype not in (torch.int64, torch.int32) or state_of(table.storage, self._states):
             return None
-        size = list(result.size)
-        broadcast = Placed(
-            ids.storage, offset_of(ids, self._states), [*strides_of(ids, self._states), _ZERO], ids.dtype
-        )
-        step = self._step("gather", "copy", size, [result, broadcast, broadcast], keep=1)
-        if step is None or len(step.sizes) > 2 or not table.size[0].fixed:
+        broadcast = self._laid(ids, [*strides_of(ids, self._states), _ZERO])
+        steps = self._step("gather", "copy", list(result.size), [result, broadcast, broadcast], keep=1)
+        if steps is None or len(steps[0].sizes) > 2 or not table.size[0].fixed:
             return None
-        rows = self._laid(table, [Amount(*n) for n in table.stride])
+        (step,) = steps
         if len(step.sizes) == 1:
             step.sizes = [ONE, *step.sizes]
             step.operands = [o._replace(strides=[_ZERO, *o.strides]) for o in step.operands]
-        step.operands[1] = rows
+        step.operands[1] = self._laid(table, [Amount(*n) for n in table.stride])
         step.count = table.size[0]
-        return [step]
+        return steps
 
     def _dense(self, call: Call) -> list[Step] | None:
         a, result = call.arguments, call.results[0]
@@ -431,17 +377,12 @@ class Lowering:
         if len(left.size) < 2:
             return None
         left_strides, into = strides_of(left, self._states), strides_of(result, self._states)
-        joined: list[tuple] = []
+        batch = []
         for d, size in enumerate(result.size[:-2]):
-            if size == ONE:
-                continue
             x = left_strides[d] if left.size[d] == size else _ZERO
             w = right_strides[d] if right_size[d] == size else _ZERO
-            dim = (size, into[d], x, w)
-            if joined and _continues(joined[-1], dim):
-                joined[-1] = (Number(joined[-1][0].constant * size.constant), *dim[1:])
-            else:
-                joined.append(dim)
+            batch.append((size, into[d], x, w))
+        joined = _joined(batch)
         if len(joined) > 1:
             return None
         size, out, x, w = joined[0] if joined else (ONE, _ZERO, _ZERO, _ZERO)
@@ -457,10 +398,8 @@ class Lowering:
         a, result = call.arguments, call.results[0]
         query, key, value, mask = a["query"], a["key"], a["value"], a["attn_mask"]
         ranks = {len(view.size) for view in (query, key, value, result)}
-        if ranks != {4} or a["dropout_p"] or (a["is_causal"] and query.size[2] != ONE):
+        if ranks != {4} or a["dropout_p"] or (a["is_causal"] and not query.size[2] == key.size[2] == ONE):
             return None
-        if a["is_causal"] and key.size[2] != ONE:
-            return None  # the first position only
         if query.size[3] != value.size[3] or not _last_adjacent(query, key, value):
             return None
         heads, key_heads = query.size[1], key.size[1]
@@ -486,9 +425,7 @@ class Lowering:
         a, result = call.arguments, call.results[0]
         x = a["x"]
         packed = [a[name] for name in Operands._fields]
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not (
-            _is_contiguous(x) and _is_contiguous(result)
-        ):
+        if x.dtype not in linear.DTYPES or not (_is_contiguous(x) and _is_contiguous(result)):
             return None
         if any(view is not None and view.storage not in self._fixed for view in packed):
             return None
@@ -510,11 +447,7 @@ class Lowering:
 
     def _guard(self, call: Call) -> list[Step] | None:
         source, (value,) = call.arguments["self"], call.arguments["returned"]
-        if (
-            not isinstance(source, View)
-            or source.dtype not in DTYPES
-            or len(_views_in(list(call.arguments.values()))) != 1
-        ):
+        if not isinstance(source, View) or source.dtype not in DTYPES or len(_given(call)) != 1:
             raise NotReplayableError(f"the pass depends on what {call.op} returns")
         if isinstance(value, Number):
             if not value.fixed:
@@ -528,10 +461,8 @@ class Lowering:
         return [step]
 
 
-MOST_PRODUCTS = 8  # that share a call: MOST_MATRICES of csrc/linear.c
-
 _HANDLERS: dict[str, Callable[[Lowering, Call], list[Step] | None]] = {
-    **dict.fromkeys((*_UNARY, "gelu", "logical_not", "bitwise_not"), Lowering._unary),
+    **dict.fromkeys(_UNARY, Lowering._unary),
     **dict.fromkeys(_BINARY, Lowering._binary),
     **dict.fromkeys(_COPIES, Lowering._copy),
     **dict.fromkeys(_FILLS, Lowering._fill),
@@ -562,6 +493,11 @@ def _input(call: Call) -> View:
     return next(iter(call.arguments.values())) if "self" not in call.arguments else call.arguments["self"]
 
 
+def _given(call: Call) -> list[View]:
+    """Return all tensors that a call was given."""
+    return _views_in(list(call.arguments.values()))
+
+
 def _views_in(value: Any) -> list[View]:
     """Return all views in an argument."""
     if isinstance(value, View):
@@ -575,7 +511,7 @@ def _key(view: View) -> tuple:
     return (view.storage, view.offset, view.size, view.stride)
 
 
-def _whole(result: View, inputs: Any) -> bool:
+def _whole(result: View | Placed, inputs: Any) -> bool:
     """Tell whether an elementwise function takes and gives integers only."""
     views = [value for value in inputs if isinstance(value, View)]
     real = any(view.dtype.is_floating_point for view in [result, *views])
@@ -613,8 +549,22 @@ def _is_contiguous(view: View) -> bool:
     return True
 
 
-def _grows_once(size: list[Number]) -> bool:
-    return sum(not number.fixed for number in size) <= 1
+def _joined(dims: list[tuple]) -> list[tuple]:
+    """Return dimensions, as (size, stride of each operand), without those of one element; neighbours that can be are one."""
+    joined: list[tuple] = []
+    for dim in dims:
+        if dim[0] == ONE:
+            continue
+        if joined and _continues(joined[-1], dim):
+            joined[-1] = (Number(joined[-1][0].constant * dim[0].constant), *dim[1:])
+        else:
+            joined.append(dim)
+    return joined
+
+
+def _all(parts: list[list[Step] | None]) -> list[Step] | None:
+    """Return all steps of some parts, None if one of them has none."""
+    return None if None in parts else [step for part in parts for step in part]
 
 
 def _last_adjacent(*views: View) -> bool:
