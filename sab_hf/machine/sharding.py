@@ -11,6 +11,7 @@ experts are left out for some, a pass that runs out of memory is repeated, and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -69,7 +70,7 @@ class Lent(Kept):
         super().__init__(adam)
         self._blocks = blocks
         self._block_of = {module: i for i, block in enumerate(blocks) for module in block}
-        sizes = [sum(_padded_shape(module)[0] * module.in_features for module in block) for block in blocks]
+        sizes = [sum(math.prod(module.padded_shape) for module in block) for block in blocks]
         like = adam.modules[0].gradient
         self._weights, self._gradients = ([like.new_empty(max(sizes)) for _ in range(2)] for _ in range(2))
         self._views = [[_views(block, slot) for slot in self._weights] for block in blocks]
@@ -173,10 +174,6 @@ class Lent(Kept):
         self._sent = []
 
 
-def _padded_shape(module: TrainablePlanes) -> tuple[int, int]:
-    return module.share.each(module.out_features) * module.share.parts, module.in_features
-
-
 def _own_part(whole: Tensor, module: TrainablePlanes) -> Tensor:
     """Return the own part of a tensor with the rows of all parts."""
     each = module.share.each(module.out_features)
@@ -187,7 +184,7 @@ def _views(block: Sequence[TrainablePlanes], slot: Tensor) -> dict[TrainablePlan
     """Return a matrix with the rows of all parts for each module of a block, one after the other in a slot."""
     views, start = {}, 0
     for module in block:
-        n, m = _padded_shape(module)
+        n, m = module.padded_shape
         views[module] = slot[start : start + n * m].view(n, m)
         start += n * m
     return views

@@ -110,7 +110,7 @@ class TrainablePlanes(nn.Module):
         dtype = pass_dtype(W.device)
         self.built, self.padded, self.whole_gradient, self.lender = None, None, None, None
         if kept:
-            whole = share.each(self.out_features) * share.parts, self.in_features
+            whole = self.padded_shape
             self.padded, self.whole_gradient = (torch.zeros(whole, dtype=dtype, device=W.device) for _ in range(2))
             self.gradient = self.whole_gradient[self.rows]
             self.built = nn.Parameter(self.padded[: self.out_features])
@@ -124,6 +124,11 @@ class TrainablePlanes(nn.Module):
     def weight(self) -> PackedWeight:
         """What models may ask of a Linear's weight; it is not a tensor that they could use."""
         return PackedWeight((self.out_features, self.in_features), self.latent.dtype, self.latent.device)
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        """Shape of the weight with rows of zeros up to parts of one size."""
+        return self.share.each(self.out_features) * self.share.parts, self.in_features
 
     def build(self, rows: Tensor) -> Tensor:
         """Write the weight of the own rows, for the latents and scales of now, into `rows`, and return it."""
