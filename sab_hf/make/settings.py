@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,11 +57,14 @@ class DistilSettings:
         steps = config.distil_steps
         if steps is None:
             steps = DISTIL_STEPS_CPU if device.type == "cpu" else DISTIL_STEPS
-        latent_rate = config.distil_latent_rate or _latent_rate(config.bits)
+        latent_rate = config.distil_latent_rate or _latent_rate(config.bits, steps)
         scale_rate = config.distil_scale_rate or min(5e-3, latent_rate / 5)
         return cls(steps, config.distil_batch, scale_rate, latent_rate, config.seed)
 
 
-def _latent_rate(bits: float | None) -> float:
-    """Return the rate of latent weights for a budget: measured at 1.1 to 3.1 bits; more planes have finer levels."""
-    return min(3e-2, 4e-2 / (bits or 1.1))
+def _latent_rate(bits: float | None, steps: int) -> float:
+    """Return the rate of latent weights: finer levels and longer runs need lower ones.
+
+    Measured at 1.1 to 3.1 bits and 300 to 3,300 steps (`benchmarks/LOG.md`).
+    """
+    return min(3e-2, 4e-2 / (bits or 1.1)) * min(1.0, math.sqrt(DISTIL_STEPS / max(1, steps)))

@@ -16,6 +16,7 @@ from sab_hf import SABQuantizationConfig
 from sab_hf.machine.limits import SampleLimit
 from sab_hf.make import distil
 from sab_hf.make.plan import make_plan
+from sab_hf.make.settings import DistilSettings
 from sab_hf.passes.states import BatchState
 
 IDS = torch.randint(0, 256, (32, 20), generator=torch.Generator().manual_seed(0))
@@ -134,6 +135,15 @@ def test_given_samples_keep_their_share():
     assert share(few, many) == 0.375
     assert share(many, few) == pytest.approx(30 / 36, abs=0.02)
     assert (share(few, {}), share({}, few)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("bits", "steps", "rate"), [(1.1, 100, 0.03), (1.1, 1000, 0.03), (1.1, 4000, 0.015), (3.2, 1000, 0.0125), (2.0, 9000, 0.02 / 3)]
+)  # fmt: skip
+def test_more_bits_and_longer_runs_have_lower_rates(bits, steps, rate):
+    settings = DistilSettings.of(SABQuantizationConfig(bits=bits, distil_steps=steps), torch.device("cpu"))
+    assert settings.latent_rate == pytest.approx(rate)
+    assert settings.scale_rate == pytest.approx(min(0.005, rate / 5))
 
 
 def test_interrupted_training_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
