@@ -12,6 +12,7 @@ job of its own; `--jobs` of them run side by side on a GPU. See README.md.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -38,6 +39,21 @@ LABELS = BASELINE_LABELS | {"gptq_4bit": "GPTQ 4-bit"}
 PACKAGES = ("HQQ 2-bit", "AutoRound W2")
 BITS = (1.1, 1.05, 1.25, 1.35, 1.6, 2.1, 3.1)
 BITS_OF_OTHER_SEEDS = (1.1, 1.35, 2.1)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "budget by sensitivity": {"budget": "sensitivity"},
+    "Λ = 1": {"significance": "none"},
+    "the paper's map": {"significance": "paper"},
+    "elementwise fit": {"fit": "elementwise"},
+    "blocks refined before, 150 steps": {"refine_steps": 150},
+    "signs stay": {"distil_latent_rate": 1e-9, "distil_scale_rate": 5e-3},
+    "16 samples a step": {"distil_batch": 16},
+    "all else at 4 planes": {"rest_bits": 4},
+}
+"""Name → fields that differ from the run's options, for `--variants`."""
+VARIANT_BITS = (1.1, 2.1)
+ROTATED = 64
+"""Columns that a rotation mixes: the largest power of two that divides both 576 and the size of a head."""
 PROMPTS = (
     "What is the capital of France, and which river flows through it?",
     "Explain in two sentences why the sky is blue.",
@@ -154,9 +170,52 @@ def _name_of(name: str) -> str:
     return f"{whole.get(stem, stem)}.{kind}"
 
 
-def build(gguf_file: Path, output: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file as a folder for `from_pretrained`."""
-    read_model(gguf_file).save_pretrained(output)
+@torch.no_grad()
+def rotate(model: LlamaForCausalLM, size: int = ROTATED) -> None:
+    """Rotate the residual stream and the heads' values by blockwise Hadamard matrices: the same model, with fewer outliers.
+
+    Norms are folded into the Linears after them, and the output head is one of its own from then on.
+
+    size: columns of a block, a power of two that divides the hidden size and the size of a head
+
+    Source: rotations R1 and R2 of QuaRot (arXiv 2404.00456), in blocks.
+    """
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / math.sqrt(2)
+
+    def turn(linear: nn.Module, norm: nn.Module | None = None, output: bool = False) -> None:
+        weight = linear.weight.double()
+        if norm is not None:
+            weight = weight * norm.weight.double()
+        weight = weight.T if output else weight
+        weight = (weight.unflatten(1, (-1, size)) @ matrix.to(weight)).flatten(1)
+        linear.weight = nn.Parameter((weight.T if output else weight).contiguous().to(linear.weight.dtype))
+
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    model.config.tie_word_embeddings = False
+    turn(model.model.embed_tokens)
+    turn(model.lm_head, model.model.norm)
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+            turn(linear, layer.input_layernorm)
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            turn(linear, layer.post_attention_layernorm)
+        turn(attention.v_proj, output=True)
+        turn(attention.o_proj)
+        for linear in (attention.o_proj, mlp.down_proj):
+            turn(linear, output=True)
+    for norm in [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]:
+        nn.init.ones_(norm.weight)
+
+
+def build(gguf_file: Path, output: Path, rotated: bool = False) -> None:
+    """Write the model and the tokenizer of a GGUF file as a folder for `from_pretrained`; rotated: see `rotate`."""
+    model = read_model(gguf_file)
+    if rotated:
+        rotate(model)
+    model.save_pretrained(output)
     AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name).save_pretrained(output)
 
 
@@ -172,16 +231,16 @@ def tokens_of(tokenizer: Any, folder: str, split: str) -> Tensor:
 
 
 def calibration_batches(tokenizer: Any, settings: TextSettings, samples: int, seed: int) -> list[dict[str, Tensor]]:
-    """Return processed batches of the calibration text; a seed other than 0 cuts it at other places.
+    """Return processed batches of the calibration text, its samples shuffled: neighbours in a batch would be of one article.
 
-    samples: how many, 0 for all
+    samples: how many, 0 for all; seed: of the shuffle, and other than 0 of the place where the text is cut
     """
     ids = tokens_of(tokenizer, settings.text, "valid")
     if seed:
         ids = ids[int(torch.randint(settings.length, (), generator=torch.Generator().manual_seed(seed))) :]
     rows = ids[: len(ids) // settings.length * settings.length].view(-1, settings.length)
-    if samples:
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    rows = rows[order[: samples or None]]
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(settings.batch_size)]
 
 
@@ -269,16 +328,25 @@ def do(job: Job, settings: TextSettings) -> dict[str, Any]:
 # ---- rows and tables
 
 
-def list_jobs(floor: float, seeds: Sequence[int], options: dict[str, Any], name: str = "") -> list[Job]:
+def list_jobs(
+    floor: float, seeds: Sequence[int], options: dict[str, Any], name: str = "", variants: bool = False
+) -> list[Job]:
     """Return all rows, the more important first.
 
     floor: least bits/weight of the model; smaller budgets are raised to it, and equal ones merged
     options: fields of `SABQuantizationConfig` for the rows of `sab_hf`; name: added to their labels
+    variants: those of `VARIANTS` in place of all budgets and methods
     """
+    suffix = f", {name}" if name else ""
+    if variants:
+        cells = itertools.product(seeds, VARIANT_BITS, VARIANTS.items())
+        return [
+            Job(f"{bits:.4g} bits, {variant}{suffix}", OURS, seed, max(bits, floor), {**options, **more})
+            for seed, bits, (variant, more) in cells
+        ]
     jobs = [Job(FULL_PRECISION, FULL_PRECISION)]
     for seed in seeds:
         budgets = dict.fromkeys(max(bits, floor) for bits in (BITS if seed == seeds[0] else BITS_OF_OTHER_SEEDS))
-        suffix = f", {name}" if name else ""
         jobs += [Job(f"sab_hf {bits:.4g}{suffix}", OURS, seed, bits, dict(options)) for bits in budgets]
         jobs += [Job(LABELS[method], method, seed) for method in BASELINES]
     return jobs + [Job(package, package, seeds[0]) for package in PACKAGES]
@@ -301,7 +369,7 @@ def side_by_side(rows: list[dict]) -> str:
 
 def run(args: argparse.Namespace) -> list[dict]:
     """Run the chosen rows and write JSON after each, and the table in the end."""
-    jobs = list_jobs(floor_bits(args.model), args.seeds, args.options, args.name)
+    jobs = list_jobs(floor_bits(args.model), args.seeds, args.options, args.name, args.variants)
     return tables.run(jobs, settings_of(args, TextSettings, questions=args.prompts), do, args, COLUMNS)
 
 
@@ -338,12 +406,14 @@ def arguments() -> argparse.ArgumentParser:
     made = commands.add_parser("build", help="a folder for from_pretrained from a GGUF file")
     made.add_argument("gguf_file", type=Path)
     made.add_argument("folder", type=Path)
+    made.add_argument("--rotated", action="store_true", help="rotate the residual stream and the heads' values")
     ran = commands.add_parser("run", help="quantize by every method and measure")
     add_text_options(ran)
     add_options(ran, "real_lm.json")
     ran.add_argument("--samples", type=int, default=0, help="calibration samples; 0: the whole calibration text")
     ran.add_argument("--batch-size", type=int, default=8, help="calibration samples a forward pass")
     ran.add_argument("--eval-batch", type=int, default=8, help="stretches a forward pass")
+    ran.add_argument("--variants", action="store_true", help="parts of the method switched on and off, no other methods")
     ran.add_argument("--prompts", type=int, default=len(PROMPTS), help="instructions that are answered")
     shown = commands.add_parser("table", help="print the table of one or several results")
     shown.add_argument("results", type=Path, nargs="+")
@@ -355,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args = arguments().parse_args(argv)
     if args.command == "build":
-        build(args.gguf_file, args.folder)
+        build(args.gguf_file, args.folder, args.rotated)
     elif args.command == "run":
         run(args)
     else:

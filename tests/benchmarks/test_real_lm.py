@@ -83,13 +83,31 @@ def test_calibration_is_the_whole_text_and_a_seed_cuts_it_elsewhere(folder, sett
     tokenizer = build_tokenizer()
     ids = real_lm.tokens_of(tokenizer, str(folder), "valid")
     first, same, other = (real_lm.calibration_batches(tokenizer, settings, 0, seed) for seed in (0, 0, 1))
-    whole = torch.cat([batch["input_ids"] for batch in first]).flatten()
-    assert torch.equal(whole, ids[: len(ids) // 64 * 64])
+    rows = torch.cat([batch["input_ids"] for batch in first])
+    in_order = ids[: len(ids) // 64 * 64].view(-1, 64)
+    assert sorted(rows.tolist()) == sorted(in_order.tolist())
+    assert not torch.equal(rows, in_order)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, same, strict=True))
     assert not torch.equal(first[0]["input_ids"], other[0]["input_ids"])
     assert sum(len(batch["input_ids"]) for batch in real_lm.calibration_batches(tokenizer, settings, 5, 0)) == 5
     with pytest.raises(ValueError, match="wikitext2_valid"):
         real_lm.tokens_of(tokenizer, str(folder / "nothing"), "valid")
+
+
+def test_a_rotated_model_computes_the_same(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(1, 25).view(2, 12)
+    with torch.no_grad():
+        before, first = model(input_ids=ids).logits, model.model.layers[0].mlp.down_proj.weight.clone()
+        real_lm.rotate(model, 4)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(input_ids=ids).logits, before, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(loaded.model.layers[0].mlp.down_proj.weight, first, atol=1e-3)
+    assert torch.equal(loaded.model.norm.weight, torch.ones(16))
 
 
 def test_answers_are_compared_place_by_place():
@@ -123,6 +141,14 @@ def test_rows_lead_with_the_first_seed_and_small_budgets_merge():
     assert own[0].options == {"refine_steps": 3}
     assert len({(job.label, job.seed) for job in jobs}) == len(jobs)
     assert {job.method for job in jobs} >= {*real_lm.BASELINES, *real_lm.PACKAGES}
+
+
+def test_variants_differ_from_the_given_options():
+    jobs = real_lm.list_jobs(1.2, (0,), {"distil_steps": 5, "budget": "uniform"}, "short", variants=True)
+    assert len({job.label for job in jobs}) == len(jobs) == 2 * len(real_lm.VARIANTS)
+    assert {job.bits for job in jobs} == {1.2, 2.1}
+    chosen = next(job for job in jobs if job.label == "2.1 bits, budget by sensitivity, short")
+    assert chosen.options == {"distil_steps": 5, "budget": "sensitivity"}
 
 
 def test_run_writes_json_and_table_and_resumes(folder, tmp_path, monkeypatch, capsys, rows):
