@@ -413,7 +413,9 @@ def arguments() -> argparse.ArgumentParser:
     ran.add_argument("--samples", type=int, default=0, help="calibration samples; 0: the whole calibration text")
     ran.add_argument("--batch-size", type=int, default=8, help="calibration samples a forward pass")
     ran.add_argument("--eval-batch", type=int, default=8, help="stretches a forward pass")
-    ran.add_argument("--variants", action="store_true", help="parts of the method switched on and off, no other methods")
+    ran.add_argument(
+        "--variants", action="store_true", help="parts of the method switched on and off, no other methods"
+    )
     ran.add_argument("--prompts", type=int, default=len(PROMPTS), help="instructions that are answered")
     shown = commands.add_parser("table", help="print the table of one or several results")
     shown.add_argument("results", type=Path, nargs="+")

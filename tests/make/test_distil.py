@@ -138,8 +138,9 @@ def test_given_samples_keep_their_share():
 
 
 @pytest.mark.parametrize(
-    ("bits", "steps", "rate"), [(1.1, 100, 0.03), (1.1, 1000, 0.03), (1.1, 4000, 0.015), (3.2, 1000, 0.0125), (2.0, 9000, 0.02 / 3)]
-)  # fmt: skip
+    ("bits", "steps", "rate"),
+    [(1.1, 100, 0.03), (1.1, 1000, 0.03), (1.1, 4000, 0.015), (3.2, 1000, 0.0125), (2.0, 9000, 0.02 / 3)],
+)
 def test_more_bits_and_longer_runs_have_lower_rates(bits, steps, rate):
     settings = DistilSettings.of(SABQuantizationConfig(bits=bits, distil_steps=steps), torch.device("cpu"))
     assert settings.latent_rate == pytest.approx(rate)
