@@ -21,7 +21,7 @@ def main() -> None:
         speed_peers.main(rest)
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[device])
-    parser.add_argument("--parts", nargs="+", choices=["op", "served", "model"], default=["op", "model"])
+    parser.add_argument("--parts", nargs="+", choices=["op", "served", "peers", "model"], default=["op", "model"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of the model")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--variants", nargs="+", help="of the model; all by default")
@@ -33,16 +33,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("no CUDA device; `--device cpu` measures the CPU")
     results = provenance("cuda") | {"command": " ".join(sys.argv)}
-    if "op" in options.parts:
+    for part in [name for name in options.parts if name != "model"]:
         import speed_gpu
+        import speed_gpu_peers
 
-        results["op"] = speed_gpu.run(lambda partial: write_json(options.output, results | {"op": partial}), print)
-    if "served" in options.parts:
-        import speed_gpu
-
-        results["served"] = speed_gpu.run_served(
-            lambda partial: write_json(options.output, results | {"served": partial}), print
-        )
+        measure = {"op": speed_gpu.run, "served": speed_gpu.run_served, "peers": speed_gpu_peers.run}[part]
+        results[part] = measure(lambda partial, part=part: write_json(options.output, results | {part: partial}), print)
     if "model" in options.parts:
         results["model"] = []
         for row in model_rows(options):

@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import speed_gpu
+import speed_gpu_peers
 
 LAYERS = {"q, k, v": [(32, 48), (8, 48), (8, 48)], "o": [(40, 40)]}
 
@@ -51,3 +52,18 @@ def test_a_layer_that_fails_leaves_the_others(dry, monkeypatch):
     results = speed_gpu.run_served(lambda partial: None, lambda line: None)
     assert ["error" in row for row in results["rows"]] == [True, False] * 2
     assert results["blocks"] == []
+
+
+def test_peers_that_cannot_run_are_named_and_leave_the_others(dry, monkeypatch):
+    monkeypatch.setattr(speed_gpu_peers, "SHAPES", [(40, 128)])
+    monkeypatch.setattr(speed_gpu_peers.timing, "median_graph_us", speed_gpu.median_graph_us)
+    missing = {"gemlite, 2 bits": ("a_package_that_is_not_there", 2.5, speed_gpu_peers.gemlite)}
+    monkeypatch.setattr(speed_gpu_peers, "KINDS", speed_gpu_peers.KINDS | missing)
+    results = speed_gpu_peers.run(lambda partial: None, lambda line: None)
+    assert results["not run"]["gemlite, 2 bits"] == "a_package_that_is_not_there is not installed"
+    done = [(row["kind"], row["tokens"], row["ratio"]) for row in results["rows"] if "error" not in row]
+    own = ("dense", "one plane", "one plane + 10 %", "two planes")
+    assert done[: 4 * len(own)] == [(kind, tokens, 1.0) for kind in own for tokens in speed_gpu_peers.TOKENS]
+    assert [y.shape for y in dry[5]] == [(8, 40)] * len(dry[5])
+    failed = {row["kind"] for row in results["rows"] if "error" in row}
+    assert "PyTorch, int4" in failed  # it has no kernel here
