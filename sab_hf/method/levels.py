@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.cpu import levels as cpu_levels
 from ..kernels.cuda.linear import can_fit
 
 BETAS = (0.9, 0.95)
@@ -89,6 +90,8 @@ def nearest_level(latent: Tensor, scales: Scales, W: Tensor) -> Tensor:
         from .kernels import levels as triton_levels
 
         return triton_levels.nearest_level(latent, scales, W)
+    if cpu_levels.can_fit(latent, W):
+        return cpu_levels.nearest_level(latent, scales, W)
     choice = nearest_choice(latent.float() * unit_of(scales.r_start, scales.c_start), scales.r, scales.c)
     K, total = len(scales.r), torch.zeros(latent.shape, device=latent.device)
     for k in range(K):
@@ -124,6 +127,9 @@ def descend(
         from .kernels import levels as triton_levels
 
         triton_levels.descend(gradient, latent, moments, scales, at_scales, numbers)
+        return
+    if cpu_levels.can_fit(latent, gradient, *moments):
+        cpu_levels.descend(gradient, latent, moments, scales, at_scales, numbers, BETAS, EPSILON)
         return
     unit, G, K = unit_of(scales.r_start, scales.c_start), gradient.float(), len(scales.r)
     value, largest = latent.float() * unit, torch.zeros_like(unit)

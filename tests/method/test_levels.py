@@ -1,12 +1,15 @@
 """The level nearest to each latent weight, and one step of training: brute force, autograd and Adam of PyTorch, rounding."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import level_problem
 
+from sab_hf.kernels.cpu import levels as cpu_levels
+from sab_hf.kernels.cpu import library
 from sab_hf.kernels.cuda import linear as cuda
 from sab_hf.method.levels import (
     BETAS,
@@ -18,6 +21,14 @@ from sab_hf.method.levels import (
     signs_of,
     unit_of,
 )
+
+
+@pytest.fixture(params=["compiled", "PyTorch"], autouse=True)
+def kernels(request, monkeypatch):
+    """Every test runs with the compiled kernels and without."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(cpu_levels, "can_fit", lambda *tensors: False)
+    return request.param
 
 
 def numbers(rate, step):
@@ -74,6 +85,42 @@ def test_steps_are_those_of_autograd_for_the_chosen_signs_and_adam(planes):
         torch.testing.assert_close(at_scales, (r.grad, c.grad.where(scales.c != 0, 0)))
         torch.testing.assert_close(latent, expected.detach())
     assert float((latent - given).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("name", library.NAMES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "planes"), [(1, 1, 1), (3, 64, 2), (33, 65, 1), (70, 200, 3), (64, 130, 5)]
+)
+def test_compiled_kernels_do_what_pytorch_does_on_any_number_of_threads(
+    name, rows, columns, planes, kernels, monkeypatch
+):
+    if kernels != "compiled":
+        pytest.skip("compared within one test")
+    compiled = library.load()
+    try:
+        library.select(compiled, name)
+    except ValueError:
+        pytest.skip(f"this machine has no {name}")
+    latent, scales = level_problem(rows, columns, planes, seed=3)
+    latent.view(-1)[0] = math.nan
+    gradient, moments = torch.randn(rows, columns), (torch.randn(rows, columns), torch.rand(rows, columns))
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        given = [t.clone() for t in (gradient, latent, *moments)]
+        at_scales = torch.full_like(scales.r, 9), torch.full_like(scales.c, 9)
+        W = nearest_level(given[1], scales, torch.empty_like(latent))
+        descend(given[0], given[1], (given[2], given[3]), scales, at_scales, numbers(0.03, 4))
+        return [W, *given, *at_scales]
+
+    try:
+        one, three = run(1), run(3)
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(one, three, strict=True))
+        monkeypatch.setattr(cpu_levels, "can_fit", lambda *tensors: False)
+        torch.testing.assert_close(one, run(1), rtol=1e-4, atol=1e-5, equal_nan=True)
+    finally:
+        torch.set_num_threads(1)
+        library.select(compiled, None)
 
 
 def test_steps_below_the_resolution_of_bfloat16_count_on_average():

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 LIBRARY = HERE / "sab_cpu.so"
 COMMON = ("portable", "pool", "linear", "outliers", "dense", "plan")
-FOR_EACH = "steps"  # compiled for every instruction set, by its flags and a name of its own
+FOR_EACH = ("steps", "levels")  # compiled for every instruction set, by its flags and with its name
 # so that loops become vector code
 VECTORS = ("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 FLAGS = ("-O3", "-std=c11", "-D_POSIX_C_SOURCE=200809L", "-fPIC", "-fvisibility=hidden", "-pthread")
@@ -96,12 +96,12 @@ def compile_objects(folder: Path, extra_flags: Sequence[str], machine: str) -> t
     objects, defines = [], []
     for unit in COMMON:
         objects.append(_compile(compiler, unit, folder))
-    objects.append(_compile_for(compiler, "portable", folder))
+    objects += _compile_for(compiler, "portable", folder)
     for unit, flags in INSTRUCTION_SETS.get(machine, {}).items():
         try:
             made = [_compile([*compiler, *flags], unit, folder)]
             if flags:
-                made.append(_compile_for([*compiler, *flags], unit, folder))
+                made += _compile_for([*compiler, *flags], unit, folder)
             objects += made
             defines.append(f"-DSAB_HAVE_{unit.upper()}")
         except BuildError as error:
@@ -110,11 +110,10 @@ def compile_objects(folder: Path, extra_flags: Sequence[str], machine: str) -> t
     return objects, defines
 
 
-def _compile_for(compiler: list[str], instruction_set: str, folder: Path) -> Path:
+def _compile_for(compiler: list[str], instruction_set: str, folder: Path) -> list[Path]:
     """Compile what is there once for each instruction set."""
-    return _compile(
-        [*compiler, *VECTORS, f"-DSAB_RUN_STEPS=sab_run_steps_{instruction_set}"], FOR_EACH, folder, instruction_set
-    )
+    command = [*compiler, *VECTORS, f"-DSAB_ISA={instruction_set}"]
+    return [_compile(command, unit, folder, instruction_set) for unit in FOR_EACH]
 
 
 def _compile(compiler: list[str], unit: str, folder: Path, suffix: str = "") -> Path:

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import logging
 import os
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("sab_cpu.so")  # what build.py writes; not imported, as it is also run by `-m`
-ABI = 5  # SAB_CPU_ABI in csrc/sab_cpu.h
+ABI = 6  # SAB_CPU_ABI in csrc/sab_cpu.h
 NO_MEMORY = 1  # SAB_NO_MEMORY in csrc/sab_cpu.h
 NAMES = ("avx512", "avx2", "neon", "portable")
 SWITCH = "SAB_CPU_ISA"
@@ -36,6 +36,18 @@ class Matrix(Structure):
     ]
 
 
+class Levels(Structure):
+    """`sab_levels` of csrc/sab_cpu.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "columns", "planes")),
+        *((name, c_void_p) for name in ("row_start", "column_start", "row_scale", "column_scale")),
+        *((name, c_void_p) for name in ("latent", "weight", "gradient", "first", "second")),
+        *((name, c_void_p) for name in ("row_gradient", "column_gradient")),
+        *((name, c_float) for name in ("rate", "correction1", "correction2", "beta1", "beta2", "epsilon")),
+    ]
+
+
 _SIGNATURES = {
     "sab_cpu_sources": (c_char_p, []),
     "sab_cpu_isa": (c_char_p, []),
@@ -50,6 +62,7 @@ _SIGNATURES = {
     "sab_cpu_step_bytes": (c_int64, []),
     "sab_cpu_patch": (None, [c_void_p, c_int64, c_void_p, c_int64, c_int64]),
     "sab_cpu_steps": (c_int, [c_void_p, c_int64, c_int]),
+    "sab_cpu_levels": (c_int, [POINTER(Levels), c_int]),
     "sab_cpu_dense": (c_int, [POINTER(Matrix), c_int64, c_int64, c_void_p, c_int]),
 }
 

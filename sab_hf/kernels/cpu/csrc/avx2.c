@@ -218,4 +218,5 @@ const sab_kernels sab_kernels_avx2 = {
     .exact_tile = exact_tile,
     .dense_row = dense_row,
     .run_steps = sab_run_steps_avx2,
+    .levels = sab_levels_avx2,
 };

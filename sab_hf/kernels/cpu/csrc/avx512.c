@@ -132,4 +132,5 @@ const sab_kernels sab_kernels_avx512 = {
     .exact_tile = exact_tile,
     .dense_row = dense_row,
     .run_steps = sab_run_steps_avx512,
+    .levels = sab_levels_avx512,
 };

@@ -121,4 +121,5 @@ const sab_kernels sab_kernels_neon = {
     .exact_tile = sab_portable_exact_tile,
     .dense_row = sab_portable_dense_row,
     .run_steps = sab_run_steps_portable,
+    .levels = sab_levels_portable,
 };

@@ -16,7 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SAB_CPU_ABI 5         /* must equal sab_hf.kernels.library.ABI; raise both when anything below changes */
+#define SAB_CPU_ABI 6         /* must equal sab_hf.kernels.library.ABI; raise both when anything below changes */
 #define SAB_TILE 64           /* rows of one tile of the kernel layout */
 #define SAB_BLOCK 16          /* column bytes (128 columns) that share one scale of the int8 tables */
 #define SAB_LUT_LIMIT 63      /* table entries are integers in [-63, 63], stored plus SAB_LUT_OFFSET */
@@ -49,6 +49,16 @@ typedef struct {
     const uint8_t *residual_codes;
 } sab_matrix;
 
+/* A matrix of trainable signs, float32: its planes' scales as training found them and now, [planes][rows] and [planes][columns].
+ * Either `weight` gets the level nearest to each latent; or, where that is NULL, the gradient at the weight is handed on: a step
+ * of Adam for the latents, gradients at the scales, and 0 in its place. */
+typedef struct {
+    int64_t rows, columns, planes;
+    const float *row_start, *column_start, *row_scale, *column_scale;
+    float *latent, *weight, *gradient, *first, *second, *row_gradient, *column_gradient;
+    float rate, correction1, correction2, beta1, beta2, epsilon;
+} sab_levels;
+
 struct sab_step; /* steps.h */
 
 /* What an instruction set provides. Tables of one plane and token: `tables` of int8 look-up, uint8 [column_bytes][2][16]
@@ -74,10 +84,22 @@ typedef struct sab_kernels {
     /* out[j] (+)= bit j ? c[j] * r : -c[j] * r */
     void (*dense_row)(const uint8_t *bits, int64_t columns, const float *c, float r, int add, float *out);
     int (*run_steps)(const struct sab_kernels *kernels, const struct sab_step *steps, int64_t count, int threads);
+    int (*levels)(const sab_levels *levels, int threads);
 } sab_kernels;
 
 SAB_HIDDEN extern const sab_kernels sab_kernels_portable, sab_kernels_avx2, sab_kernels_avx512, sab_kernels_neon;
 SAB_HIDDEN const sab_kernels *sab_active_kernels(void);
+
+/* What is compiled once for each instruction set has its name at the end: SAB_ISA. */
+#define SAB_JOINED_(name, isa) name##_##isa
+#define SAB_JOINED(name, isa) SAB_JOINED_(name, isa)
+#define SAB_NAMED(name) SAB_JOINED(name, SAB_ISA)
+#define SAB_FOR_EACH(isa)                                                                                                 \
+    SAB_HIDDEN int sab_run_steps_##isa(const sab_kernels *kernels, const struct sab_step *steps, int64_t count, int threads); \
+    SAB_HIDDEN int sab_levels_##isa(const sab_levels *levels, int threads)
+SAB_FOR_EACH(portable);
+SAB_FOR_EACH(avx2);
+SAB_FOR_EACH(avx512);
 
 /* Whether the sizes are possible: scratch memory is laid out by them. */
 SAB_HIDDEN int sab_has_sizes(const sab_matrix *matrix);
@@ -101,6 +123,7 @@ SAB_EXPORT int64_t sab_cpu_layout_bytes(int64_t rows, int64_t columns);
 SAB_EXPORT void sab_cpu_layout(const uint8_t *bits, int64_t rows, int64_t columns, uint8_t *codes, int threads);
 SAB_EXPORT int sab_cpu_linears(const sab_matrix *matrices, int64_t count, const void *x, int64_t x_stride, int dtype,
                                int64_t tokens, void *const *y, int exact, int threads);
+SAB_EXPORT int sab_cpu_levels(const sab_levels *levels, int threads);
 SAB_EXPORT int sab_cpu_dense(const sab_matrix *matrix, int64_t first_row, int64_t rows, float *out, int threads);
 
 #endif

@@ -110,3 +110,6 @@ int sab_cpu_select(const char *name) {
     active = kernels;
     return 0;
 }
+
+/* Returns 0, or SAB_NO_MEMORY. */
+int sab_cpu_levels(const sab_levels *levels, int threads) { return sab_active_kernels()->levels(levels, threads); }

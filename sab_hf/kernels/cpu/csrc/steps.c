@@ -1,6 +1,6 @@
 /* The steps of a recorded token (steps.h): everything of a model's pass beside its packed products, one after the other.
  *
- * Compiled once for every instruction set; SAB_RUN_STEPS is the name of its `sab_run_steps`. Arithmetic is float32 whatever the
+ * Compiled once for every instruction set. Arithmetic is float32 whatever the
  * tensors hold, rounded where a step stores its result, as PyTorch's operations do.
  */
 #include <math.h>
@@ -632,7 +632,7 @@ static int run_step(const sab_kernels *kernels, const sab_step *step, int thread
     }
 }
 
-int SAB_RUN_STEPS(const sab_kernels *kernels, const sab_step *steps, int64_t count, int threads) {
+int SAB_NAMED(sab_run_steps)(const sab_kernels *kernels, const sab_step *steps, int64_t count, int threads) {
     for (const sab_step *step = steps; step < steps + count; step++) {
         int failed = run_step(kernels, step, threads);
         if (failed) return failed;

@@ -53,10 +53,4 @@ SAB_EXPORT int64_t sab_cpu_step_bytes(void);
 SAB_EXPORT void sab_cpu_patch(const sab_patch *patches, int64_t count, char *const *bases, int64_t tokens, int64_t room);
 SAB_EXPORT int sab_cpu_steps(const sab_step *steps, int64_t count, int threads);
 
-#define SAB_RUN(suffix) \
-    SAB_HIDDEN int sab_run_steps_##suffix(const sab_kernels *kernels, const sab_step *steps, int64_t count, int threads)
-SAB_RUN(portable);
-SAB_RUN(avx2);
-SAB_RUN(avx512);
-
 #endif
