@@ -44,3 +44,7 @@ def parsing_part() -> ModuleType:
     finally:
         for name in [name for name in sys.modules if name.partition(".")[0] == "sab_hf"]:
             del sys.modules[name]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

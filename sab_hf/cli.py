@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="sab-hf",
         description="Binarized vision-language models for transformers.",
-        epilog=f"example: {COMMANDS['chat'].EXAMPLE}\n`sab-hf COMMAND --help` tells about a command.",
+        epilog=f"example: {COMMANDS['chat'].EXAMPLE}\n`sab-hf COMMAND --help` describes a command.",
     )
     parser.add_argument("--version", action="version", version=f"sab_hf {__version__}")
     parser.add_argument("--print-completion", action=PrintCompletion)

@@ -63,15 +63,15 @@ _OF_THE_MACHINE = (
 class SABQuantizationConfig(QuantizationConfigMixin):
     """How to binarize a vision-language model; pass it to `from_pretrained(..., quantization_config=...)`.
 
-    What a user meets first:
+    The fields to know first:
 
     Attributes:
         bits: stored bits per weight, averaged over the quantized language weights: signs, residual planes, scales and
-            masks, everything. The budget is met from below; `budget` says where it is spent. None: as many as one plane and a
+            masks, everything. The result is at most this; `budget` says how the bits are distributed. None: what one plane and a
             residual plane on a tenth of the columns take in every matrix (the scales of a small matrix take more bits a
             weight, so no fixed number suits all models).
         preset: `"fast"`, `"balanced"` or `"best"`, a set of values for other fields (docs/time_and_memory.md); fields that are
-            given beside it keep theirs. None: the defaults, which are `"balanced"`. The resulting values are saved.
+            also given override it. None: the defaults, which are `"balanced"`. The resulting values are saved.
         calibration: `"builtin"` (drawn and written by the package, no network), a Hub dataset id, a local folder or
             JSONL file, a list of chat-message samples, or a list of processed batches. Only names are saved, of a path its
             last two parts.

@@ -8,7 +8,7 @@ from typing import Any
 
 from .shared import add_push
 
-SUMMARY = "write card, report and pictures of a packed checkpoint anew"
+SUMMARY = "rewrite card, report and charts of a packed checkpoint, with an evaluation"
 EXAMPLE = "sab-hf card smolvlm-sab --evaluation evaluation.json --push --repo-id me/smolvlm-sab"
 
 
@@ -16,12 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="checkpoint",
-        help="folder of a packed checkpoint; card, report and pictures in it are written anew",
+        help="folder of a packed checkpoint; its card, report and charts are replaced",
     )
     parser.add_argument("--evaluation", help="JSON file from `sab-hf eval --output`")
     parser.add_argument("--repo-id", help="name that the loading snippet loads; default: the folder's name")
-    parser.add_argument("--base-model", help="Hub id of the original; default: as in the report that is there")
-    parser.add_argument("--license", help="license for the metadata; default: as in the card that is there")
+    parser.add_argument("--base-model", help="Hub id of the original; default: that of the present report")
+    parser.add_argument("--license", help="license for the metadata; default: that of the present card")
     add_push(parser)
 
 

@@ -22,7 +22,7 @@ from .shared import (
 if TYPE_CHECKING:
     from ..dialogue import Chat
 
-SUMMARY = "talk with a model, about pictures too"
+SUMMARY = "chat with a model at the terminal, with pictures"
 EXAMPLE = (
     'sab-hf chat examples/tiny_vlm-sab --image examples/shapes.png --prompt "What color is the object at the top left?"'
 )

@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include-path", metavar="FOLDER", help="with --tasks: a folder with further tasks, as YAML")
     add_allow_urls(parser)
     parser.add_argument(
-        "--num-samples", type=positive, help="most samples, of each task too (default 200; with --tasks all)"
+        "--num-samples", type=positive, help="at most so many samples, of each task too (default 200; with --tasks all)"
     )
     parser.add_argument(
         "--examples",
         type=int,
         metavar="N",
-        help="most questions with pictures to show on card and report, which publish them (default 4 of the built-in set, 0 of "
-        "your data)",
+        help="at most so many questions with pictures are shown on card and report, which publish them (default 4 of the "
+        "built-in set, 0 of your data)",
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of their order and of the built-in set")
     parser.add_argument("--batch-size", type=positive, default=8, help="samples of a forward pass")

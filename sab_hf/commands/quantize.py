@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", nargs="?", help="folder to write, or with --push a Hub repository")
     parser.add_argument(
         "--dry-run", action="store_true",
-        help="only tell what the run would need: file size, memory, minutes, disk; reads config and processor, no weights",
+        help="only predict what the run needs: file size, memory, minutes, disk; reads config and processor, no weights",
     )  # fmt: skip
     parser.add_argument(
         "--bits",
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--preset",
-        help="fast: the fit alone, 128 samples; balanced: the defaults; best: 1024 samples, 3000 steps of distillation. Options "
-        "and fields that are given win",
+        help="fast: the fit alone, 128 samples; balanced: the defaults; best: 1024 samples, 3000 steps of distillation. Other "
+        "options and fields override the preset",
     )  # fmt: skip
     parser.add_argument("--calibration", help="builtin (default), a Hub dataset, a folder, or a JSONL file")
     add_allow_urls(parser)
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     quantization_config(args)
     if args.output is None and not args.dry_run:
-        raise UsageError("name the folder to write, or add --dry-run to be told only what the run would need")
+        raise UsageError("name the folder to write, or add --dry-run for a prediction alone")
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
@@ -192,5 +192,5 @@ def kept(args: argparse.Namespace) -> str:
     )
     if folder is None:
         unless = ", unless a line above says where it is" if args.push else ""
-        return f"nothing of it was kept{unless}; with `--set checkpoint_dir=FOLDER` a run goes on after its last finished block"
-    return f"the finished blocks are in `{folder}`; the same command goes on after them"
+        return f"nothing of it was kept{unless}; with `--set checkpoint_dir=FOLDER` a run continues after its last finished block"
+    return f"the finished blocks are in `{folder}`; the same command continues after them"

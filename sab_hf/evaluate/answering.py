@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ..publish.summary import device_of
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one answer at a time is written, medians of several runs.
+    """How fast one answer at a time is written: the least of several runs, since what else runs on the machine only adds to it.
 
     Attributes:
         device: what it ran on.
@@ -77,7 +76,7 @@ def greedy(model: nn.Module, encoder: ChatEncoder, prompts: dict[str, Any], max_
 
 
 def measure_speed(
-    model: nn.Module, encoder: ChatEncoder, prompt: dict[str, Any], runs: int = 3, tokens: int = 16
+    model: nn.Module, encoder: ChatEncoder, prompt: dict[str, Any], runs: int = 5, tokens: int = 16
 ) -> Speed:
     """Time the generation of one answer.
 
@@ -89,8 +88,9 @@ def measure_speed(
         tokens: further tokens that are timed.
     """
     inputs = on_device(model, prompt)
-    first = _milliseconds(model, encoder, inputs, 1, runs)
-    more = _milliseconds(model, encoder, inputs, 1 + tokens, runs)
+    lengths = (1, 1 + tokens)
+    times = [[_milliseconds(model, encoder, inputs, length) for length in lengths] for _ in range(runs)]
+    first, more = (min(taken) for taken in zip(*times, strict=True))
     return Speed(device_of(model), inputs["input_ids"].shape[1], first, max(0.0, more - first) / tokens)
 
 
@@ -104,14 +104,11 @@ def on_device(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _milliseconds(model: nn.Module, encoder: ChatEncoder, inputs: dict[str, Any], tokens: int, runs: int) -> float:
-    """Return the median time of `runs` generations of exactly `tokens` tokens; moving them to the CPU waits for the device."""
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        _generate(model, encoder, inputs, max_new_tokens=tokens, min_new_tokens=tokens).cpu()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+def _milliseconds(model: nn.Module, encoder: ChatEncoder, inputs: dict[str, Any], tokens: int) -> float:
+    """Return the time of generating exactly so many tokens; moving them to the CPU waits for the device."""
+    start = time.perf_counter()
+    _generate(model, encoder, inputs, max_new_tokens=tokens, min_new_tokens=tokens).cpu()
+    return 1000 * (time.perf_counter() - start)
 
 
 def _generate(model: nn.Module, encoder: ChatEncoder, inputs: dict[str, Any], **lengths: int) -> Tensor:

@@ -17,6 +17,7 @@ from transformers.utils.logging import tqdm
 
 from ..calibration.chat import ChatEncoder, borrowed
 from ..config import check_seed
+from ..machine.threads import free_threads
 from ..notebook import html_text
 from ..publish.report import finite
 from ..spelling import check_misspelt
@@ -141,7 +142,8 @@ def evaluate(
 ) -> Evaluation:
     """Ask a model questions, and compare it with its original token by token. Greedy, in a fixed order.
 
-    Both models are in memory at the same time; the same inputs go to both.
+    Both models are in memory at the same time; the same inputs go to both. On a CPU, as many threads compute as there are free
+    cores.
 
     Args:
         model: a generating transformers model, packed or not, or a path or Hub id to load one from.
@@ -179,6 +181,7 @@ def evaluate(
     questions = read_questions(data, num_samples, seed, with_images=not encoder.text_only)
     tally = _Tally(len(models))
     with (
+        free_threads(model.device),
         torch.inference_mode(),
         borrowed(encoder.tokenizer),
         training_off(*models),

@@ -32,6 +32,7 @@ from transformers.utils.logging import tqdm
 from ..calibration.chat import ChatEncoder, borrowed
 from ..calibration.samples import Sample
 from ..config import check_seed
+from ..machine.threads import free_threads
 from ..publish.report import finite
 from .answering import elsewhere, greedy, open_model, training_off
 
@@ -156,7 +157,8 @@ def evaluate_tasks(
             if encoder.text_only:
                 raise ValueError("tasks ask about pictures, and the model's processor takes none: it is a tokenizer")
             chosen = {name: _load(manager, name, data, num_samples, seed) for name in names}
-            results = _run(lmms_eval, chosen, _adapter(opened, encoder, batch_size), scratch)
+            with free_threads(opened.device):
+                results = _run(lmms_eval, chosen, _adapter(opened, encoder, batch_size), scratch)
             found.append([score for name, task in chosen.items() for score in _of_task(name, task, results, data)])
             if opened is not which:
                 del opened

@@ -167,7 +167,7 @@ def _rotary_of(config: Any, layer_type: str) -> tuple[float, str, dict[str, Any]
 
 def _unknown(what: str) -> ValueError:
     return ValueError(
-        f"this text model has {what}, which cannot be written anew; pass `like` (--like) with an F16 GGUF file of the same model"
+        f"this text model has {what}, which the export cannot write; pass `like` (--like) with an F16 GGUF file of the same model"
     )
 
 
@@ -272,5 +272,5 @@ def _pre_tokenizer(content: dict[str, Any], merges: bool) -> str:
 
 def _other_tokenizer(what: str) -> ValueError:
     return ValueError(
-        f"the tokenizer {what}, so it cannot be written anew; pass `like` (--like) with an F16 GGUF file of the same model"
+        f"the tokenizer {what}, so the export cannot write it; pass `like` (--like) with an F16 GGUF file of the same model"
     )

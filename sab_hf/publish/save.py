@@ -168,7 +168,7 @@ def _report(folder: Path) -> dict[str, Any]:
         check_summary(found, file)
     except ValueError as error:
         raise ValueError(
-            f"{error}; remove the file, and it is made anew without the record of the quantization"
+            f"{error}; remove the file; the next run writes it without the record of the quantization"
         ) from error
     return found
 

@@ -161,7 +161,10 @@ def device_of(model: nn.Module) -> str:
     """Return what a model runs on, in words."""
     if model.device.type == "cuda":
         return torch.cuda.get_device_name(model.device)
-    return f"CPU, {os.cpu_count()} cores" if model.device.type == "cpu" else str(model.device)
+    if model.device.type != "cpu":
+        return str(model.device)
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    return f"CPU, {cores} cores" if threads >= cores else f"CPU, {threads} of {cores} cores"
 
 
 def _pipeline_tag(model: nn.Module) -> str | None:

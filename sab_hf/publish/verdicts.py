@@ -136,7 +136,7 @@ def _how_fast(summary: dict[str, Any]) -> Verdict:
     if before and before["token_ms"]:
         words[0] += f" The original takes {before['token_ms']:.3g} ms ({before['token_ms'] / speed['token_ms']:.1f}×)."
     words.append(
-        f"{speed['first_token_ms']:.3g} ms to the first token of an answer to {_count(speed['prompt_tokens'], 'token')}"
+        f"{speed['first_token_ms']:.3g} ms to the first token after a prompt of {_count(speed['prompt_tokens'], 'token')}"
         + (f"; the original {before['first_token_ms']:.3g} ms." if before else ".")
     )
     return Verdict(question, NEUTRAL, "", f"{1000 / speed['token_ms']:.3g} tokens/s", tuple(words))

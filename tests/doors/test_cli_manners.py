@@ -131,7 +131,7 @@ def test_interrupted_run_says_where_the_finished_blocks_are(vlm_dir, questions, 
         patched.setattr("sab_hf.publish.save.save", stop)
         assert main(argv) == 130
     assert (
-        f"the finished blocks are in `{tmp_path / 'run'}`; the same command goes on after them"
+        f"the finished blocks are in `{tmp_path / 'run'}`; the same command continues after them"
         in capsys.readouterr().err
     )
     assert main(argv) == 0

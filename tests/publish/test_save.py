@@ -193,7 +193,7 @@ def test_card_of_a_model_with_record_and_evaluation(quantized, processor, tmp_pa
 def test_card_of_a_model_that_was_loaded_packed(packed_dir, processor, tmp_path):
     sab_hf.save(load(packed_dir), processor, tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert "the record of the quantization was not at hand" in card
+    assert "there was no record of the quantization" in card
     assert "No evaluation was run" in card
     assert "base_model" not in card
     assert str(packed_dir) not in card
