@@ -128,6 +128,10 @@ def test_interrupted_run_says_where_the_finished_blocks_are(vlm_dir, questions, 
     argv = ["quantize", str(vlm_dir), str(tmp_path / "out"), "--calibration", questions, *QUICK_OPTIONS]
     argv += ["--set", f"checkpoint_dir={tmp_path / 'run'}"]
     with monkeypatch.context() as patched:
+        patched.setattr("sab_hf.publish.open.opening_class", stop)
+        assert main(argv) == 130
+    assert f"no step was finished that `{tmp_path / 'run'}` could keep" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
         patched.setattr("sab_hf.publish.save.save", stop)
         assert main(argv) == 130
     assert (
