@@ -196,4 +196,4 @@ def kept(args: argparse.Namespace) -> str:
         return f"nothing of it was kept{unless}; with `--set checkpoint_dir=FOLDER` a run continues after its last finished block"
     if not any(Path(folder).glob("*.safetensors")):
         return f"no step was finished that `{folder}` could keep; the same command begins again"
-    return f"the finished blocks are in `{folder}`; the same command continues after them"
+    return f"what is finished is in `{folder}`; the same command continues after it"

@@ -134,10 +134,7 @@ def test_interrupted_run_says_where_the_finished_blocks_are(vlm_dir, questions, 
     with monkeypatch.context() as patched:
         patched.setattr("sab_hf.publish.save.save", stop)
         assert main(argv) == 130
-    assert (
-        f"the finished blocks are in `{tmp_path / 'run'}`; the same command continues after them"
-        in capsys.readouterr().err
-    )
+    assert f"what is finished is in `{tmp_path / 'run'}`; the same command continues after it" in capsys.readouterr().err
     assert main(argv) == 0
 
 
