@@ -165,7 +165,7 @@ class _Stops:
             raise KeyboardInterrupt if number == signal.SIGINT else _TerminatedError
         if self._count > 2:
             os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)
-        os.write(2, b"\nending, and removing what is half written; once more ends at once and may leave it there\n")
+        os.write(2, b"\nending; once more ends at once, and may leave files half written\n")
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
