@@ -134,7 +134,9 @@ def test_interrupted_run_says_where_the_finished_blocks_are(vlm_dir, questions, 
     with monkeypatch.context() as patched:
         patched.setattr("sab_hf.publish.save.save", stop)
         assert main(argv) == 130
-    assert f"what is finished is in `{tmp_path / 'run'}`; the same command continues after it" in capsys.readouterr().err
+    assert (
+        f"what is finished is in `{tmp_path / 'run'}`; the same command continues after it" in capsys.readouterr().err
+    )
     assert main(argv) == 0
 
 
