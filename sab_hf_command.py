@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from types import ModuleType
+
+INTERRUPTED = 130
 
 
 def main() -> int:
@@ -17,12 +20,25 @@ def main() -> int:
     Raises:
         SystemExit: with code 2 for wrong usage, 0 for `--help` and `--version`.
     """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # else it is ignored, as a shell has it for jobs in the background
+        signal.signal(signal.SIGINT, end_at_once)
     parser = parsing_part().make_parser()
     args = parser.parse_args()
     wait_asleep_where_busy()
     from sab_hf.cli import execute
 
-    return execute(args, parser)
+    signal.signal(signal.SIGINT, before)
+    code = execute(args, parser)
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C does not disturb the end of the process
+    return code
+
+
+def end_at_once(*args: object) -> None:
+    """Answer Ctrl-C while modules are imported: nothing was begun, and a traceback of torch helps nobody."""
+    os.write(2, b"\nsab-hf: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def wait_asleep_where_busy() -> None:

@@ -1,10 +1,12 @@
-"""Designs of the portable mode, held against each other and against our own format on a real language model.
+"""Designs of the portable mode, held against each other and against our own format.
 
     python benchmarks/portable.py smollm2 --text ../shared/real --jobs 4 --output portable.json
+    python benchmarks/portable.py examples/tiny_vlm/checkpoint --group 128 --output portable_tiny.json
 
-`smollm2` is what `real_lm.py build` makes. Its rows have 576 and 1,536 weights, and Q1_0 takes multiples of 128: that rule is
-waived here, and only here. Bits are those of Q1_0, one float16 scale for 128 weights; "scales by group" has groups of `--group`
-weights, a width that divides all rows.
+`smollm2` is what `real_lm.py build` makes; a model without `--text` is one that `examples/tiny_vlm/train.py` wrote, asked about
+its generated world. Rows of smollm2 have 576 and 1,536 weights, and Q1_0 takes multiples of 128: that rule is waived here, and
+only here. Bits are those of Q1_0, one float16 scale for 128 weights; "scales by group" has groups of `--group` weights, a width
+that divides all rows.
 """
 
 import argparse
@@ -20,10 +22,14 @@ from unittest.mock import patch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples"), str(HERE.parent)]
 
+import fidelity  # noqa: E402
+import methods  # noqa: E402
 import real_lm  # noqa: E402
+import tables  # noqa: E402
 import torch  # noqa: E402
 from methods import OURS, floor_bits  # noqa: E402
-from runner import Job, circumstances, run_jobs, write_json  # noqa: E402
+from runner import Job  # noqa: E402
+from tables import FULL_PRECISION  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import sab_hf  # noqa: E402
@@ -40,7 +46,10 @@ Q1_0_BITS = 1 + 16 / folds.GROUP
 
 @dataclass(frozen=True)
 class DesignSettings(real_lm.TextSettings):
-    """Settings of a language model; group: weights of a row that share a scale, where scales go by group."""
+    """Settings of a language model, or without `text` of one of the generated world.
+
+    group: weights of a row that share a scale, where scales go by group
+    """
 
     group: int = folds.GROUP
 
@@ -97,20 +106,23 @@ def design(name: str, group: int) -> Iterator[None]:
 
 
 def do(job: Job, settings: DesignSettings) -> dict[str, Any]:
-    """Return the measures of one job, whose method is a design; see `real_lm.do`."""
+    """Return the measures of one job, whose method is a design; see `real_lm.do`, and without a text `methods.do`."""
+    work = real_lm.do if settings.text else methods.do
+    if job.method == FULL_PRECISION:
+        return work(job, settings)
     with design(job.method, settings.group):
-        row = real_lm.do(replace(job, method=OURS), settings)
+        row = work(replace(job, method=OURS), settings)
     if job.method != OWN:
         row["bits"] = 1 + 16 / settings.group if job.method == GROUPS else Q1_0_BITS
     return row
 
 
 def list_jobs(floor: float, seeds: Sequence[int], options: dict[str, Any]) -> list[Job]:
-    """Return all rows, seed after seed.
+    """Return all rows: full precision, then seed after seed.
 
-    floor: least bits/weight of our own format for the model; options: fields of `SABQuantizationConfig` for all rows
+    floor: least bits/weight of our own format for the model; options: fields of `SABQuantizationConfig` for all other rows
     """
-    jobs = []
+    jobs = [Job(FULL_PRECISION, FULL_PRECISION)]
     for seed in seeds:
         budgets = dict.fromkeys((floor, max(floor, Q1_0_BITS)))
         jobs += [Job(f"{OWN}, {bits:.4g} bits", OWN, seed, bits, dict(options)) for bits in budgets]
@@ -122,53 +134,24 @@ def arguments() -> argparse.ArgumentParser:
     """Return the parser of the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the model")
-    parser.add_argument("--text", required=True, help="folder of the WikiText-2 files")
-    parser.add_argument("--output", type=Path, default=Path("portable.json"), help="JSON")
-    parser.add_argument("--rows", nargs="+", help="run only rows whose label contains one of these")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration")
+    parser.add_argument("--text", default="", help="folder of the WikiText-2 files; without it, the generated world")
+    tables.add_options(parser, "portable.json")
+    fidelity.add_world_options(parser)
     parser.add_argument("--options", type=json.loads, default={}, help="JSON: fields of SABQuantizationConfig")
     parser.add_argument("--group", type=int, default=96, help="weights that share a scale; divides all rows")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--samples", type=int, default=0, help="calibration samples of 512 tokens; 0: the whole text")
     parser.add_argument("--windows", type=int, default=96, help="stretches of 1,024 tokens that are measured")
-    parser.add_argument("--jobs", type=int, default=1, help="rows side by side, each a process")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of a process")
-    parser.add_argument(
-        "--deadline", type=float, default=float("inf"), help="seconds; what has not ended then is named"
-    )
+    parser.set_defaults(samples=None, batch_size=8, eval_batch=8)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Run the script."""
     args = arguments().parse_args(argv)
+    of_text = {"questions": len(real_lm.PROMPTS), "samples": args.samples or 0}  # 0: the whole text
+    more = of_text if args.text else {"samples": args.samples or 512}
     jobs = list_jobs(floor_bits(args.model), args.seeds, args.options)
-    chosen = [job for job in jobs if not args.rows or any(part in job.label for part in args.rows)]
-    settings = DesignSettings(
-        model=args.model,
-        device=args.device,
-        questions=len(real_lm.PROMPTS),
-        samples=args.samples,
-        batch_size=8,
-        eval_batch=8,
-        threads=args.threads,
-        gpus=max(1, torch.cuda.device_count()),
-        text=args.text,
-        windows=args.windows,
-        group=args.group,
-    )
-    head = circumstances(settings)
-    head["settings"]["text"] = Path(args.text).name  # folders of this machine mean nothing elsewhere
-    rows = run_jobs(
-        chosen,
-        settings,
-        do,
-        num_workers=args.jobs,
-        budget=args.deadline,
-        report=lambda rows: write_json(args.output, head, rows),
-    )
-    print(real_lm.markdown(rows))
-    return rows
+    columns, compare = (real_lm.COLUMNS, None) if args.text else (fidelity.COLUMNS, fidelity.compare)
+    return tables.run(jobs, real_lm.settings_of(args, DesignSettings, **more), do, args, columns, compare)
 
 
 if __name__ == "__main__":

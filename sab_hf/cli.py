@@ -10,14 +10,13 @@ it imports the package.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .commands import COMMANDS
@@ -80,8 +79,13 @@ def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if args.sab_command == "run":  # another program: its errors and its exit code are its own
         return _exit_code(COMMANDS["run"].run(args))
     command = COMMANDS[args.sab_command]
+    with _Stops(each=getattr(command, "ANSWERS_INTERRUPTIONS", False)) as stops:
+        return _execute(args, command, stops)
+
+
+def _execute(args: argparse.Namespace, command: Any, stops: _Stops) -> int:
     try:
-        with _stopping_when_terminated(), logging_to_stderr(args.quiet, args.verbose):
+        with logging_to_stderr(args.quiet, args.verbose):
             if hasattr(command, "check"):
                 command.check(args)
             with once_without_hub(args):
@@ -92,6 +96,7 @@ def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             sys.stdout.write(_printable(text) + "\n")
         sys.stdout.flush()
     except (KeyboardInterrupt, _TerminatedError) as stop:
+        stops.each = False
         terminated = isinstance(stop, _TerminatedError)
         say(f"\nsab-hf {args.sab_command}: {'terminated' if terminated else 'interrupted'}")
         if hasattr(command, "kept"):
@@ -131,21 +136,36 @@ class _TerminatedError(BaseException):
     """SIGTERM, which schedulers send: the command ends as after Ctrl-C, and what is half written is removed."""
 
 
-@contextlib.contextmanager
-def _stopping_when_terminated() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does."""
+class _Stops:
+    """While entered: Ctrl-C and SIGTERM end the command, and further ones do not disturb what removes half-written files.
 
-    def stop(*args: Any) -> None:
-        raise _TerminatedError
+    Args:
+        each: every Ctrl-C raises, for commands that answer it and go on.
+    """
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self, each: bool):
+        self.each = each
+        self._count, self._process = 0, os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stops:
+        if threading.current_thread() is threading.main_thread():
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, or a program's own
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._stop)
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._stop)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _stop(self, number: int, *frame: Any) -> None:
+        self._count += 1
+        if self._count == 1 or self.each or os.getpid() != self._process:
+            raise KeyboardInterrupt if number == signal.SIGINT else _TerminatedError
+        if self._count > 2:
+            os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)
+        os.write(2, b"\nending; once more ends at once, and may leave files half written\n")
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

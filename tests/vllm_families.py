@@ -37,6 +37,7 @@ SIZES = {
 }  # fmt: skip
 HEADS = {"head_dim": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
 SHARED = {"shared_expert_intermediate_size": 96}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64, "query_pre_attn_scalar": 32}
 FAMILIES = {
@@ -49,6 +50,8 @@ FAMILIES = {
     "Qwen3-MoE, experts dense": ("Qwen3MoeConfig", HEADS | EXPERTS, False, {"modules_to_not_convert": ["experts"]}),
     "Qwen3-MoE, experts packed": ("Qwen3MoeConfig", HEADS | EXPERTS, False, {}),
     "Qwen2-MoE, experts packed, one of them shared": ("Qwen2MoeConfig", EXPERTS | SHARED, False, {}),
+    "Mixtral, experts packed": ("MixtralConfig", LOCAL_EXPERTS, False, {}),
+    "Mixtral, experts dense": ("MixtralConfig", LOCAL_EXPERTS, False, {"modules_to_not_convert": ["experts"]}),
 }
 """Name → config class of transformers, its fields beside `SIZES`, whether embedding and head are one, settings of the method."""
 

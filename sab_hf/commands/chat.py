@@ -26,6 +26,8 @@ SUMMARY = "chat with a model at the terminal, with pictures"
 EXAMPLE = (
     'sab-hf chat examples/tiny_vlm-sab --image examples/shapes.png --prompt "What color is the object at the top left?"'
 )
+ANSWERS_INTERRUPTIONS = True
+"""Ctrl-C stops an answer, and the conversation goes on."""
 SIGN = "> "
 HELP = """\
 /image PATH  put a picture (file or URL) beside the next question; several if repeated

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..spelling import did_you_mean
 
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh", "tcsh", "fish")
 _FILES = ("model", "checkpoint", "output", "original", "data", "calibration", "image", "evaluation")
 """Arguments for which a shell completes names of files."""
 
@@ -66,7 +66,7 @@ class PrintCompletion(argparse.Action):
         try:
             import shtab
         except ImportError:
-            parser.error('--print-completion needs shtab: pip install "shtab>=1.7"')
+            parser.error('--print-completion needs shtab: pip install "shtab>=1.13"')
         commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         for each in commands.choices.values():
             for action in each._actions:

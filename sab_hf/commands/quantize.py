@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from ..spelling import did_you_mean
@@ -193,4 +194,6 @@ def kept(args: argparse.Namespace) -> str:
     if folder is None:
         unless = ", unless a line above says where it is" if args.push else ""
         return f"nothing of it was kept{unless}; with `--set checkpoint_dir=FOLDER` a run continues after its last finished block"
-    return f"the finished blocks are in `{folder}`; the same command continues after them"
+    if not any(Path(folder).glob("*.safetensors")):
+        return f"no step was finished that `{folder}` could keep; the same command begins again"
+    return f"what is finished is in `{folder}`; the same command continues after it"

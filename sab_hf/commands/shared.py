@@ -122,7 +122,7 @@ def say(text: str, alarming: str | None = None) -> None:
 
     line = Text(printable(text))
     if alarming:
-        line.highlight_words([alarming], "bold red")
+        line.highlight_words([alarming], "red")  # bold would stay with NO_COLOR
     Console(stderr=True, soft_wrap=True).print(line)
 
 

@@ -118,7 +118,7 @@ def export_gguf(
     require_packed(packed, checkpoint)
     tokenizer = None if source else _tokenizer(checkpoint)
     if beside:
-        require_tower(packed.model_type)
+        require_tower(packed)
         statistics = image_statistics(checkpoint)
     model = opening_class(packed).from_pretrained(checkpoint, dtype="auto", device_map="cpu")
     roles, config = find_roles(model), model.config.get_text_config()
@@ -340,7 +340,7 @@ class _Source:
         try:
             self.reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError) as error:
-            raise ValueError(f"`{path}` is no complete GGUF file ({error})") from error
+            raise ValueError(f"`{path}` is no complete GGUF file ({error}); download or make it again") from error
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         if (self._field("split.count") or 1) > 1:
             raise ValueError(f"`{path}` is one part of several; join them with `llama-gguf-split --merge`")
@@ -361,33 +361,38 @@ class _Source:
         import gguf
 
         kinds = gguf.GGMLQuantizationType
-        other = f"`{self.path}` is not of the model of `{checkpoint}`: "
         found = self._field("general.architecture")
         if found != architecture.name:
-            raise ValueError(f"{other}its architecture is {found!r}, {architecture.name!r} is required")
+            raise self._of_another(checkpoint, f"its architecture is {found!r}, {architecture.name!r} is required")
         blocks = {name.split(".")[1] for name in self.tensors if name.startswith("blk.")}
         own = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
         if len(blocks) != len(own):
-            raise ValueError(f"{other}it has {len(blocks)} blocks, {len(own)} are required")
+            raise self._of_another(checkpoint, f"it has {len(blocks)} blocks, {len(own)} are required")
         of_blocks = {name for name in self.tensors if name.startswith("blk.")}
         missing, unknown = sorted(tensors.keys() - self.tensors.keys()), sorted(of_blocks - tensors.keys())
         if missing or unknown:
             name, what = (missing[0], "lacks") if missing else (unknown[0], "has")
-            raise ValueError(f"{other}it {what} the tensor `{name}`")
+            raise self._of_another(checkpoint, f"it {what} the tensor `{name}`")
         for name, tensor in tensors.items():
             there = self.tensors[name]
             shape = tuple(int(size) for size in reversed(there.shape))
             if shape != tuple(tensor.shape):
-                raise ValueError(f"{other}its `{name}` is {list(shape)}, {list(tensor.shape)} is required")
+                raise self._of_another(checkpoint, f"its `{name}` is {list(shape)}, {list(tensor.shape)} is required")
             if there.tensor_type not in (kinds.F16, kinds.BF16, kinds.F32):
                 raise ValueError(
                     f"`{self.path}` must be an F16, BF16 or F32 file, and its `{name}` is {there.tensor_type.name}: it is "
-                    "quantized already"
+                    "quantized already; take the F16 file of the same model"
                 )
         for name, tensor in tensors.items():
-            self._check_values(name, tensor, other)
+            self._check_values(name, tensor, checkpoint)
 
-    def _check_values(self, name: str, tensor: _Tensor, other: str) -> None:
+    def _of_another(self, checkpoint: str, what: str) -> ValueError:
+        return ValueError(
+            f"`{self.path}` is not of the model of `{checkpoint}`: {what}; pass an F16 file of the model that was quantized, or "
+            "leave `like` out"
+        )
+
+    def _check_values(self, name: str, tensor: _Tensor, checkpoint: str) -> None:
         """Hold what binarizing keeps against the file: signs of planes, and embedding, head and last norm as they are."""
         import gguf
 
@@ -395,14 +400,13 @@ class _Source:
             values = self._values(name, len(tensor.dense))
             same = float(((values >= 0) == (tensor.dense >= 0)).mean())
             if same < _LEAST_AGREEMENT:
-                raise ValueError(
-                    f"{other}{100 * same:.0f} % of the signs of `{name}` are the same, and by chance half of them are"
-                )
+                share = f"{100 * same:.0f} % of the signs of `{name}` are the same, and by chance half of them are"
+                raise self._of_another(checkpoint, share)
         elif not name.startswith("blk."):
             values = self._values(name, len(tensor.dense))
             error, size = np.abs(values - tensor.dense).max(), np.abs(tensor.dense).max()
             if not error <= 1e-2 * size:
-                raise ValueError(f"{other}the values of `{name}` differ")
+                raise self._of_another(checkpoint, f"the values of `{name}` differ")
 
     def copy_header(self, writer: Any) -> None:
         """Add all metadata of the file that do not tell how it was quantized."""

@@ -40,16 +40,16 @@ class _Tower:
     tensors: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
 
 
-def require_tower(model_type: str) -> None:
-    """Raise a ValueError unless the vision tower of a model can be written.
-
-    Args:
-        model_type: of the model's config.
-    """
-    if model_type not in TOWERS:
+def require_tower(config: Any) -> None:
+    """Raise a ValueError unless the model of a config has a vision tower that can be written."""
+    if getattr(config, "vision_config", None) is None:
         raise ValueError(
-            f"an `mmproj` file can be written for models of the types {sorted(TOWERS)}, and this one is {model_type!r}; leave "
-            "`mmproj` out and use the file of the original model, from the Hub or of llama.cpp's converter, since "
+            f"an `mmproj` file holds a vision tower, and {config.model_type!r} has none; leave `mmproj` out"
+        )
+    if config.model_type not in TOWERS:
+        raise ValueError(
+            f"an `mmproj` file can be written for models of the types {sorted(TOWERS)}, and this one is {config.model_type!r}; "
+            "leave `mmproj` out and use the file of the original model, from the Hub or of llama.cpp's converter, since "
             "binarizing leaves the tower as it is"
         )
 

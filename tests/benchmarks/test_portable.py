@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import portable
 import pytest
@@ -58,3 +59,19 @@ def test_a_linear_taken_apart_computes_the_same():
     linear = nn.Linear(12, 5)
     x = torch.randn(3, 12)
     torch.testing.assert_close(portable.GroupedLinear(linear, 4)(x), linear(x))
+
+
+@pytest.mark.parametrize("text", [[], ["--text", "texts"]])
+def test_rows_are_listed_with_and_without_a_text(text, capsys):
+    model = Path(__file__).parents[2] / "examples" / "tiny_vlm" / "checkpoint"
+    portable.main([str(model), *text, "--list"])
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 2 + len(portable.DESIGNS)
+    assert listed[:3] == [
+        f"{name} (seed 0)"
+        for name in (
+            "full precision",
+            f"{portable.OWN}, 1.106 bits",
+            f"{portable.OWN}, 1.125 bits",
+        )
+    ]

@@ -243,6 +243,13 @@ def test_usage_is_told_before_anything_heavy_is_imported(argv, code, tmp_path):
     assert done.stdout.endswith("[]\n")
 
 
+def test_interruption_of_an_import_leaves_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    script = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    done = process(["-c", f"{script}import sab_hf_command\nsab_hf_command.main()", "inspect", "x"], tmp_path)
+    assert (done.returncode, done.stderr) == (130, "\nsab-hf: interrupted\n")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("optimum.commands.optimum_cli") is None, reason="needs optimum")
 def test_optimum_cli_has_the_same_command(packed_dir, vlm_dir):
     def run_both() -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import huggingface_hub
 import pytest
@@ -204,24 +205,66 @@ def test_a_full_disk_leaves_nothing(command, saved, vlm_dir, questions, tmp_path
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.fixture
+def interruptible():
+    """Have Ctrl-C raise, as in a terminal; a shell's job in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_leaves_nothing(capsys, vlm_dir, questions, tmp_path, monkeypatch, number, code):
+def test_a_stopped_run_leaves_nothing(capsys, vlm_dir, questions, tmp_path, monkeypatch, interruptible, number, code):
     def stop(*args, **kwargs):
         signal.raise_signal(number)
 
     monkeypatch.setattr(hub_module, "html_report", stop)  # the last thing that is written
     (tmp_path / "out").mkdir()
     argv = ["quantize", vlm_dir, tmp_path / "out" / "folder", "--calibration", questions, *QUICK_OPTIONS]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    try:
-        found = main([str(argument) for argument in argv])
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert found == code
+    assert main([str(argument) for argument in argv]) == code
     said = capsys.readouterr().err
     assert f"sab-hf quantize: {'interrupted' if code == 130 else 'terminated'}" in said
     assert "nothing of it was kept" in said
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_second_interruption_does_not_disturb_the_first(capfd, saved, monkeypatch, interruptible):
+    removed = []
+
+    def stop(*args, **kwargs):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            removed.append("what is half written")
+
+    monkeypatch.setattr("sab_hf.publish.inspect.inspect", stop)
+    assert main(["inspect", str(saved)]) == 130
+    assert removed
+    said = capfd.readouterr().err
+    assert "once more ends at once" in said
+    assert said.endswith("sab-hf inspect: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_third_interruption_ends_at_once(saved):
+    def run() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        def stop(*args, **kwargs):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                sys.stderr.write("not reached")
+
+        with patch("sab_hf.publish.inspect.inspect", stop):
+            main(["inspect", str(saved)])
+
+    done = forked(run)
+    assert done.returncode == 130
+    assert "not reached" not in done.stderr
 
 
 def test_a_reader_that_has_enough_is_no_error(saved, tmp_path):

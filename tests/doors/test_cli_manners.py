@@ -92,10 +92,10 @@ def test_colours_are_for_terminals_that_want_them(vlm_dir, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
     main(["inspect", str(vlm_dir)])
-    assert "\x1b[1;31merror:\x1b[0m" in capsys.readouterr().err
+    assert "\x1b[31merror:\x1b[0m" in capsys.readouterr().err
     monkeypatch.setenv("NO_COLOR", "1")
     main(["inspect", str(vlm_dir)])
-    assert "\x1b[1;31m" not in capsys.readouterr().err
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_hub_that_does_not_answer_is_asked_once(monkeypatch, capsys, tmp_path):
@@ -128,16 +128,19 @@ def test_interrupted_run_says_where_the_finished_blocks_are(vlm_dir, questions, 
     argv = ["quantize", str(vlm_dir), str(tmp_path / "out"), "--calibration", questions, *QUICK_OPTIONS]
     argv += ["--set", f"checkpoint_dir={tmp_path / 'run'}"]
     with monkeypatch.context() as patched:
+        patched.setattr("sab_hf.publish.open.opening_class", stop)
+        assert main(argv) == 130
+    assert f"no step was finished that `{tmp_path / 'run'}` could keep" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
         patched.setattr("sab_hf.publish.save.save", stop)
         assert main(argv) == 130
     assert (
-        f"the finished blocks are in `{tmp_path / 'run'}`; the same command continues after them"
-        in capsys.readouterr().err
+        f"what is finished is in `{tmp_path / 'run'}`; the same command continues after it" in capsys.readouterr().err
     )
     assert main(argv) == 0
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh", "fish"])
 def test_completion_knows_commands_and_options(shell, capsys):
     pytest.importorskip("shtab")
     with pytest.raises(SystemExit) as stop:
