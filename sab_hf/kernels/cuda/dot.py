@@ -2,6 +2,10 @@
 
 A tile of words [rows, words] is unpacked in registers, straight into the order of the tensor cores' left operand: one
 shift and one logical operation make a pair of weights ±1. Each weight is unpacked once for all inputs of a tile.
+
+On compute capability 9.x tensor cores read the weights from registers while the program goes on (`wgmma`). Triton before 3.7
+does not wait for them when it writes the weights of the next step to those registers, so that some products are of the wrong
+weights (triton-lang/triton#9433); `after_products` waits.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from .int8 import load_words
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _BFLOAT16_SIGNS = tl.constexpr("lop3.b32 $0, $1, 0x80008000, 0xBF80BF80, 0x6A;")
 _FLOAT16_SIGNS = tl.constexpr("lop3.b32 $0, $1, 0x80008000, 0xBC00BC00, 0x6A;")
+_FINISH_PRODUCTS = tl.constexpr("wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;")
 
 
 @triton.jit
@@ -25,6 +30,19 @@ def sign_pairs(bits, dtype: tl.constexpr):
     else:  # one instruction; the compiler makes two
         asm: tl.constexpr = _BFLOAT16_SIGNS if dtype == tl.bfloat16 else _FLOAT16_SIGNS
         return tl.inline_asm_elementwise(asm, "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def after_products(words, WAIT: tl.constexpr):
+    """Return `words`, if WAIT once no product that was begun reads registers any more.
+
+    Weights that are made of the result are written to registers after that.
+    """
+    if WAIT and not INTERPRETED:
+        zero = tl.inline_asm_elementwise(_FINISH_PRODUCTS, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        return words | zero
+    else:
+        return words
 
 
 @triton.jit
@@ -46,6 +64,7 @@ def _weights(words, dtype: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
 def _plane_products(
     u_ptr, start, row, rows, column, batch, padded_words, first, last,
     STRIDE: tl.constexpr, NUM_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """Return the products [ROWS, BATCH] of one plane's tiles of words `first` to `last` - 1."""
     place = tl.arange(0, 32 * WORDS)
@@ -53,7 +72,7 @@ def _plane_products(
     acc = tl.zeros([ROWS, BATCH], tl.float32)
     for tile in range(first, last):
         word = tile * WORDS + tl.arange(0, WORDS)
-        words = load_words(start, row, word, rows, word < NUM_WORDS, STRIDE)
+        words = after_products(load_words(start, row, word, rows, word < NUM_WORDS, STRIDE), WAIT)
         inputs = tl.load(u + tile * (32 * WORDS), mask=(column < batch)[None, :], other=0.0)
         acc = tl.dot(_weights(words, u_ptr.dtype.element_ty, ROWS, WORDS), inputs, acc, input_precision="ieee")
     return acc
@@ -65,7 +84,8 @@ def dot_kernel(
     batch, rows, padded_words,
     PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
     RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr, SPLITS: tl.constexpr, WAIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y[b, i] = Σ over planes k of r_k[i] (B_k u_k)[i, b], the words of each plane shared among SPLITS programs.
 
@@ -85,7 +105,7 @@ def dot_kernel(
         acc = _plane_products(
             u_ptr + plane * 32 * batch * padded_words, signs_ptr + tl.full([], plane, tl.int64) * rows * STRIDE,
             row, rows, column, batch, padded_words, split * tiles // SPLITS, (split + 1) * tiles // SPLITS,
-            STRIDE, NUM_WORDS, ROWS, WORDS, BATCH,
+            STRIDE, NUM_WORDS, ROWS, WORDS, BATCH, WAIT,
         )  # fmt: skip
         total += acc * tl.load(row_scale_ptr + plane * rows + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     if RESIDUAL_WORDS:
@@ -93,7 +113,7 @@ def dot_kernel(
         acc = _plane_products(
             u_ptr + PLANES * 32 * batch * padded_words, residual_ptr, row, rows, column, batch, padded_words,
             split * residual_tiles // SPLITS, (split + 1) * residual_tiles // SPLITS,
-            RESIDUAL_STRIDE, RESIDUAL_WORDS, ROWS, WORDS, BATCH,
+            RESIDUAL_STRIDE, RESIDUAL_WORDS, ROWS, WORDS, BATCH, WAIT,
         )  # fmt: skip
         total += acc * tl.load(residual_row_scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     inside = (row < rows)[:, None] & (column < batch)[None, :]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from .dot import after_products
 from .int8 import load_words
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -116,7 +117,8 @@ def fused_kernel(
     x_ptr, stride_batch, stride_column, scale_ptr, extra_scale_ptr, signs_ptr, row_scale_ptr, extra_ptr, extra_row_scale_ptr,
     y_ptr, partial_ptr, batch, rows, in_features, whole, row_tiles, tiles,
     PLANES: tl.constexpr, EXTRA: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr, EXTRA_STRIDE: tl.constexpr,
-    EVEN: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr, WAIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y[b, i] = Σ_j r_0[i] w[i, j] x[b, j]; see above.
 
@@ -157,7 +159,7 @@ def fused_kernel(
         acc = tl.zeros([ROWS, BATCH], tl.float32)
         for step in range(first, last):
             word = step * WORDS + tl.arange(0, WORDS)
-            words = load_words(signs_ptr, row, word, rows, word < NUM_WORDS, STRIDE)
+            words = after_products(load_words(signs_ptr, row, word, rows, word < NUM_WORDS, STRIDE), WAIT)
             p0, p1, p2, p3 = _plane_pairs(words, scale_ptr, word)
             for k in tl.static_range(1, PLANES + EXTRA):
                 if k < PLANES:

@@ -169,8 +169,8 @@ def dot_product(x: Tensor, planes: Planes, tiles: cuda_tiles.DotTiles | None = N
     partial = x.new_empty((tiles.splits, batch, planes.rows) if tiles.splits > 1 else 1, dtype=torch.float32)
     _launch(
         dot_kernel, grid, u, *_weight_arguments(planes), y, partial, counters, batch, planes.rows, padded,
-        **_weight_sizes(planes), ROWS=tiles.rows, WORDS=tiles.words, BATCH=tiles.batch, SPLITS=tiles.splits, PDL=_pdl(x),
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        **_weight_sizes(planes), ROWS=tiles.rows, WORDS=tiles.words, BATCH=tiles.batch, SPLITS=tiles.splits,
+        WAIT=_waits(x), PDL=_pdl(x), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y
 
@@ -224,8 +224,8 @@ def fused_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles | None
         planes.words, planes.row_scale, extra, extra_row_scale, y, partial, batch, planes.rows, planes.in_features,
         whole, row_tiles, count, PLANES=sizes["PLANES"], EXTRA=planes.num_significant > 0,
         NUM_WORDS=sizes["NUM_WORDS"], STRIDE=sizes["STRIDE"], EXTRA_STRIDE=extra.shape[-1],
-        EVEN=planes.in_features % (32 * tiles.words) == 0, ROWS=tiles.rows, WORDS=tiles.words, BATCH=tiles.batch, PDL=pdl,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        EVEN=planes.in_features % (32 * tiles.words) == 0, ROWS=tiles.rows, WORDS=tiles.words, BATCH=tiles.batch,
+        WAIT=_waits(x), PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if shared:
         part = min(tiles.rows, 16)
@@ -356,6 +356,11 @@ def _launch(kernel, grid, *args, **options) -> None:
 
 def _pdl(x: Tensor) -> bool:
     return x.is_cuda and _capability(x) >= (9, 0) and _CAN_WAIT
+
+
+def _waits(x: Tensor) -> bool:
+    """Tell whether products of `x` read weights from registers while the program goes on; see `dot.py`."""
+    return _capability(x)[0] == 9 and x.element_size() == 2
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
