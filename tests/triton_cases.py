@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 
 import pytest
-import torch
 import triton
 from helpers import operands, random_planes
 
 INTERPRETED = triton.knobs.runtime.interpret
-GPU_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the first test of this file starts")
 

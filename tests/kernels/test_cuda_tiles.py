@@ -26,9 +26,22 @@ def test_devices_whose_tensor_cores_do_not_multiply_bits_use_int8(capability):
     assert kernel(1, words=592, capability=capability) == "int8"
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8, 100])
-def test_exact_products_do_not_round_activations_to_integers(batch):
-    assert kernel(batch, exact=True) in ("dot", "dense")
+@pytest.mark.parametrize("capability", [HOPPER, TURING, BLACKWELL])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("batch", [1, 2, 8, 16, 100, 300, 5000])
+def test_exact_products_do_not_round_activations_to_integers(batch, itemsize, capability):
+    for rows in (512, 3584, 37888):
+        name = kernel(batch, rows=rows, itemsize=itemsize, exact=True, capability=capability)
+        assert name not in cuda_tiles.ROUNDS_INPUTS
+        assert name in (("fragments", "fused", "dense") if itemsize == 2 and capability == HOPPER else ("dot", "dense"))
+
+
+@given(
+    st.integers(1, 5000), st.integers(1, 4), st.integers(1, 50_000), st.integers(1, 1000), st.integers(0, 100),
+    st.booleans(),
+)  # fmt: skip
+def test_16_bit_products_of_hopper_have_kernels_of_their_own(batch, planes, rows, words, residual_words, exact):
+    assert kernel(batch, planes, rows, words, residual_words, exact=exact) != "dot"
 
 
 def test_a_single_launch_is_for_one_input_of_rows_that_fit():
@@ -40,10 +53,13 @@ def test_a_single_launch_is_for_one_input_of_rows_that_fit():
 
 
 def test_long_prefill_is_unpacked():
-    assert kernel(256) == "dot"
-    assert kernel(5000, rows=37888) == "dense"
+    assert kernel(256, rows=18944) == "fused"
+    assert kernel(600, rows=37888) == kernel(256) == kernel(100, rows=512) == "dense"
+    assert kernel(512, rows=18944, planes=2) == "dense"
     assert kernel(256, itemsize=4) == "dense"  # float32 does not use tensor cores
-    assert kernel(256, planes=2) == "dense"  # a product for each plane
+    assert kernel(256, capability=TURING) == "dot"
+    assert kernel(5000, rows=37888, capability=TURING) == "dense"
+    assert kernel(256, planes=2, capability=TURING) == "dense"  # a product for each plane
 
 
 shapes = st.tuples(
@@ -84,24 +100,27 @@ def test_shares_of_the_work_are_equal_and_complete(tiles, steps, most, shared):
 
 
 def test_measured_choices_come_first(monkeypatch):
-    tiles = cuda_tiles.FusedTiles(128, 2, 256, 8, 3, 1, True)
-    rows = ((1, "single", None), (4, "bits", None), (16, "fragments", "of this matrix"), (512, "fused", tiles))
-    monkeypatch.setattr(cuda_tiles, "MEASURED", {(132, 1, 3584, 112, True): rows, (132, 1, 512, 112, True): ()})
+    rows = ((1, "single", None), (4, "", None), (16, "fragments", "of this matrix"))
+    monkeypatch.setattr(cuda_tiles, "MEASURED", {(132, 1, 3584, 112, True): rows})
 
     def choice(batch, rows=3584, processors=132, residual_words=12, itemsize=2, exact=False, capability=HOPPER):
         return cuda_tiles.measured.__wrapped__(
             batch, 1, rows, 112, residual_words, processors, itemsize, exact, capability
         )
 
-    assert choice(3) == ("bits", None)
-    assert choice(1, exact=True) == choice(9) == ("fragments", "of this matrix")
-    assert choice(9, rows=3000) == ("fragments", None)  # its tiles by the rule
-    assert choice(1, rows=3000) is None  # may not fit
-    assert choice(300, rows=3000) == ("fused", tiles)
-    assert choice(513) is None
-    assert choice(3, rows=500) is None  # nearest to a matrix of which nothing was measured
-    for other in ({"processors": 78}, {"residual_words": 0}, {"itemsize": 4}, {"capability": BLACKWELL}):
-        assert choice(3, **other) is None
+    assert choice(1) == ("single", None)
+    assert choice(1, exact=True) is None
+    assert choice(3) is None  # the rules' choice
+    assert choice(9) == choice(9, exact=True) == ("fragments", "of this matrix")
+    assert choice(17) is None
+    for other in (
+        {"rows": 3000},
+        {"processors": 78},
+        {"residual_words": 0},
+        {"itemsize": 4},
+        {"capability": BLACKWELL},
+    ):
+        assert choice(9, **other) is None
 
 
 def test_an_old_or_missing_triton_is_named(monkeypatch):

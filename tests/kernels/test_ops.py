@@ -51,7 +51,7 @@ def test_weights_without_memory_are_an_error():
 
 
 def other_mask(mask: torch.Tensor) -> torch.Tensor:
-    return mask ^ torch.tensor([1] + [0] * (mask.numel() - 1), dtype=torch.uint8)
+    return mask ^ torch.tensor([1] + [0] * (mask.numel() - 1), dtype=torch.uint8, device=mask.device)
 
 
 WRONG = {

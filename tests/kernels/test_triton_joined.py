@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from helpers import inputs, operands, random_planes
-from triton_cases import GPU_DTYPES, interpreted, kernels, problem
+from triton_cases import interpreted, kernels, problem
 
 from sab_hf.kernels.cuda import tiles as cuda_tiles
 from sab_hf.kernels.ops import sab_linear, sab_linears
@@ -121,16 +121,31 @@ def on_gpu(size: tuple[int, int, int, int]):
     return operands(random_planes(*size, seed=sum(size)), "cuda")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("batch", [1, 2, 4, 16, 300])
-@pytest.mark.parametrize("dtype", GPU_DTYPES)
-@pytest.mark.parametrize("group", GPU_GROUPS.values(), ids=GPU_GROUPS)
-def test_joined_products_are_the_products_alone_on_a_gpu(group, dtype, batch, exact):
-    packed = [on_gpu(size) for size in group]
-    x = inputs(batch, group[0][1], dtype=dtype).cuda()
+OTHER_DTYPES = [
+    (name, dtype) for name in ("other residual planes", "single and bits") for dtype in (torch.float32, torch.float16)
+]
+
+
+def compare_on_gpu(name: str, dtype: torch.dtype, batch: int, exact: bool) -> None:
+    packed = [on_gpu(size) for size in GPU_GROUPS[name]]
+    x = inputs(batch, GPU_GROUPS[name][0][1], dtype=dtype).cuda()
     found = sab_linears(x, *map(list, zip(*packed, strict=True)), exact)
     assert_same_bits(found, [sab_linear(x, *one, exact) for one in packed])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize(("group", "dtype"), [(name, torch.bfloat16) for name in GPU_GROUPS] + OTHER_DTYPES)
+def test_joined_products_are_the_products_alone_on_a_gpu(group, dtype, batch):
+    """Only the loads and stores of the kernels depend on the dtype."""
+    compare_on_gpu(group, dtype, batch, exact=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "exact"), [(1, True), (16, False), (300, False)])
+@pytest.mark.parametrize("group", ["other numbers of planes", "q, k, v, unequal"])
+def test_products_that_share_no_launch_are_the_products_alone_on_a_gpu(group, batch, exact):
+    compare_on_gpu(group, torch.bfloat16, batch, exact)
 
 
 @pytest.mark.gpu

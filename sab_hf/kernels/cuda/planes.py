@@ -6,7 +6,7 @@ columns.
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -156,16 +156,14 @@ def _derived(name, source, make):
 
     def apart():
         torch.cuda.current_stream(source.device).synchronize()
-        result = []
 
         def work():
             with torch.cuda.device(source.device), torch.no_grad():
-                result.append(make())
+                result = make()
                 torch.cuda.current_stream().synchronize()
+                return result
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        return result[0]
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(work).result()
 
     return layouts.cached(name, source, apart)

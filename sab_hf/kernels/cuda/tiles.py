@@ -75,49 +75,88 @@ class DenseTiles(NamedTuple):
 
 Choice = tuple[int, str, tuple | None]
 
-# What `python benchmarks/speed_gpu_sweep.py` measures: its table goes here.
-MEASURED: dict[tuple[int, int, int, int, bool], tuple[Choice, ...]] = {}
-"""(processors, planes, rows, words, has a residual plane) → (inputs up to which, kernel, tiles), the least inputs first."""
+# Measured by `python benchmarks/speed_gpu_sweep.py` on one H200, 2026-11-30 (`benchmarks/results/speed_gpu_sweep_h200.json`), as
+# are the rules for compute capability 9.x below.
+MEASURED: dict[tuple[int, int, int, int, bool], tuple[Choice, ...]] = {
+    (132, 1, 3584, 112, True): ((2, "", None), (8, "fragments", FragmentsTiles(1, 1, 4, 4))),
+    (132, 1, 512, 112, True): ((2, "", None), (8, "fragments", FragmentsTiles(1, 1, 4, 4))),
+}
+"""(processors, planes, rows, words, has a residual plane) → (inputs up to which, kernel, tiles), the least inputs first.
+
+Only what is more than 10 % faster than the rules' choice, for which the kernel "" stands.
+"""
 ROUNDS_INPUTS = ("single", "bits", "int8")
 """Kernels that round activations to integers."""
-
-# Measured on one H100, 2026-11-25 (`benchmarks/results/speed_gpu_sweeps.json`):
 SINGLE_WORDS, SINGLE_PLANES, SINGLE_ROWS = 128, 2, 4096
 """Words of a row (the residual plane's included), planes and rows up to which a single launch is the fastest for one input."""
+SMALL, LARGE = 2**17, 2**20
+"""Words of a plane: below the one, unpacking pays early; from the other on there is work for all processors."""
+FEW_ROWS, MANY_ROWS = 1024, 16384
+"""Rows below which programs have to share tiles for a few inputs; rows from which they need not."""
+
+# Measured on one H100, 2026-11-25 (`benchmarks/results/speed_gpu_sweeps.json`), and used where compute capability is not 9.x:
 BITS_BATCH, WIDE_BITS_BATCH, WIDE = 4, 8, 256
 """Inputs up to which the kernel on bits is the fastest; the same for rows of more than WIDE words."""
 INT8_BATCH = 4
 """Inputs up to which the int8 kernel is used where tensor cores do not multiply bits."""
-MANY_ROWS = 16384
-"""Rows from which unpacking for a library's product pays late; see `_dot_batch`."""
 PROGRAMS_PER_PROCESSOR = 20
 PIECES_PER_WARP = 8
 """Pieces of 16 words that a warp of the kernel on bits holds at a time, for lack of registers."""
 BITS_TILES = {(132, 1, 18944, 112, False): BitsTiles(4, 4, 1)}
-"""(processors, planes, rows, words, has a residual plane) → tiles, where the rule is not the best."""
+"""(processors, planes, rows, words, has a residual plane) → tiles of the kernel on bits, where the rule is not the best."""
 
 
 def kernel(
     batch: int, planes: int, rows: int, words: int, residual_words: int, itemsize: int, exact: bool, capability: tuple[int, int]
 ) -> str:  # fmt: skip
-    """Return which kernel multiplies: single, bits, int8, dot or dense.
+    """Return which kernel multiplies: one of `launch.PRODUCTS`.
 
     Args:
         words, residual_words: 32-bit words of a row of a plane and of the residual plane.
         itemsize: bytes of an activation.
         capability: compute capability of the device; tensor cores multiply bits on 8.x and 9.x.
     """
+    hopper = capability[0] == 9 and itemsize == 2
     if not exact:
         fits = planes <= SINGLE_PLANES and _single_words(words, residual_words) <= SINGLE_WORDS
         if batch == 1 and fits and rows <= SINGLE_ROWS:
             return "single"
         if (8, 0) <= capability < (10, 0):
-            if batch <= (WIDE_BITS_BATCH if words > WIDE else BITS_BATCH):
+            if batch <= (_hopper_bits_batch(rows, words, residual_words) if hopper else _bits_batch(words)):
                 return "bits"
         elif batch <= INT8_BATCH:
             return "int8"
+    if hopper:
+        if batch <= _fragments_batch(rows, residual_words):
+            return "fragments"
+        return "fused" if batch <= _fused_batch(planes, rows, words, residual_words) else "dense"
     most = 128 if itemsize == 4 else _dot_batch(planes, rows, residual_words)
     return "dot" if batch <= most else "dense"
+
+
+def _bits_batch(words: int) -> int:
+    return WIDE_BITS_BATCH if words > WIDE else BITS_BATCH
+
+
+def _hopper_bits_batch(rows: int, words: int, residual_words: int) -> int:
+    """Return the inputs up to which the kernel on bits is the fastest; the residual plane takes pieces of its own."""
+    return 2 if residual_words and rows * words < LARGE else 4
+
+
+def _fragments_batch(rows: int, residual_words: int) -> int:
+    """Return the inputs up to which the kernel on fragments is the fastest; it need not expand a residual plane."""
+    if rows < FEW_ROWS:
+        return 8 if residual_words else 0
+    return 16 if residual_words or rows >= MANY_ROWS else 8
+
+
+def _fused_batch(planes: int, rows: int, words: int, residual_words: int) -> int:
+    """Return the inputs up to which making weights in registers beats unpacking them to memory."""
+    if rows * words < SMALL:
+        return 64
+    if rows * words < LARGE:
+        return 256 if residual_words else 128
+    return 512 if planes == 1 else 256
 
 
 @lru_cache(4096)
@@ -125,23 +164,12 @@ def measured(
     batch: int, planes: int, rows: int, words: int, residual_words: int, processors: int, itemsize: int, exact: bool,
     capability: tuple[int, int],
 ) -> tuple[str, tuple | None] | None:  # fmt: skip
-    """Return kernel and tiles of the measured matrix that is most like this one, or None.
-
-    It has the same planes, and was measured on devices of as many processors, of compute capability 9.x, with 16-bit inputs.
-    Arguments: see `kernel`.
-    """
+    """Return kernel and tiles of a measured matrix on such a device with 16-bit inputs, or None. Arguments: see `kernel`."""
     if itemsize != 2 or capability[0] != 9:
         return None
-    alike = [key for key in MEASURED if (key[0], key[1], key[4]) == (processors, planes, residual_words > 0)]
-    if not alike:
-        return None
-    nearest = min(alike, key=lambda key: abs(math.log(key[2] / rows)) + abs(math.log(key[3] / words)))
-    same = nearest[2:4] == (rows, words)
-    for most, name, tiles in MEASURED[nearest]:
-        if batch <= most and not (exact and name in ROUNDS_INPUTS):
-            if name == "single" and not same:  # it may not fit
-                return None
-            return name, tiles if same or name == "fused" else None
+    for most, name, tiles in MEASURED.get((processors, planes, rows, words, residual_words > 0), ()):
+        if batch <= most:
+            return None if not name or (exact and name in ROUNDS_INPUTS) else (name, tiles)
     return None
 
 
@@ -233,19 +261,27 @@ def fragments_tiles(
 ) -> FragmentsTiles:  # fmt: skip
     """Choose tiles of the kernel on fragments: warps share rows until there are enough of them, each with a piece at least."""
     pieces = planes * math.ceil(words / 16) + math.ceil(residual_words / 16)
-    tiles = 1 if rows < 32 * processors else 2
-    split = power_of_two(pieces, 1, 16 if rows < 64 * processors else 8)
-    return FragmentsTiles(tiles, power_of_two(math.ceil(batch / 8), 1, 4), max(4, split), split)
+    few = rows < 32 * processors and (batch <= 8 or words <= WIDE)
+    most = (
+        16 if words > WIDE and rows < 64 * processors else 8 if rows < (256 if batch <= 8 else 64) * processors else 4
+    )
+    split = power_of_two(pieces, 1, most)
+    return FragmentsTiles(1 if few else 2, power_of_two(math.ceil(batch / 8), 1, 4), max(4, split), split)
 
 
 def fused_tiles(
     planes: int, rows: int, words: int, residual_words: int, processors: int, batch: int
 ) -> FusedTiles:  # fmt: skip
     """Choose tiles of the kernel of one product: high ones, since they need the fewest loads of activations."""
+    large = rows * words >= LARGE
+    if batch <= 16:
+        return FusedTiles(64, 8, 16, warps=4, stages=4, programs=2, shared=True)
     if batch <= 32:
-        return FusedTiles(64, 8, power_of_two(batch, 8, 32), warps=4, stages=4, programs=2, shared=True)
+        tile = FusedTiles(128, 4, 32, warps=4, stages=4, programs=2, shared=True)
+        return tile if large else tile._replace(rows=64, words=8)
     if batch <= 64:
-        return FusedTiles(128, 4, 64, warps=4, stages=4, programs=2, shared=True)
-    if batch <= 128:
-        return FusedTiles(256, 2, 128, warps=8, stages=4, programs=1, shared=True)
-    return FusedTiles(128, 2, 256, warps=8, stages=3, programs=1, shared=True)
+        tile = FusedTiles(128, 4, 64, warps=4, stages=4, programs=2 if large else 1, shared=True)
+        return tile if rows >= FEW_ROWS else tile._replace(rows=64)
+    if batch <= 128 or not large:
+        return FusedTiles(128, 4, 128, warps=8, stages=3, programs=1, shared=True)
+    return FusedTiles(128, 2, 256, warps=8, stages=4, programs=1, shared=True)
