@@ -4,7 +4,8 @@
 
 Kernels are compiled first, by as many processes as there are cores. Then every candidate is compared with the product of
 the unpacked weights, in two runs that must agree bit for bit, and timed as in `speed_gpu.py`. What comes last on the
-output is how many times as fast as dense the best one is, and the table to be pasted.
+output is how many times as fast as dense the best one is, how much slower the choice of the rules is, and a table of what is
+more than a tenth faster than that, to be pasted.
 """
 
 import argparse
@@ -36,6 +37,8 @@ MOST_COPIES = 100
 LARGEST_ERROR = {"single": 0.03, "int8": 0.03}
 """‖y - x Wᵀ‖ / ‖x Wᵀ‖ of kernels that round activations to int8; the others:"""
 LARGEST_ERROR_16_BIT = 0.01
+FASTER = 1.1
+"""How many times as fast as the rules' choice a candidate has to be for the table."""
 
 Candidate = tuple[str, tuple | None]
 """A kernel and its tiles; None stands for those of a rule."""
@@ -48,11 +51,14 @@ FUSED = [
     FusedTiles(128, 4, 64, 4, 4, 2, True),
     FusedTiles(128, 4, 64, 8, 4, 1, True),
     FusedTiles(128, 4, 128, 8, 3, 1, True),
+    FusedTiles(64, 4, 128, 4, 3, 2, True),
     FusedTiles(128, 2, 128, 4, 4, 2, True),
     FusedTiles(256, 2, 128, 8, 4, 1, True),
+    FusedTiles(64, 2, 256, 4, 3, 2, True),
     FusedTiles(128, 2, 256, 8, 4, 1, True),
 ]
-"""Tiles of the product of one pass, the fewest inputs first."""
+"""Tiles of the product of one pass, the fewest inputs first. Two programs of a processor: one makes weights while the tensor
+cores work for the other."""
 
 
 def candidates(shape: tuple[int, int], planes: int, part: float, batch: int, processors: int) -> list[Candidate]:
@@ -80,8 +86,10 @@ def candidates(shape: tuple[int, int], planes: int, part: float, batch: int, pro
     if 2 <= batch <= (2048 if planes == 1 and not part else 128):
         sums = planes + (residual_words > 0)
         found.append(("dot", cuda_tiles.dot_tiles(rows, words, sums, batch, processors, 2)))
-    if batch >= 256:
-        found += [("dense", None), ("dense", DenseTiles(16)), ("dense", DenseTiles(32))]
+    if batch >= 64:
+        found.append(("dense", None))
+    if batch >= 1024:
+        found += [("dense", DenseTiles(16)), ("dense", DenseTiles(32))]
     return found
 
 
@@ -248,30 +256,54 @@ def best_rows(results: dict) -> dict[tuple[str, str], list[dict]]:
     return matrices
 
 
+def chosen(shape: tuple[int, int], planes: int, part: float, batch: int, processors: int) -> Candidate:
+    """Return kernel and tiles that the rules choose on a device of compute capability 9.0."""
+    rows, columns = shape
+    words, residual_words = math.ceil(columns / 32), math.ceil(round(part * columns) / 32)
+    sizes = planes, rows, words, residual_words, processors
+    name = cuda_tiles.kernel(batch, planes, rows, words, residual_words, 2, False, (9, 0))
+    if name == "dense":
+        return name, None
+    if name == "single":
+        return name, cuda_tiles.single_tiles(*sizes[1:])
+    if name == "bits":
+        return name, cuda_tiles.bits_tiles(*sizes)
+    return name, getattr(cuda_tiles, f"{name}_tiles")(*sizes, batch)
+
+
 def show(results: dict) -> None:
-    """Print problems, the best of each cell, and the table for `tiles.py`."""
+    """Print problems, the best of each cell with the rules' choice, and the table for `tiles.py`."""
     for row in results["rows"]:
         if not row["right"]:
             print("WRONG", row)
     for problem in results["problems"]:
         print("PROBLEM", *problem)
+    times = {
+        (row["shape"], row["scheme"], row["batch"], row["kernel"], tuple(row["tiles"] or ())): row["us"]
+        for row in results["rows"]
+        if row["right"]
+    }
     lines = []
     for (shape, scheme), rows in best_rows(results).items():
-        ratios = [results["dense"][f"{shape} {row['batch']}"] / row["us"] for row in rows]
-        cells = [
-            f"{row['batch']}: {row['us']:.1f} {r:.2f}× {row['kernel']}" for row, r in zip(rows, ratios, strict=True)
-        ]
-        print(f"{shape}, {scheme} | " + " | ".join(cells))
-        n, m = SHAPES[shape]
         planes, part = SCHEMES[scheme]
-        merged: list[dict] = []
+        cells, choices = [], []
         for row in rows:
-            if merged and (merged[-1]["kernel"], merged[-1]["tiles"]) == (row["kernel"], row["tiles"]):
-                merged.pop()
-            merged.append(row)
-        merged[-1] = merged[-1] | {"batch": 2**31}
-        choices = ", ".join(f'({row["batch"]}, "{row["kernel"]}", {short(row["tiles"])})' for row in merged)
-        lines.append(f"    ({results['processors']}, {planes}, {n}, {math.ceil(m / 32)}, {part > 0}): ({choices},),")
+            batch, best = row["batch"], row["us"]
+            name, tiles = chosen(SHAPES[shape], planes, part, batch, results["processors"])
+            slower = times.get((shape, scheme, batch, name, tuple(tiles or ())), math.nan) / best
+            ratio = results["dense"][f"{shape} {batch}"] / best
+            cells.append(f"{batch}: {best:.1f} {ratio:.2f}× {row['kernel']}; {name} {slower:.2f}")
+            choice = (f'"{row["kernel"]}"', short(row["tiles"])) if slower > FASTER else ('""', "None")
+            if choices and choices[-1][1:] == choice:
+                choices.pop()
+            choices.append((batch, *choice))
+        print(f"{shape}, {scheme} | " + " | ".join(cells))
+        if choices[-1][1] == '""':
+            choices.pop()
+        if choices:
+            n, m = SHAPES[shape]
+            text = ", ".join(f"({', '.join(map(str, choice))})" for choice in choices)
+            lines.append(f"    ({results['processors']}, {planes}, {n}, {math.ceil(m / 32)}, {part > 0}): ({text},),")
     print("MEASURED = {", *lines, "}", sep="\n")
 
 
