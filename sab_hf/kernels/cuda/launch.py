@@ -18,7 +18,7 @@ from .fragments import fragments_kernel
 from .fused import add_kernel, expand_kernel, fused_kernel
 from .int8 import int8_kernel
 from .joined import joined_bits_kernel, joined_cut_kernel, joined_single_kernel
-from .planes import Planes, expansion, negated_scales
+from .planes import Planes, expansion, negated_scales, spread_scales
 from .prepare import arrange_kernel, cut_kernel, quantize_kernel, scale_kernel
 from .single import single_kernel
 from .unpack import unpack_kernel
@@ -203,15 +203,9 @@ def fused_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles | None
     tiles = tiles or cuda_tiles.fused_tiles(*_tile_sizes(x, planes), batch)
     extra, extra_scale, extra_row_scale = planes.words, planes.row_scale, planes.row_scale
     if planes.num_significant:
-        extra = x.new_empty(planes.rows, triton.cdiv(planes.num_words, 4) * 4, dtype=torch.int32)
+        extra = _expanded(planes, 0, planes.rows)
         extra_scale = negated_scales(planes, x.dtype, residual=True)
         extra_row_scale = planes.residual_row_scale
-        _launch(
-            expand_kernel, (triton.cdiv(planes.rows, 16), triton.cdiv(planes.num_words, 128)), planes.residual_words,
-            expansion(planes), extra, planes.rows, RESIDUAL_WORDS=planes.num_residual_words,
-            RESIDUAL_STRIDE=planes.residual_words.shape[-1], NUM_WORDS=planes.num_words, STRIDE=extra.shape[-1],
-            ROWS=16, WORDS=128, PDL=pdl, num_warps=4,
-        )  # fmt: skip
     y = x.new_empty(batch, planes.rows)
     row_tiles, steps = triton.cdiv(planes.rows, tiles.rows), triton.cdiv(planes.num_words, tiles.words)
     count = row_tiles * triton.cdiv(batch, tiles.batch)
@@ -259,17 +253,29 @@ PRODUCTS = {
 def unpack(planes: Planes, dtype: torch.dtype, start: int, end: int) -> Tensor:
     """Return rows start to end - 1 of the dense matrix, [end - start, m]."""
     W = planes.row_scale.new_empty(end - start, planes.in_features, dtype=dtype)
-    residual = planes.num_significant > 0
-    unused = planes.signs
+    extra, extra_row_scale, extra_col_scale = planes.signs, planes.row_scale, planes.col_scale
+    if planes.num_significant:
+        extra, extra_row_scale = _expanded(planes, start, end).view(torch.uint8), planes.residual_row_scale
+        extra_col_scale = spread_scales(planes)
     _launch(
         unpack_kernel, (triton.cdiv(planes.signs.shape[-1], 64), triton.cdiv(end - start, 8)),
-        planes.signs, planes.row_scale, planes.col_scale, planes.rank if residual else unused,
-        planes.residual_signs if residual else unused, planes.residual_row_scale if residual else unused,
-        planes.residual_col_scale if residual else unused, W, start, end - start, planes.rows, planes.in_features,
-        planes.signs.shape[-1], planes.residual_signs.shape[-1] if residual else 0,
-        PLANES=planes.num_planes, RESIDUAL=residual, ROWS=8, BYTES=64, STEPS=1, num_warps=4,
+        planes.signs, planes.row_scale, planes.col_scale, extra, extra_row_scale, extra_col_scale, W, start, end - start,
+        planes.rows, planes.in_features, planes.signs.shape[-1], extra.shape[-1],
+        PLANES=planes.num_planes, EXTRA=planes.num_significant > 0, ROWS=8, BYTES=64, STEPS=1, num_warps=4,
     )  # fmt: skip
     return W
+
+
+def _expanded(planes: Planes, start: int, end: int) -> Tensor:
+    """Return rows start to end - 1 of the residual plane as words of a plane of all columns, rows of whole 16 bytes."""
+    extra = planes.words.new_empty(end - start, triton.cdiv(planes.num_words, 4) * 4)
+    _launch(
+        expand_kernel, (triton.cdiv(end - start, 16), triton.cdiv(planes.num_words, 128)),
+        planes.residual_words[start:end], expansion(planes), extra, end - start, RESIDUAL_WORDS=planes.num_residual_words,
+        RESIDUAL_STRIDE=planes.residual_words.shape[-1], NUM_WORDS=planes.num_words, STRIDE=extra.shape[-1],
+        ROWS=16, WORDS=128, PDL=_pdl(extra), num_warps=4,
+    )  # fmt: skip
+    return extra
 
 
 def _weight_sizes(planes: Planes) -> dict[str, int]:

@@ -98,15 +98,23 @@ def negated_scales(planes: Planes, dtype: torch.dtype, residual: bool) -> Tensor
     """
 
     def make() -> Tensor:
-        scales = planes.col_scale
-        if residual:
-            spread = scales.new_zeros(1, planes.in_features, dtype=torch.float32)
-            scales = spread.index_copy(1, planes.columns.long(), planes.residual_col_scale.float()[None])
+        scales = _spread(planes) if residual else planes.col_scale
         pad = -planes.in_features % 256
         return torch.nn.functional.pad(-scales.to(dtype), (0, pad)).view(torch.int32)
 
     source = planes.residual_col_scale if residual else planes.col_scale
     return _derived(f"negated scales {dtype} {residual}", source, make)
+
+
+def spread_scales(planes: Planes) -> Tensor:
+    """Return the residual plane's column scales at the columns of the matrix, 0 in the others: [1, m] float32."""
+
+    return _derived("spread scales", planes.residual_col_scale, lambda: _spread(planes))
+
+
+def _spread(planes: Planes) -> Tensor:
+    spread = planes.residual_col_scale.new_zeros(1, planes.in_features, dtype=torch.float32)
+    return spread.index_copy(1, planes.columns.long(), planes.residual_col_scale.float()[None])
 
 
 def expansion(planes: Planes) -> Tensor:

@@ -79,6 +79,7 @@ Choice = tuple[int, str, tuple | None]
 # are the rules for compute capability 9.x below.
 MEASURED: dict[tuple[int, int, int, int, bool], tuple[Choice, ...]] = {
     (132, 1, 3584, 112, True): ((2, "", None), (8, "fragments", FragmentsTiles(1, 1, 4, 4))),
+    (132, 1, 37888, 112, True): ((8, "", None), (16, "fragments", FragmentsTiles(2, 2, 4, 1))),
     (132, 1, 512, 112, True): ((2, "", None), (8, "fragments", FragmentsTiles(1, 1, 4, 4))),
 }
 """(processors, planes, rows, words, has a residual plane) → (inputs up to which, kernel, tiles), the least inputs first.

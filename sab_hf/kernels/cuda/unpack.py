@@ -15,14 +15,14 @@ def _signed(p, bits, i):
 
 @triton.jit
 def unpack_kernel(
-    signs_ptr, row_scale_ptr, col_scale_ptr, rank_ptr, residual_ptr, residual_row_scale_ptr, residual_col_scale_ptr,
-    W_ptr, first_row, rows, all_rows, in_features, row_bytes, residual_bytes,
-    PLANES: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, STEPS: tl.constexpr,
+    signs_ptr, row_scale_ptr, col_scale_ptr, extra_ptr, extra_row_scale_ptr, extra_col_scale_ptr,
+    W_ptr, first_row, rows, all_rows, in_features, row_bytes, extra_bytes,
+    PLANES: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """W[i, j] = Σ_k r_k[i] B_k[i, j] c_k[j] (+ the residual plane where rank[j] ≥ 0), rows first_row to first_row + rows - 1.
+    """W[i, j] = Σ_k r_k[i] B_k[i, j] c_k[j], rows first_row to first_row + rows - 1, with the residual plane if EXTRA.
 
-    Sums are float32, rounded once. rank: [in_features] int32, the column's place among the significant ones, or -1.
-    Each program makes STEPS tiles of ROWS rows, one below the other.
+    That one comes as a plane of all columns, of just these rows, whose scales are 0 in columns that it does not have. Sums
+    are float32, rounded once. Each program makes STEPS tiles of ROWS rows, one below the other.
     """
     byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
     column = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -40,13 +40,13 @@ def unpack_kernel(
                 c[None, :, :] * r[:, None, None], packed.to(tl.int32)[:, :, None], tl.arange(0, 8)[None, None, :]
             )
         inside = (local < rows)[:, None, None] & (column < in_features)[None, :, :]
-        if RESIDUAL:
-            rank = tl.load(rank_ptr + column, mask=column < in_features, other=-1)
-            marked = rank >= 0
-            c = tl.load(residual_col_scale_ptr + rank, mask=marked, other=0.0).to(tl.float32)
-            r = tl.load(residual_row_scale_ptr + row, mask=local < rows, other=0.0).to(tl.float32)
-            pointers = residual_ptr + row.to(tl.int64)[:, None, None] * residual_bytes + (rank >> 3)[None, :, :]
-            packed = tl.load(pointers, mask=inside & marked[None, :, :], other=0)
-            w += _signed(c[None, :, :] * r[:, None, None], packed.to(tl.int32), (rank & 7)[None, :, :])
+        if EXTRA:
+            offset = local.to(tl.int64)[:, None] * extra_bytes + byte[None, :]
+            packed = tl.load(extra_ptr + offset, mask=here, other=0)
+            r = tl.load(extra_row_scale_ptr + row, mask=local < rows, other=0.0).to(tl.float32)
+            c = tl.load(extra_col_scale_ptr + column, mask=column < in_features, other=0.0).to(tl.float32)
+            w += _signed(
+                c[None, :, :] * r[:, None, None], packed.to(tl.int32)[:, :, None], tl.arange(0, 8)[None, None, :]
+            )
         pointers = W_ptr + local.to(tl.int64)[:, None, None] * in_features + column[None, :, :]
         tl.store(pointers, w.to(W_ptr.dtype.element_ty), mask=inside)
