@@ -149,7 +149,7 @@ def _unrepeated(node: fx.Node) -> fx.Node:
 
 
 def _unpadded(mask: fx.Node) -> fx.Node:
-    """Return what a mask is made of: without padding that is cut off again, and bool where it is 0 and -inf for True and False."""
+    """Return what a mask is made of: without padding that is cut off again; bool where it is 0 for True and -inf for False."""
     shape = mask.meta["val"].shape
     inner = mask
     while inner.target in _CUTS:

@@ -1,7 +1,7 @@
 """A pass of PyTorch's compiler: products of one input (q, k, v; gate, up) become one `sab::linears`, which a device may fuse.
 
-What a decoding step does before and after products then moves into their kernels, where a device has such: `folding.py`. Attention of few queries
-becomes one op: `attention.py`.
+What a decoding step does before and after products then moves into their kernels, where a device has such: `folding.py`.
+Attention of few queries becomes one op: `attention.py`.
 
 Products on CPUs take their scales as modules store them in these graphs, without the views that other devices' kernels need.
 

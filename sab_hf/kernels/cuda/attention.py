@@ -128,7 +128,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     _launch(
         attend_kernel, (programs, splits), q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], given, *strides,
         parts, most, total, y, heads, shared_heads, queries, tokens, chunk, scale,
-        DIM=dim, ROWS=rows, TOKENS=BLOCK, MASK=kind, WHOLE=splits == 1, PDL=_pdl(q), num_warps=4,
+        DIM=dim, ROWS=rows, TOKENS=BLOCK, MASK=kind, WHOLE=splits == 1, PDL=_pdl(q), num_warps=8 if rows * dim > 4096 else 4,
     )  # fmt: skip
     if splits > 1:
         _launch(

@@ -58,10 +58,10 @@ def linears(x: Tensor, matrices: Sequence[Planes], exact: bool, around: Around |
             some = None if around is None else around.of(members)
             results |= zip(members, products(x, [matrices[i] for i in members], some), strict=True)
     left = [i for i in range(len(matrices)) if i not in results]
-    if left and around is not None:
-        x, around = around.before(x), around.of(left)
-    alone = [linear(x, matrices[i], exact) for i in left]
-    results |= zip(left, alone if around is None else around.after(alone), strict=True)
+    if left:
+        given = x if around is None else around.before(x)
+        alone = [linear(given, matrices[i], exact) for i in left]
+        results |= zip(left, alone if around is None else around.of(left).after(alone), strict=True)
     return [results[i] for i in range(len(matrices))]
 
 
