@@ -141,7 +141,9 @@ def measure_generate(model: Any, batch: int, tokens: int, repeats: int, ready: A
 
 
 @torch.inference_mode()
-def measure_steps(model: Any, batch: int, tokens: int, repeats: int, ready: Any = None) -> dict[str, float]:
+def measure_steps(
+    model: Any, batch: int, tokens: int, repeats: int, ready: Any = None, observe: Any = None
+) -> dict[str, float]:
     """Return the speed of greedy decoding steps alone, which stay on the device: what `generate` adds on the host is left out.
 
     The model's forward pass and the choice of the next token are compiled into one graph (`fullgraph`, CUDA graphs), with a
@@ -149,9 +151,12 @@ def measure_steps(model: Any, batch: int, tokens: int, repeats: int, ready: Any 
 
     Args:
         ready: called after compilation, before anything is timed.
+        observe: called after that with a function that computes `tokens` more steps, which it may call once; what it
+            returns is added to the result.
     """
     prompt = torch.randint(0, 150000, (batch, 32), device="cuda")
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=32 + (repeats + 1) * tokens)
+    runs = repeats + 1 + (observe is not None)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=32 + runs * tokens)
 
     def forward(ids: Tensor, positions: Tensor) -> Tensor:
         places = positions.expand(3, batch, -1)
@@ -177,4 +182,5 @@ def measure_steps(model: Any, batch: int, tokens: int, repeats: int, ready: Any 
     if ready is not None:
         ready()
     seconds = statistics.median([run() for _ in range(repeats)])
-    return {"step_ms": seconds * 1e3, "steps_tokens_per_second": batch / seconds}
+    observed = {} if observe is None else observe(run)
+    return {"step_ms": seconds * 1e3, "steps_tokens_per_second": batch / seconds} | observed

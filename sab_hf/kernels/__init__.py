@@ -1,9 +1,11 @@
-"""The ops `sab::linear` and `sab::linears`: the PyTorch implementation in `ops.py` specifies them, devices have their own.
+"""The custom ops: PyTorch implementations in `ops.py`, `decoding.py` and `attention.py` specify them, devices have their own.
 
 This is the one place that tells PyTorch of them: what computes the ops on which device, and the compiler's pass.
 """
 
-from . import ops
+import torch
+
+from . import decoding, ops
 from .cpu import linear as cpu_linear
 from .cuda import linear as cuda_linear
 
@@ -19,4 +21,6 @@ def join_products() -> None:
 
 ops.implement("cpu", cpu_linear.products)
 ops.implement("cuda", cuda_linear.products)
+torch.library.impl("sab::attend", "cuda", cuda_linear.attend)
+decoding.implement("cuda", cuda_linear.folded_products)
 ops.when_compiled(join_products)

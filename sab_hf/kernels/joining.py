@@ -1,5 +1,8 @@
 """A pass of PyTorch's compiler: products of one input (q, k, v; gate, up) become one `sab::linears`, which a device may fuse.
 
+What a decoding step does before and after products then moves into their kernels, where a device has such: `folding.py`.
+Attention of few queries becomes one op: `attention.py`.
+
 Products on CPUs take their scales as modules store them in these graphs, without the views that other devices' kernels need.
 
 `register` is called when a compiler first sees `sab::linear`, since importing the compiler takes longer than this package.
@@ -19,6 +22,10 @@ from torch._inductor import config, custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.pattern_matcher import stable_topological_sort
 
+from . import attention, folding
+from .attention import attend
+from .cuda.linear import attends, folds
+from .folding import fold
 from .ops import sab_linear, sab_linears
 
 MOST = 4
@@ -45,10 +52,12 @@ class JoinProducts(_Aware):
             self.before(graph, **(told if isinstance(self.before, _Aware) else {}))
         use_stored_scales(graph)
         join(graph)
+        fold(graph, folds)
+        attend(graph, attends)
 
     def uuid(self) -> Any:
         """Return the pass in the keys of cached graphs; None, so that none are cached, where `before` has none."""
-        own = get_hash_for_files((__file__,))
+        own = get_hash_for_files((__file__, folding.__file__, attention.__file__)), os.environ.get("SAB_FOLD")
         if self.before is None:
             return own
         other = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton_cases import INTERPRETED, interpreted, kernels, problem
 
-JOINED = str(Path(__file__).with_name("test_triton_joined.py"))
+OTHERS = [str(Path(__file__).with_name(f"test_triton_{name}.py")) for name in ("joined", "attention")]
 SIZES = [(6, 13, 1, 0), (9, 40, 2, 7), (37, 300, 1, 33), (5, 64, 2, 1), (3, 33, 3, 33), (1, 8, 4, 0)]
 GPU_SIZES = [
     *SIZES,
@@ -38,7 +38,7 @@ def test_kernels_pass_in_the_interpreter():
     if INTERPRETED:
         pytest.skip("this is that process")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__, JOINED],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__, *OTHERS],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from helpers import inputs, operands, random_planes
 from triton_cases import interpreted, kernels, problem
 
+from sab_hf.kernels import decoding
 from sab_hf.kernels.cuda import tiles as cuda_tiles
 from sab_hf.kernels.ops import sab_linear, sab_linears
 from sab_hf.packed.linear import SABLinear
@@ -116,6 +117,48 @@ def test_products_with_other_numbers_of_warps_have_launches_of_their_own(launche
     assert_same_bits(found, [kernels().linear(x, one, False) for one in planes])
 
 
+def around(form, batch, in_features, rows, dtype, device="cpu"):
+    """What stands around products: a norm or gate, a bias for the first, addends for all but the first."""
+    other = inputs(*([] if form in decoding.NORMS else [batch]), in_features, seed=3, dtype=dtype) if form else None
+    biases = [inputs(rows[0], seed=4, dtype=dtype), *[None] * (len(rows) - 1)]
+    addends = [None, *[inputs(batch, n, seed=5, dtype=dtype) for n in rows[1:]]]
+    moved = [[None if one is None else one.to(device) for one in several] for several in ([other], biases, addends)]
+    return decoding.Around(form, 1e-6 if form in decoding.NORMS else 0.0, *moved[0], *moved[1:])
+
+
+FORMS = ["", *decoding.NORMS, *decoding.GATES]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("kernel", "batch", "dtype", "form"),
+    [("single", 1, torch.float16, form) for form in FORMS]
+    + [("bits", 2, torch.float32, form) for form in ("rms_norm", "gelu_tanh")],
+)
+def test_kernels_do_what_stands_around_products(kernel, batch, dtype, form, launches, monkeypatch):
+    """As PyTorch does it around the same kernels: to a rounding of the input, which moves a few of its integers by one."""
+    monkeypatch.setattr(cuda_tiles, "SINGLE_ROWS", 30 if kernel == "single" else 0)
+    monkeypatch.setattr(cuda_tiles, "bits_tiles", lambda *sizes: cuda_tiles.BitsTiles(2, 2, 1))
+    sizes = [(21, 300, 1, 33), (16, 300, 1, 0)]
+    planes, x = matrices(sizes), 3 * inputs(batch, 300, dtype=dtype)
+    given = around(form, batch, 300, (21, 16), dtype)
+    found = kernels().linears(x, planes, False, given)
+    assert launches == (["joined_single_kernel"] if kernel == "single" else ["joined_cut_kernel", "joined_bits_kernel"])
+    for y, expected in zip(found, given.after(kernels().linears(given.before(x), planes, False)), strict=True):
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(y, expected, rtol=2 * eps, atol=2e-5 * expected.abs().max().item())
+
+
+@interpreted
+def test_other_kernels_have_their_surroundings_computed_one_by_one(launches, monkeypatch):
+    monkeypatch.setattr(cuda_tiles, "SINGLE_ROWS", 20)
+    planes, x = matrices([(9, 33, 1, 0), (9, 33, 1, 7)]), inputs(17, 33)
+    given = around("rms_norm", 17, 33, (9, 9), torch.float32)
+    found = kernels().linears(x, planes, False, given)
+    assert launches == ["scale_kernel", "dot_kernel"] * 2
+    assert_same_bits(found, given.after([kernels().linear(given.before(x), one, False) for one in planes]))
+
+
 @functools.cache
 def on_gpu(size: tuple[int, int, int, int]):
     return operands(random_planes(*size, seed=sum(size)), "cuda")
@@ -173,6 +216,25 @@ def test_joined_products_follow_each_other_in_a_cuda_graph(group):
         graph.replay()
         torch.cuda.synchronize()
         assert_same_bits(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("group", "batch", "forms"),
+    [("q, k, v", 1, ["rms_norm"]), ("gate, up", 2, ["rms_norm"]), ("wide rows", 2, ["silu"]), ("same sizes", 2, FORMS)],
+)
+def test_kernels_do_what_stands_around_products_on_a_gpu(group, batch, forms, dtype):
+    packed = [on_gpu(size) for size in GPU_GROUPS[group]]
+    rows, in_features = [size[0] for size in GPU_GROUPS[group]], GPU_GROUPS[group][0][1]
+    lists = list(map(list, zip(*packed, strict=True)))
+    for form in forms:
+        given = around(form, batch, in_features, rows, dtype, "cuda")
+        x = 3 * inputs(batch, in_features, dtype=dtype).cuda()
+        found = decoding.sab_folded_linears(x, given.other, *given[:2], *lists, *given[3:])
+        for y, expected in zip(found, given.after(sab_linears(given.before(x), *lists)), strict=True):
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(y, expected, rtol=4 * eps, atol=eps * expected.abs().max().item())
 
 
 @pytest.mark.gpu

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from .forms import finished
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _COUNT_BITS = tl.constexpr(
     "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
@@ -120,11 +122,15 @@ def _piece_products(words, bits_ptr, scale_ptr, sum_ptr, piece, pieces, thread, 
 
 
 @triton.jit
-def _store_sums(y_ptr, sums, first_row, rows, WARPS: tl.constexpr, SPLIT: tl.constexpr):
+def _store_sums(
+    y_ptr, sums, first_row, rows, bias_ptr, addend_ptr,
+    WARPS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, ADDEND: tl.constexpr,
+):  # fmt: skip
     """Write the rows' sums over the four threads of a g and over the SPLIT warps that share the rows."""
     y = tl.sum(tl.sum(tl.reshape(sums, [WARPS // SPLIT, SPLIT, 8, 4]), axis=3), axis=1)
     row = first_row + tl.arange(0, WARPS // SPLIT)[:, None] * 16 + tl.arange(0, 8)[None, :]
-    tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), mask=row < rows)
+    y = finished(y, row, row < rows, y_ptr, bias_ptr, addend_ptr, BIAS, ADDEND)
+    tl.store(y_ptr + row, y, mask=row < rows)
 
 
 @triton.jit
@@ -134,12 +140,13 @@ def bits_program(
     PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
     RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
     INPUTS: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    bias_ptr=None, addend_ptr=None, BIAS: tl.constexpr = False, ADDEND: tl.constexpr = False,
 ):  # fmt: skip
     """Do the work of one program: y[b, i] = Σ over planes k of r_k[i] (B_k u_k)[i, b], `steps` tiles of 16 WARPS / SPLIT rows.
 
     Activations: see `prepare.cut_kernel`. signs: [PLANES, rows, STRIDE] int32, of which NUM_WORDS count; residual:
     [rows, RESIDUAL_STRIDE], RESIDUAL_WORDS. A tile of words is under way while the one before is computed; the first one
-    is, before the activations are there. INPUTS inputs are computed side by side.
+    is, before the activations are there. INPUTS inputs are computed side by side. BIAS and ADDEND: see `forms.py`.
     """
     height: tl.constexpr = 16 * (WARPS // SPLIT)
     mine: tl.constexpr = ((NUM_WORDS + 15) // 16 + SPLIT - 1) // SPLIT
@@ -179,8 +186,11 @@ def bits_program(
                     low += low_sum * tl.load(r_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
                     high += high_sum * tl.load(r_ptr + row + 8, mask=row + 8 < rows, other=0.0).to(tl.float32)
                 end = tl.where(b < batch, rows, 0)
-                _store_sums(y_ptr + b * rows, low, first_row, end, WARPS, SPLIT)
-                _store_sums(y_ptr + b * rows, high, first_row + 8, end, WARPS, SPLIT)
+                addends = addend_ptr
+                if ADDEND:
+                    addends += b * rows
+                _store_sums(y_ptr + b * rows, low, first_row, end, bias_ptr, addends, WARPS, SPLIT, BIAS, ADDEND)
+                _store_sums(y_ptr + b * rows, high, first_row + 8, end, bias_ptr, addends, WARPS, SPLIT, BIAS, ADDEND)
         row += height
         first_row += height
 

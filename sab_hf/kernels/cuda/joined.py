@@ -27,24 +27,32 @@ def _chosen(matrices, index):
 
 
 @triton.jit
-def joined_single_kernel(x_ptr, stride_column, in_features, classes, SIZES: tl.constexpr, PDL: tl.constexpr):
+def joined_single_kernel(
+    x_ptr, stride_column, other_ptr, other_stride_column, in_features, classes,
+    SIZES: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Products of one input by the kernel of a single launch; see `single_program`.
 
-    classes: for each class a tuple of its matrices, each the tuple of its arguments, from `col_scale_ptr` to `y_ptr` and
-    `num_significant`. SIZES: for each class its programs a matrix, and the sizes from `rows` to `RESIDUAL`.
+    classes: for each class a tuple of its matrices, each the tuple of its arguments, from `col_scale_ptr` to `y_ptr`, then
+    `bias_ptr`, `addend_ptr` and `num_significant`. SIZES: for each class its programs a matrix, the sizes from `rows` to
+    `RESIDUAL`, BIAS and ADDEND.
     """
     first = 0
     for i in tl.static_range(len(classes)):
         end = first + SIZES[i][0] * len(classes[i])
         if (tl.program_id(0) >= first) & (tl.program_id(0) < end):
-            _single_of_class(tl.program_id(0) - first, x_ptr, stride_column, in_features, classes[i], SIZES, i, PDL)
+            _single_of_class(
+                tl.program_id(0) - first, x_ptr, stride_column, other_ptr, other_stride_column, in_features, classes[i],
+                SIZES, i, NORM, GATE, EPS, PDL,
+            )  # fmt: skip
         first = end
 
 
 @triton.jit
 def _single_of_class(
-    program, x_ptr, stride_column, in_features, matrices, SIZES: tl.constexpr, CLASS: tl.constexpr, PDL: tl.constexpr
-):
+    program, x_ptr, stride_column, other_ptr, other_stride_column, in_features, matrices,
+    SIZES: tl.constexpr, CLASS: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     PROGRAMS: tl.constexpr = SIZES[CLASS][0]
     NUM_ROWS: tl.constexpr = SIZES[CLASS][1]
     STEPS: tl.constexpr = SIZES[CLASS][2]
@@ -56,18 +64,22 @@ def _single_of_class(
     ROWS: tl.constexpr = SIZES[CLASS][8]
     WORDS: tl.constexpr = SIZES[CLASS][9]
     RESIDUAL: tl.constexpr = SIZES[CLASS][10]
-    c, columns, residual_c, signs, r, residual, residual_r, y, num_significant = _chosen(matrices, program // PROGRAMS)
+    BIAS: tl.constexpr = SIZES[CLASS][11]
+    ADDEND: tl.constexpr = SIZES[CLASS][12]
+    mine = _chosen(matrices, program // PROGRAMS)
+    c, columns, residual_c, signs, r, residual, residual_r, y, bias, addend, num_significant = mine
     single_program(
         program % PROGRAMS, PROGRAMS, x_ptr, stride_column, c, columns, residual_c, signs, r, residual, residual_r, y,
         in_features, num_significant, NUM_ROWS, STEPS, PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE,
-        ROWS, WORDS, RESIDUAL, PDL,
+        ROWS, WORDS, RESIDUAL, PDL, other_ptr, other_stride_column, bias, addend, NORM, GATE, EPS, BIAS, ADDEND,
     )  # fmt: skip
 
 
 @triton.jit
 def joined_cut_kernel(
-    x_ptr, stride_batch, stride_column, bits_ptr, scale_ptr, sum_ptr, in_features, pieces, matrices,
-    PLANES: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, stride_batch, stride_column, other_ptr, other_stride_batch, other_stride_column,
+    bits_ptr, scale_ptr, sum_ptr, in_features, pieces, matrices,
+    PLANES: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Prepare the input for several matrices on bits, one after the other; see `cut_program`.
 
@@ -84,6 +96,7 @@ def joined_cut_kernel(
     cut_program(
         place, plane, x_ptr, stride_batch, stride_column, c, columns, residual_c, bits_ptr, scale_ptr, sum_ptr,
         in_features, num_significant, pieces, num_planes, PDL,
+        other_ptr, other_stride_batch, other_stride_column, NORM, GATE, EPS,
     )  # fmt: skip
 
 
@@ -94,9 +107,9 @@ def joined_bits_kernel(
 ):  # fmt: skip
     """Products of inputs that `joined_cut_kernel` has prepared; see `bits_program`.
 
-    classes: for each class a tuple of its matrices, each the tuple of its arguments, from `signs_ptr` to `y_ptr`, and the
-    place of its first plane among all. SIZES: for each class its programs a matrix, and rows, steps, PLANES, NUM_WORDS,
-    STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE, SPLIT.
+    classes: for each class a tuple of its matrices, each the tuple of its arguments, from `signs_ptr` to `y_ptr`,
+    `bias_ptr`, `addend_ptr` and the place of its first plane among all. SIZES: for each class its programs a matrix, and
+    rows, steps, PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE, SPLIT, BIAS, ADDEND.
     """
     first = 0
     for i in tl.static_range(len(classes)):
@@ -123,10 +136,12 @@ def _bits_of_class(
     RESIDUAL_WORDS: tl.constexpr = SIZES[CLASS][6]
     RESIDUAL_STRIDE: tl.constexpr = SIZES[CLASS][7]
     SPLIT: tl.constexpr = SIZES[CLASS][8]
-    signs, r, residual, residual_r, y, first_plane = _chosen(matrices, program // PROGRAMS)
+    BIAS: tl.constexpr = SIZES[CLASS][9]
+    ADDEND: tl.constexpr = SIZES[CLASS][10]
+    signs, r, residual, residual_r, y, bias, addend, first_plane = _chosen(matrices, program // PROGRAMS)
     base = first_plane * batch * pieces
     bits_program(
         program % PROGRAMS, bits_ptr + base * 256, scale_ptr + base, sum_ptr + base, signs, r, residual, residual_r, y,
         batch, NUM_ROWS, pieces, STEPS, PLANES, NUM_WORDS, STRIDE, RESIDUAL_WORDS, RESIDUAL_STRIDE,
-        INPUTS, WARPS, SPLIT, PDL,
+        INPUTS, WARPS, SPLIT, PDL, bias, addend, BIAS, ADDEND,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from triton.language.extra import cuda
 
+from ..decoding import NORMS, Around, plain
 from . import tiles as cuda_tiles
 from .bits import bits_kernel
 from .dot import dot_kernel
@@ -36,9 +37,13 @@ def linear(x: Tensor, planes: Planes, exact: bool) -> Tensor:
     return PRODUCTS[name](x, planes, tiles)
 
 
-def linears(x: Tensor, matrices: Sequence[Planes], exact: bool) -> list[Tensor]:
-    """Return the results of `linear` for several matrices; those for which `joined.py` has a kernel share launches."""
-    if len(matrices) == 1:
+def linears(x: Tensor, matrices: Sequence[Planes], exact: bool, around: Around | None = None) -> list[Tensor]:
+    """Return the results of `linear` for several matrices; those for which `joined.py` has a kernel share launches.
+
+    Args:
+        around: what stands before and after the products, which these kernels do too.
+    """
+    if len(matrices) == 1 and around is None:
         return [linear(x, matrices[0], exact)]
     results: dict[int, Tensor] = {}
     groups: dict[tuple, list[int]] = defaultdict(list)
@@ -49,9 +54,20 @@ def linears(x: Tensor, matrices: Sequence[Planes], exact: bool) -> list[Tensor]:
         elif name == "bits":
             groups[joined_bits_products, _bits_tiles(x, planes).warps].append(i)
     for (products, _), members in groups.items():
-        if len(members) > 1:
-            results |= zip(members, products(x, [matrices[i] for i in members]), strict=True)
-    return [results[i] if i in results else linear(x, planes, exact) for i, planes in enumerate(matrices)]
+        if len(members) > 1 or around is not None:
+            some = None if around is None else around.of(members)
+            results |= zip(members, products(x, [matrices[i] for i in members], some), strict=True)
+    left = [i for i in range(len(matrices)) if i not in results]
+    if left:
+        given = x if around is None else around.before(x)
+        alone = [linear(given, matrices[i], exact) for i in left]
+        results |= zip(left, alone if around is None else around.of(left).after(alone), strict=True)
+    return [results[i] for i in range(len(matrices))]
+
+
+def folds(x: Tensor, matrices: Sequence[Planes], exact: bool) -> bool:
+    """Tell whether the kernels of all the matrices do what stands around products; tensors may be fake ones."""
+    return all(_choice(x, planes, exact)[0] in ("single", "bits") for planes in matrices)
 
 
 def _choice(x: Tensor, planes: Planes, exact: bool) -> tuple[str, tuple | None]:
@@ -77,19 +93,23 @@ def single_product(x: Tensor, planes: Planes, tiles: cuda_tiles.SingleTiles | No
     return y
 
 
-def joined_single_products(x: Tensor, matrices: Sequence[Planes]) -> list[Tensor]:
+def joined_single_products(x: Tensor, matrices: Sequence[Planes], around: Around | None = None) -> list[Tensor]:
     """Return what `single_product` does for each matrix, in one launch; their tiles must have the same number of warps."""
+    around = around or plain(len(matrices))
     results = [x.new_empty(1, planes.rows) for planes in matrices]
     classes = defaultdict(list)
-    for planes, y in zip(matrices, results, strict=True):
+    for i, (planes, y) in enumerate(zip(matrices, results, strict=True)):
         tiles = _single_tiles(x, planes)
         programs, steps = _single_programs(planes, tiles)
         sizes = (programs, planes.rows, steps, *_weight_sizes(planes).values(), tiles.rows, tiles.words, tiles.residual)
+        added, has = _added(around, i, y)
         scales = _activation_arguments(x, planes)[3:]
-        classes[sizes].append((*scales, *_weight_arguments(planes), y, planes.num_significant))
+        classes[sizes + has].append((*scales, *_weight_arguments(planes), y, *added, planes.num_significant))
+    other, _, other_stride = _other(x, around)
     _launch(
-        joined_single_kernel, (_programs(classes),), x, x.stride(1), matrices[0].in_features,
-        tuple(map(tuple, classes.values())), SIZES=tuple(classes), PDL=_pdl(x), num_warps=tiles.warps,
+        joined_single_kernel, (_programs(classes),), x, x.stride(1), other, other_stride, matrices[0].in_features,
+        tuple(map(tuple, classes.values())), SIZES=tuple(classes), **_forms(around), PDL=_pdl(x),
+        num_warps=tiles.warps,
     )  # fmt: skip
     return results
 
@@ -112,8 +132,9 @@ def bits_product(x: Tensor, planes: Planes, tiles: cuda_tiles.BitsTiles | None =
     return y
 
 
-def joined_bits_products(x: Tensor, matrices: Sequence[Planes]) -> list[Tensor]:
+def joined_bits_products(x: Tensor, matrices: Sequence[Planes], around: Around | None = None) -> list[Tensor]:
     """Return what `bits_product` does for each matrix, in two launches; their tiles must have the same number of warps."""
+    around = around or plain(len(matrices))
     batch, pieces, totals = x.shape[0], _pieces(matrices[0]), tuple(map(_total, matrices))
     results = [x.new_empty(batch, planes.rows) for planes in matrices]
     cut = _cut_activations(x, sum(totals) * pieces)
@@ -121,11 +142,13 @@ def joined_bits_products(x: Tensor, matrices: Sequence[Planes]) -> list[Tensor]:
     for i, (planes, y) in enumerate(zip(matrices, results, strict=True)):
         tiles = _bits_tiles(x, planes)
         sizes = (_bits_programs(planes, tiles), planes.rows, tiles.steps, *_weight_sizes(planes).values(), tiles.split)
-        classes[sizes].append((*_weight_arguments(planes), y, sum(totals[:i])))
+        added, has = _added(around, i, y)
+        classes[sizes + has].append((*_weight_arguments(planes), y, *added, sum(totals[:i])))
         to_cut.append((*_activation_arguments(x, planes)[3:], planes.num_significant, planes.num_planes))
     _launch(
-        joined_cut_kernel, (pieces, sum(totals), batch), x, *x.stride(), *cut, matrices[0].in_features, pieces,
-        tuple(to_cut), PLANES=totals, PDL=_pdl(x), num_warps=16,
+        joined_cut_kernel, (pieces, sum(totals), batch), x, *x.stride(), *_other(x, around), *cut,
+        matrices[0].in_features, pieces, tuple(to_cut), PLANES=totals, **_forms(around), PDL=_pdl(x),
+        num_warps=16,
     )  # fmt: skip
     _launch(
         joined_bits_kernel, (_programs(classes),), *cut, batch, pieces, tuple(map(tuple, classes.values())),
@@ -345,6 +368,25 @@ def _activation_arguments(x: Tensor, planes: Planes) -> tuple:
         x, x.stride(0), x.stride(1), planes.col_scale, planes.columns if residual else planes.words,
         planes.residual_col_scale if residual else planes.col_scale,
     )  # fmt: skip
+
+
+def _other(x: Tensor, around: Around) -> tuple[Tensor, int, int]:
+    """Return what an input is made of beside `x`, and its strides by input and column."""
+    if around.other is None:
+        return x, 0, 0
+    return (around.other, 0, around.other.stride(0)) if around.form in NORMS else (around.other, *around.other.stride())
+
+
+def _forms(around: Around) -> dict[str, str | float | None]:
+    """Return what the kernels do to an input."""
+    norm = around.form in NORMS
+    return {"NORM": around.form if norm else None, "GATE": None if norm else around.form or None, "EPS": around.eps}
+
+
+def _added(around: Around, index: int, y: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[bool, bool]]:
+    """Return bias and addend of a matrix, `y` where there is none, and which of them there are."""
+    both = around.biases[index], around.addends[index]
+    return tuple(y if one is None else one.contiguous() for one in both), tuple(one is not None for one in both)
 
 
 def _weight_arguments(planes: Planes) -> tuple[Tensor, ...]:

@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..attention import attend_reference, check_attention
+from ..decoding import Around
 from ..ops import Operands, check_operands, linear_reference
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,34 @@ def products(x: Tensor, matrices: list[Operands], exact: bool) -> list[Tensor]:
         results = kernels.linears(inputs, [planes(*operands) for operands in matrices], exact)
     # not `reshape`: writing into a view that a custom op returns is an error where gradients are recorded
     return [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in results]
+
+
+def folded_products(x: Tensor, matrices: list[Operands], around: Around, exact: bool) -> list[Tensor]:
+    """Compute `sab::folded_linears` on the device of `x`; where no kernel does all of it, step by step."""
+    for operands in matrices:
+        check_operands(x, operands)
+    empty = not x.numel() or any(not operands.signs.numel() for operands in matrices)
+    if empty or why_no_kernel(x.device.index, x.dtype) is not None:
+        return around.after(products(around.before(x), matrices, exact))
+    from . import launch as kernels
+    from .planes import planes
+
+    rows = [None if addend is None else addend.reshape(-1, addend.shape[-1]) for addend in around.addends]
+    other = around.other if around.other is None or around.other.ndim == 1 else around.other.reshape(-1, x.shape[-1])
+    flat = around._replace(other=other, addends=rows)
+    with torch.cuda.device(x.device):
+        results = kernels.linears(x.reshape(-1, x.shape[-1]), [planes(*one) for one in matrices], exact, flat)
+    return [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in results]
+
+
+def folds(x: Tensor, matrices: list[Operands], exact: bool) -> bool:
+    """Tell whether kernels do what stands around the products of an input; tensors may be those of a compiler, without memory."""
+    if not x.is_cuda or why_no_kernel(x.device.index, x.dtype) is not None:
+        return False
+    from . import launch as kernels
+    from .planes import sizes
+
+    return kernels.folds(x.reshape(-1, x.shape[-1]), [sizes(operands) for operands in matrices], exact)
 
 
 @cache
@@ -87,3 +117,23 @@ def can_fit(tensor: Tensor) -> bool:
     if reason is not None:
         warn_once(reason, "quantizing")
     return reason is None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Compute `sab::attend` on the device of `q`."""
+    check_attention(q, k, v)
+    if 0 in k.shape or 0 in q.shape or not attends(q, k, v):
+        return attend_reference(q, k, v, mask, scale)
+    from .attention import attend as kernels
+
+    with torch.cuda.device(q.device):
+        return kernels(q, k, v, mask, scale)
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether a kernel attends with such tensors, which may be those of a compiler, without memory."""
+    if not (q.is_cuda and k.is_cuda and v.is_cuda) or why_no_kernel(q.device.index, q.dtype) is not None:
+        return False
+    from .attention import fits
+
+    return fits(q, k)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...packing import unpack_bits, unpack_mask
 from .. import layouts
-from ..ops import marked_columns
+from ..ops import Operands, marked_columns
 
 
 class Planes(NamedTuple):
@@ -88,6 +88,14 @@ def planes(
         signs.contiguous(), row_scale.contiguous(), col_scale.contiguous(), residual_signs, residual_row_scale,
         residual_col_scale, words, residual_words, columns, rank,
     )  # fmt: skip
+
+
+def sizes(operands: Operands) -> Planes:
+    """Return planes that tell their sizes only, for tensors that need not have memory."""
+    nothing = dict.fromkeys(Planes._fields)
+    return Planes(
+        **nothing | {name: getattr(operands, name) for name in ("row_scale", "col_scale", "residual_col_scale")}
+    )
 
 
 def negated_scales(planes: Planes, dtype: torch.dtype, residual: bool) -> Tensor:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from .forms import gated, normed, row_factor
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -17,11 +19,14 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def _scaled(
     x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
     in_features, num_significant, column, plane, batch, PLANES, PDL: tl.constexpr,
+    other_ptr=None, other_stride_batch=0, other_stride_column=0,
+    NORM: tl.constexpr = None, GATE: tl.constexpr = None, EPS: tl.constexpr = 0.0,
 ):  # fmt: skip
     """Return c ⊙ x of a plane's columns `column` and the input `batch`, float32 in the shape of `column`.
 
-    The plane after the full ones is the residual. What runs next may load weights meanwhile: it waits for this kernel
-    before it reads activations, as this one waits for what ran before.
+    NORM, GATE: what x is made of, see `forms.py`; `other_ptr` has the weight of a norm, or what a gate multiplies. The plane
+    after the full ones is the residual. What runs next may load weights meanwhile: it waits for this kernel before it reads
+    activations, as this one waits for what ran before.
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -35,8 +40,16 @@ def _scaled(
         c = tl.load(residual_col_scale_ptr + column, mask=inside, other=0.0)
     if PDL:
         cuda.gdc_wait()
-    x = tl.load(x_ptr + batch * stride_batch + source * stride_column, mask=inside, other=0.0)
-    return x.to(tl.float32) * c.to(tl.float32)
+    x_ptr += batch * stride_batch
+    x = tl.load(x_ptr + source * stride_column, mask=inside, other=0.0).to(tl.float32)
+    if NORM is not None or GATE is not None:
+        other_ptr += batch * other_stride_batch + source * other_stride_column
+        other = tl.load(other_ptr, mask=inside, other=0.0).to(tl.float32)
+        if NORM is not None:
+            x = normed(x, row_factor(x_ptr, stride_column, in_features, EPS, 4096), other, x_ptr, NORM)
+        else:
+            x = gated(x, other, x_ptr, GATE)
+    return x * c.to(tl.float32)
 
 
 @triton.jit
@@ -96,6 +109,8 @@ def _ballot(bit, thread):
 def cut_program(
     place, plane, x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
     bits_ptr, scale_ptr, sum_ptr, in_features, num_significant, pieces, PLANES, PDL: tl.constexpr,
+    other_ptr=None, other_stride_batch=0, other_stride_column=0,
+    NORM: tl.constexpr = None, GATE: tl.constexpr = None, EPS: tl.constexpr = 0.0,
 ):  # fmt: skip
     """Round c ⊙ x to 16 bits with one scale for 16 words, a piece, and cut the integers into rows of bits.
 
@@ -110,6 +125,7 @@ def cut_program(
     u = _scaled(
         x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
         in_features, num_significant, tl.program_id(0) * 512 + thread, plane, batch, PLANES, PDL,
+        other_ptr, other_stride_batch, other_stride_column, NORM, GATE, EPS,
     )  # fmt: skip
     finite = tl.abs(u) < float("inf")
     step = tl.max(tl.where(finite, tl.abs(u), float("inf")), axis=0) / 32767

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from .forms import finished, gated, norm_factor, normed
 from .int8 import load_words, products
 from .prepare import quantized
 
@@ -64,11 +65,15 @@ def single_program(
     PLANES: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr,
     RESIDUAL_WORDS: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    other_ptr=None, other_stride_column=0, bias_ptr=None, addend_ptr=None,
+    NORM: tl.constexpr = None, GATE: tl.constexpr = None, EPS: tl.constexpr = 0.0,
+    BIAS: tl.constexpr = False, ADDEND: tl.constexpr = False,
 ):  # fmt: skip
     """Do the work of one of the programs of a matrix: y[i] = Σ over planes k of r_k[i] (B_k u_k)[i], tiles of ROWS rows in turn.
 
     signs: [PLANES, rows, STRIDE] int32, of which NUM_WORDS count; residual: [rows, RESIDUAL_STRIDE], RESIDUAL_WORDS, which
     take the last RESIDUAL of the WORDS lanes. A tile is under way while the one before is computed; `steps` tiles a program.
+    NORM, GATE, BIAS and ADDEND: see `forms.py`.
     """
     FIRST: tl.constexpr = WORDS - RESIDUAL
     lane = tl.arange(0, WORDS)
@@ -90,11 +95,26 @@ def single_program(
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + column * stride_column, mask=column < in_features, other=0.0).to(tl.float32)
+    if NORM is not None or GATE is not None:
+        other_inside = column < in_features
+        other = tl.load(other_ptr + column * other_stride_column, mask=other_inside, other=0.0).to(tl.float32)
+        if NORM is not None:
+            factor = norm_factor(tl.sum(tl.sum(x * x, axis=1), axis=0), in_features, EPS)
+            x = normed(x, factor, other, x_ptr, NORM)
+        else:
+            x = gated(x, other, x_ptr, GATE)
     activations = ()
     for k in tl.static_range(PLANES):
         activations = activations + (_activations(x * scales[k].to(tl.float32)),)
     if RESIDUAL_WORDS:
         picked = tl.load(x_ptr + source * stride_column, mask=place < num_significant, other=0.0).to(tl.float32)
+        if NORM is not None or GATE is not None:
+            other_ptr += source * other_stride_column
+            picked_other = tl.load(other_ptr, mask=place < num_significant, other=0.0).to(tl.float32)
+            if NORM is not None:
+                picked = normed(picked, factor, picked_other, x_ptr, NORM)
+            else:
+                picked = gated(picked, picked_other, x_ptr, GATE)
         joined = _joined(activations[0], _activations(picked * residual_c), lane, FIRST, WORDS, RESIDUAL)
     for step in range(steps):
         here = row < rows
@@ -111,7 +131,8 @@ def single_program(
                 acc += products(tile[k], joined) * tl.where((lane < FIRST)[None, :], r, r_residual[:, None])
             else:
                 acc += products(tile[k], activations[k]) * r
-        tl.store(y_ptr + row, tl.sum(acc, axis=1).to(y_ptr.dtype.element_ty), mask=here)
+        y = finished(tl.sum(acc, axis=1), row, here, y_ptr, bias_ptr, addend_ptr, BIAS, ADDEND)
+        tl.store(y_ptr + row, y, mask=here)
         row += advance
 
 
