@@ -17,6 +17,11 @@ HIDDEN, WIDE = 40, 72
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True)
+def folding_is_on(monkeypatch):
+    monkeypatch.setenv("SAB_FOLD", "1")
+
+
 def packed(out_features: int, in_features: int, seed: int, biased: bool = False, dtype=torch.float32) -> SABLinear:
     planes = random_planes(out_features, in_features, 1 + seed % 2, seed % 3 * 4, seed=seed)
     layer = SABLinear.from_planes(planes, inputs(out_features, seed=seed, dtype=dtype) if biased else None, dtype)
@@ -159,8 +164,8 @@ def test_many_inputs_and_products_without_such_kernels_stay():
     assert joined_and_folded(graph_of(function, inputs(2, HIDDEN))) == ["rms_norm"]
 
 
-def test_the_environment_turns_folding_off(monkeypatch):
-    monkeypatch.setenv("SAB_FOLD", "0")
+def test_folding_is_off_unless_the_environment_asks_for_it(monkeypatch):
+    monkeypatch.delenv("SAB_FOLD")
     layer, weight = packed(9, HIDDEN, 4), inputs(HIDDEN, seed=5)
     assert joined_and_folded(graph_of(lambda x: layer(llama_norm(x, weight)), inputs(2, HIDDEN))) == []
 
