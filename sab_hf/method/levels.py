@@ -7,6 +7,7 @@ that is not 0. The unit is made from the scales wherever it is needed, since it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from ..kernels.cuda.linear import can_fit
 BETAS = (0.9, 0.95)
 """How much of its moments Adam keeps from one step to the next."""
 EPSILON = 1e-8
+
+PIECE = 1 << 16
+"""Elements of a piece of a matrix whose elementwise operations a CPU does in turn: a few of them fit into its cache."""
 
 
 class Scales(NamedTuple):
@@ -89,12 +93,15 @@ def nearest_level(latent: Tensor, scales: Scales, W: Tensor) -> Tensor:
         from .kernels import levels as triton_levels
 
         return triton_levels.nearest_level(latent, scales, W)
-    choice = nearest_choice(latent.float() * unit_of(scales.r_start, scales.c_start), scales.r, scales.c)
-    K, total = len(scales.r), torch.zeros(latent.shape, device=latent.device)
-    for k in range(K):
-        columns = _columns_of(scales.c[k])
-        total[:, columns] += signs_of(choice[:, columns], k, K) * (scales.r[k][:, None] * scales.c[k][columns])
-    return W.copy_(total)
+    covered, K = [_columns_of(c) for c in scales.c], len(scales.r)
+    for rows in _pieces(latent):
+        r, own = scales.r[:, rows], latent[rows].float()
+        choice = nearest_choice(own * unit_of(scales.r_start[:, rows], scales.c_start), r, scales.c)
+        total = torch.zeros_like(own)
+        for k, columns in enumerate(covered):
+            total[:, columns] += signs_of(choice[:, columns], k, K) * (r[k][:, None] * scales.c[k][columns])
+        W[rows] = total
+    return W
 
 
 def descend(
@@ -125,15 +132,39 @@ def descend(
 
         triton_levels.descend(gradient, latent, moments, scales, at_scales, numbers)
         return
+    covered = [_columns_of(c) for c in scales.c]
+    generator = torch.Generator(latent.device).manual_seed(int(numbers[3])) if latent.dtype == torch.bfloat16 else None
+    at_scales[1].zero_()
+    for rows in _pieces(latent):
+        own = Scales(scales.r_start[:, rows], scales.c_start, scales.r[:, rows], scales.c)
+        tensors = gradient[rows], latent[rows], (moments[0][rows], moments[1][rows])
+        _descend(*tensors, own, covered, (at_scales[0][:, rows], at_scales[1]), numbers, generator)
+
+
+def _descend(
+    gradient: Tensor,
+    latent: Tensor,
+    moments: tuple[Tensor, Tensor],
+    scales: Scales,
+    covered: list[slice | Tensor],
+    at_scales: tuple[Tensor, Tensor],
+    numbers: Tensor,
+    generator: torch.Generator | None,
+) -> None:
+    """Do `descend` for some rows; the gradient at the column scales is added to what is there.
+
+    Args:
+        covered: columns of each plane.
+        generator: of the bits that are rounded; None: nothing is.
+    """
     unit, G, K = unit_of(scales.r_start, scales.c_start), gradient.float(), len(scales.r)
     value, largest = latent.float() * unit, torch.zeros_like(unit)
     choice = nearest_choice(value, scales.r, scales.c)
-    for k in range(K):
-        columns, r, c = _columns_of(scales.c[k]), scales.r[k], scales.c[k]
+    for k, columns in enumerate(covered):
+        r, c = scales.r[k], scales.c[k]
         signed = G[:, columns] * signs_of(choice[:, columns], k, K)
         at_scales[0][k] = signed @ c[columns]
-        at_scales[1][k] = 0  # where a plane has no scale it needs no gradient
-        at_scales[1][k, columns] = r @ signed
+        at_scales[1][k, columns] += r @ signed
         largest[:, columns] += r.abs()[:, None] * c[columns].abs()
     G = torch.where(value.abs() <= largest, G * unit, 0)
     first, second = (
@@ -142,14 +173,19 @@ def descend(
     step = first * numbers[1] / ((second * numbers[2]).sqrt_() + EPSILON)
     moments[0].copy_(first)
     moments[1].copy_(second)
-    latent.copy_(_rounded(latent.float() - numbers[0] * step, latent.dtype, int(numbers[3])))
+    latent.copy_(_rounded(latent.float() - numbers[0] * step, generator))
     gradient.zero_()
 
 
-def _rounded(value: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """Return `value` float32 with the bits that `dtype` holds: bfloat16 is rounded up or down at random, without a bias."""
-    if dtype != torch.bfloat16:
+def _pieces(matrix: Tensor) -> Iterator[slice]:
+    """Yield slices of rows whose elementwise operations stay in the cache of a CPU core."""
+    rows = max(1, PIECE // matrix.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(matrix), rows))
+
+
+def _rounded(value: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return `value` float32 with the bits that bfloat16 holds, rounded up or down at random, without a bias; None: as it is."""
+    if generator is None:
         return value
-    generator = torch.Generator(value.device).manual_seed(seed)
     low = torch.randint(2**16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
     return ((value.view(torch.int32) + low) & -(2**16)).view(torch.float32)

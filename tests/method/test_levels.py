@@ -97,3 +97,20 @@ def test_a_gpu_without_kernels_for_fitting_is_named_once(monkeypatch, caplog):
         "quantizing runs on PyTorch's operations, slowly: planted reason"
     ]
     assert not cuda.can_fit(torch.ones(1))
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_pieces_of_rows_are_trained_as_the_whole(planes, monkeypatch):
+    results = []
+    for piece in (10**6, 2 * 7):
+        monkeypatch.setattr("sab_hf.method.levels.PIECE", piece)
+        latent, scales = level_problem(5, 7, planes)
+        generator = torch.Generator().manual_seed(1)
+        gradient = torch.randn(5, 7, generator=generator)
+        moments = torch.zeros_like(latent), torch.zeros_like(latent)
+        at_scales = torch.full_like(scales.r, 9.0), torch.full_like(scales.c, 9.0)
+        descend(gradient, latent, moments, scales, at_scales, numbers(0.1, 1))
+        results.append((nearest_level(latent, scales, torch.empty_like(latent)), latent, *moments, *at_scales))
+        assert not gradient.any()
+    for whole, pieces in zip(*results, strict=True):
+        torch.testing.assert_close(pieces, whole)
