@@ -1,6 +1,6 @@
 """How many seconds each stage of a run takes: its operations, counted, over what the machine does in a second.
 
-Work is of four kinds: matrix products in the model's dtype, in float32, and in the dtype of training; bytes that elementwise
+Work is of four kinds: matrix products in the dtype of the run, in float32, and in that of training; bytes that elementwise
 operations move; and calls of small operations, which a CPU makes one after the other. Each stage reaches a part of the rate of a
 plain product; that part is a named constant, with what it was measured on.
 """
@@ -113,7 +113,6 @@ class Amounts:
         rest: (out_features, in_features, full planes) of each matrix to binarize outside the blocks.
         windows: blocks that are distilled at a time, as parts of all.
         bytes: of the whole model.
-        dtype: of the model.
         held: tokens on which the loss of distillation is measured.
     """
 
@@ -137,7 +136,6 @@ class Amounts:
     rest: list[tuple[int, int, int]]
     windows: list[int]
     bytes: float
-    dtype: torch.dtype
     held: float
 
     @property
