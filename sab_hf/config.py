@@ -75,8 +75,11 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         calibration: `"builtin"` (drawn and written by the package, no network), a Hub dataset id, a local folder or
             JSONL file, a list of chat-message samples, or a list of processed batches. Only names are saved, of a path its
             last two parts.
-        num_samples: calibration samples. 128, as in the published methods, are enough for the fit; refinement gains from
+        num_samples: calibration samples. 128, as in the published methods, are enough for the fit; training gains from
             more (docs/your_data.md).
+        image_tokens: most tokens that a picture becomes in calibration, by fewer tiles or fewer pixels than the processor makes
+            by itself; what the packed model runs on is not changed. None: as the processor makes them on a GPU, at most 256 on a
+            CPU, or as near to that as the processor can.
         seed: seed of the order of the calibration set, and of the built-in one.
         max_length: most tokens of a sample; longer samples are dropped and counted, never truncated.
         batch_size: calibration samples per forward pass; 1 needs least memory and no padding.
@@ -167,6 +170,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     bits: float | None = None
     calibration: Any = "builtin"
     num_samples: int = 512
+    image_tokens: int | None = None
     seed: int = 0
     max_length: int = 2048
     batch_size: int = 8
@@ -241,6 +245,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         check_seed(self.seed)
         for name, low in (("num_samples", 1), ("max_length", 1), ("batch_size", 1), ("written_samples", 0)):
             _check_integer(self, name, low)
+        if self.image_tokens is not None:
+            _check_integer(self, "image_tokens", 1)
         _check_integer(self, "alternations", 1)
         _check_integer(self, "block_size", 1)
         for name in ("refine_steps", "distil_steps"):

@@ -128,10 +128,14 @@ def _read_processor(source: Any, revision: str | None, **code: bool) -> Any:
 def like_builtin(model: nn.Module, processor: Any, config: SABQuantizationConfig) -> tuple[CalibrationSet, str]:
     """Return a calibration set of as many samples as asked for, each as long as one of the built-in set, and how it is known."""
     from .calibration import CalibrationSet, prepare_calibration
+    from .machine.placement import compute_device
+    from .make.settings import image_tokens
 
+    most = image_tokens(config, compute_device(model, config.compute_device))
     if processor is None:
-        batches, tokens = _assumed(model, config), {}
-        how = f"{TEXT_TOKENS} tokens of text and {IMAGE_TOKENS} of an image a sample, assumed"
+        assumed = min(IMAGE_TOKENS, most or IMAGE_TOKENS)
+        batches, tokens = _assumed(model, config, assumed), {}
+        how = f"{TEXT_TOKENS} tokens of text and {assumed} of an image a sample, assumed"
     else:
         few = prepare_calibration(
             "builtin",
@@ -142,6 +146,8 @@ def like_builtin(model: nn.Module, processor: Any, config: SABQuantizationConfig
             max_length=config.max_length,
             batch_size=config.batch_size,
             allow_text_only=True,
+            image_tokens=most,
+            strict_image_tokens=config.image_tokens is not None,
         )
         batches, tokens = few.batches, few.tokens
         how = f"{few.num_samples} samples of the built-in set"
@@ -154,13 +160,13 @@ def like_builtin(model: nn.Module, processor: Any, config: SABQuantizationConfig
     return CalibrationSet(taken, count, 0, tokens or _modalities(taken)), how
 
 
-def _assumed(model: nn.Module, config: SABQuantizationConfig) -> list[Any]:
+def _assumed(model: nn.Module, config: SABQuantizationConfig, image_tokens: int) -> list[Any]:
     """Return four batches like those of the built-in set: three with images, one of text alone."""
     from .calibration import IMAGE, TEXT, CalibrationBatch
 
     takes_images = getattr(model.config, "vision_config", None) is not None
     text = torch.full((config.batch_size, TEXT_TOKENS), TEXT, dtype=torch.int8)
-    images = torch.full((config.batch_size, IMAGE_TOKENS * takes_images), IMAGE, dtype=torch.int8)
+    images = torch.full((config.batch_size, image_tokens * takes_images), IMAGE, dtype=torch.int8)
     with_image = torch.cat([images, text], 1)[:, : config.max_length]
     return [CalibrationBatch({}, modality) for modality in (with_image, with_image, with_image, text)]
 

@@ -22,6 +22,7 @@ from .checks import (
 )
 from .modality import IMAGE, MODALITY_NAMES, PADDING, token_modality
 from .origins import read_samples, shuffled_order
+from .picture_tokens import with_image_tokens
 from .pictures import brief_error
 from .samples import ACCEPTED_FORMATS, Sample
 
@@ -93,6 +94,8 @@ def prepare_calibration(
     max_image_pixels: int | None = 1024 * 1024,
     allow_urls: bool = False,
     vocabulary: int | None = None,
+    image_tokens: int | None = None,
+    strict_image_tokens: bool = True,
 ) -> CalibrationSet:
     """Read, process and label a calibration set. The processor and its tokenizer are left as they were.
 
@@ -109,10 +112,12 @@ def prepare_calibration(
         max_image_pixels: larger images are shrunk to this many pixels, keeping their shape; None keeps them.
         allow_urls: whether files that samples name by URL are fetched.
         vocabulary: rows of the model's input embedding, to which token ids are held; None: they are not checked.
+        image_tokens: most tokens that an image becomes, by fewer tiles or fewer pixels; None: as the processor makes them.
+        strict_image_tokens: raise where the processor cannot make so few; else it makes the fewest that it can.
 
     Raises:
-        ValueError: a sample has none of the accepted forms, an image cannot be read, every sample is too long, or a
-            vision-language model would be calibrated on text alone.
+        ValueError: a sample has none of the accepted forms, an image cannot be read, every sample is too long, the processor
+            cannot make so few image tokens, or a vision-language model would be calibrated on text alone.
         ImportError: the source needs the `datasets` package.
 
     Source: SAB-LVLM, multimodal calibration set; method §2.
@@ -122,12 +127,16 @@ def prepare_calibration(
             raise ValueError(f"`{name}` must be at least 1, got {value}")
     check_seed(seed)
     if holds_batches(calibration):
+        if image_tokens is not None and strict_image_tokens:
+            raise ValueError("`image_tokens` must be left out for processed batches, whose pictures are tokens already")
         batches, num_dropped = _take_batches(calibration, model_config, num_samples, seed, max_length, vocabulary)
     elif processor is None:
         raise ValueError("calibration samples need the model's processor to become model inputs, got `processor=None`")
     else:
         with borrowed(getattr(processor, "tokenizer", processor)):
             encoder = ChatEncoder(processor, max_image_pixels, allow_urls)
+            if image_tokens is not None:
+                encoder = with_image_tokens(encoder, model_config, image_tokens, strict_image_tokens)
             samples, too_long = _take_samples(
                 calibration, encoder, model_config, num_samples, seed, max_length, vocabulary
             )

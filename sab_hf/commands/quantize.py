@@ -23,7 +23,17 @@ from .shared import (
 
 SUMMARY = "binarize a checkpoint and save it packed, with card and report"
 EXAMPLE = "sab-hf quantize HuggingFaceTB/SmolVLM-256M-Instruct smolvlm-sab"
-_WITH_OPTIONS = ("bits", "preset", "calibration", "num_samples", "rest_bits", "refine_steps", "distil_steps", "seed")
+_WITH_OPTIONS = (
+    "bits",
+    "preset",
+    "calibration",
+    "num_samples",
+    "image_tokens",
+    "rest_bits",
+    "refine_steps",
+    "distil_steps",
+    "seed",
+)
 DEFAULTS = """other fields, by --set FIELD=VALUE, and their defaults:
   portable=null max_length=2048 batch_size=8 written_samples=0 allow_text_only=false allow_urls=false vision_bits=null
   projector_bits=null embedding_bits=null head_bits=null modules_to_not_convert=null allow_low_coverage=false
@@ -58,6 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", help="builtin (default), a Hub dataset, a folder, or a JSONL file")
     add_allow_urls(parser)
     parser.add_argument("--num-samples", type=positive, help="calibration samples (default 512)")
+    parser.add_argument(
+        "--image-tokens", type=positive,
+        help="most tokens of a calibration picture (default: as the processor makes them, on a CPU at most 256)",
+    )  # fmt: skip
     parser.add_argument(
         "--rest-bits", type=int,
         help="sign planes of towers, projector, embedding and head: 1 to 8, or 16 to leave them dense (default 16)",

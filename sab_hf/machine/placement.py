@@ -146,6 +146,11 @@ def compute_device(model: nn.Module, device: str | torch.device | None) -> torch
     return device
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Tell whether hooks of accelerate place a module's weights."""
+    return bool(_align_hooks(module))
+
+
 def _align_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     return _aligning(getattr(module, "_hf_hook", None))
 

@@ -99,14 +99,17 @@ def _measured(
     device: torch.device, n: int, m: int, dtypes: tuple[torch.dtype, ...], seconds: float, threads: int
 ) -> Rates:
     """Measure the rates of a device; `threads` are those that compute, a part of the key."""
-    products = {}
-    for dtype in dtypes:
-        x, W = (torch.full(size, 0.5, dtype=dtype, device=device) for size in ((1024, m), (n, m)))
-        products[dtype] = 2.0 * 1024 * n * m / _seconds_of(lambda x=x, W=W: x @ W.T, device, seconds, threads)
+    products = {dtype: product_rate(device, n, m, dtype, seconds, threads) for dtype in dtypes}
     a, b, c = (torch.ones(_ELEMENTS, dtype=torch.float32, device=device) for _ in range(3))
     bandwidth = 12.0 * _ELEMENTS / _seconds_of(lambda: torch.mul(a, b, out=c), device, seconds, threads)
     small = torch.ones(8, dtype=torch.float32, device=device)
     return Rates(products, bandwidth, 1 / _seconds_of(lambda: small.add_(1.0), device, seconds, 1))
+
+
+def product_rate(device: torch.device, n: int, m: int, dtype: torch.dtype, seconds: float, threads: int) -> float:
+    """Return the operations in a second of a Linear [n, m] on 1,024 rows, measured for so many seconds."""
+    x, W = (torch.full(size, 0.5, dtype=dtype, device=device) for size in ((1024, m), (n, m)))
+    return 2.0 * 1024 * n * m / _seconds_of(lambda: x @ W.T, device, seconds, threads)
 
 
 def _seconds_of(work: Callable[[], object], device: torch.device, seconds: float, threads: int) -> float:

@@ -23,6 +23,7 @@ from ..machine.commits import RunFolder
 from ..machine.fingerprint import digest, fingerprint, glance
 from ..machine.placement import check_finite
 from ..machine.plain_torch import plain_torch
+from ..machine.precision import held_in
 from ..machine.resume import Left, Steps
 from ..machine.threads import free_threads
 from ..machine.weights import iter_weights
@@ -39,7 +40,7 @@ from ..planes import SignPlanes
 from .distil import distil_window, plan_windows
 from .fold import fold_block
 from .plan import Plan, make_plan, plan_with_weights
-from .preflight import check_room, duration, estimate_run, log_estimate
+from .preflight import Estimate, check_room, duration, estimate_run, log_estimate
 from .records import QuantizationRecord
 from .refine import refine_block
 from .rest import binarize_rest, packed_rest, restore_rest, tied_to_planes
@@ -182,6 +183,7 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
         stack.enter_context(free_threads(workspace.device, steps))
         predicted = estimate_run(model, plan, config, workspace)
         log_estimate(predicted)
+        stack.enter_context(held_in(model, _computing_dtype(predicted, steps)))
         workspace.bar = Bar(predicted.seconds, predicted.runs, config.progress, workspace.device)
         clock = StageClock(device=workspace.device, bar=stack.enter_context(workspace.bar.shown()))
         record = QuantizationRecord(plan.calibration.summary(), stages=clock, predicted=predicted)
@@ -205,6 +207,13 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
             record.fallbacks[0],
         )
     return record
+
+
+def _computing_dtype(predicted: Estimate, steps: Steps) -> torch.dtype:
+    """Return the dtype of the prediction; a run that goes on keeps the one that it began with."""
+    name = str(predicted.dtype).removeprefix("torch.")
+    decided = distributed.broadcast(steps.once("dtype", lambda: ({}, {"dtype": name}))[1], source=0)["dtype"]
+    return getattr(torch, decided)
 
 
 @contextmanager

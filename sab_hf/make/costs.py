@@ -1,6 +1,6 @@
 """How many seconds each stage of a run takes: its operations, counted, over what the machine does in a second.
 
-Work is of four kinds: matrix products in the model's dtype, in float32, and in the dtype of training; bytes that elementwise
+Work is of four kinds: matrix products in the dtype of the run, in float32, and in that of training; bytes that elementwise
 operations move; and calls of small operations, which a CPU makes one after the other. Each stage reaches a part of the rate of a
 plain product; that part is a named constant, with what it was measured on.
 """
@@ -30,8 +30,8 @@ Work = dict[str, float]
 ROUNDS = 8
 """Rounds of the alternating fit before one gains less than 0.1 %, with one or two planes; more take all that are allowed."""
 
-TRAINING_BYTES = {"cpu": 1700.0, "cuda": 180.0}
-"""Bytes moved in a training step for each weight: levels, gradients, Adam, whose operations a GPU fuses."""
+TRAINING_BYTES = {"cpu": 110.0, "cuda": 180.0}
+"""Bytes moved in a training step for each weight, as if by elementwise operations: levels, gradients, Adam, in kernels."""
 
 LOGIT_TRAFFIC = 60.0
 """Bytes moved for each logit of a loss and its gradient."""
@@ -113,7 +113,6 @@ class Amounts:
         rest: (out_features, in_features, full planes) of each matrix to binarize outside the blocks.
         windows: blocks that are distilled at a time, as parts of all.
         bytes: of the whole model.
-        dtype: of the model.
         held: tokens on which the loss of distillation is measured.
     """
 
@@ -137,7 +136,6 @@ class Amounts:
     rest: list[tuple[int, int, int]]
     windows: list[int]
     bytes: float
-    dtype: torch.dtype
     held: float
 
     @property

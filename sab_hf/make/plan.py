@@ -23,7 +23,7 @@ from ..method.budget import allocate
 from ..packed.linear import SABModule
 from ..processors import processor_of
 from .rest import check_rest, plan_rest, rest_names
-from .settings import DistilSettings, RefineSettings
+from .settings import DistilSettings, RefineSettings, image_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -143,4 +143,6 @@ def _calibration(model: nn.Module, config: SABQuantizationConfig, processor: Any
         allow_text_only=config.allow_text_only,
         allow_urls=config.allow_urls,
         vocabulary=model.get_input_embeddings().weight.shape[0],
+        image_tokens=image_tokens(config, compute_device(model, config.compute_device)),
+        strict_image_tokens=config.image_tokens is not None,
     )

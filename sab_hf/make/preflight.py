@@ -37,6 +37,7 @@ from ..anatomy.roles import EMBEDDING, HEAD, LANGUAGE
 from ..calibration import TEXT, CalibrationBatch, CalibrationSet
 from ..config import SABQuantizationConfig
 from ..machine.disk import Need, check_disk
+from ..machine.precision import faster_dtype
 from ..machine.rates import THOROUGH, Machine
 from ..machine.store import GIB
 from ..machine.workspace import Workspace
@@ -47,8 +48,9 @@ from ..packed.experts import expert_name, fused_name
 from ..packing import stored_bytes
 from ..passes.capture import count_first
 from ..passes.gradients import BYTES_PER_LOGIT as GRADIENT_BYTES_PER_LOGIT
-from ..passes.gradients import LOGIT_BYTES, positions_at_once
-from ..passes.tail import BYTES_PER_LOGIT
+from ..passes.gradients import positions_at_once
+from ..passes.tail import BYTES_PER_LOGIT, LOGIT_BYTES
+from ..units import size_in_words
 from .costs import Amounts, Work, count_work, seconds_of
 from .distil import ACTIVATION_SHARE, HELD_OUT, activation_bytes, blocks_at_once, bytes_of_training
 from .plan import Plan
@@ -75,6 +77,8 @@ class Estimate:
         sizes: bytes in the file by role.
         working: bytes on the compute device by stage, beside what is there all the time.
         weights: bytes of the model's weights in RAM; those of memory-mapped files can be dropped by the system.
+        dtype: that the run computes in, and holds the weights in.
+        widened: bytes of `weights` that come with that dtype.
         on_device: bytes of the model's weights on a GPU.
         loaded: whether the weights are there already, so that what is free is what is left.
         packed: bytes of the packed language blocks.
@@ -83,7 +87,7 @@ class Estimate:
         seconds: by stage.
         runs: stage → how many times it runs.
         work: operations by stage and kind, see `costs.py`.
-        tokens: of the calibration set, padding counted; `tokens_from` says how they are known.
+        samples, tokens: of the calibration set, padding counted; `tokens_from` says how they are known.
         commits: bytes in `checkpoint_dir`, if there is one.
         advice: where memory is too small, how much is missing and with which setting it would do; else "".
     """
@@ -96,9 +100,12 @@ class Estimate:
     loaded: bool
     packed: float
     states: dict[str, float]
+    dtype: torch.dtype
+    widened: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
     work: dict[str, Work] = field(default_factory=dict)
+    samples: int = 0
     tokens: int = 0
     tokens_from: str = "the calibration set"
     commits: float = 0.0
@@ -133,7 +140,7 @@ class Estimate:
     def needed(self) -> dict[str, float]:
         """Bytes that must be free, by place; beside a GPU, weights in RAM may be dropped, as they can be read again."""
         if self.device.type == "cpu":
-            return {"RAM": self.peak_ram - self.weights * self.loaded}
+            return {"RAM": self.peak_ram - (self.weights - self.widened) * self.loaded}
         return {str(self.device): self.peak_device - self.on_device * self.loaded, "RAM": self.peak_ram - self.weights}
 
     @property
@@ -180,6 +187,8 @@ class Estimate:
             "advice": self.advice,
             "seconds": self.all_seconds,
             "stages": stages,
+            "computes_in": str(self.dtype).removeprefix("torch."),
+            "samples": self.samples,
             "tokens": self.tokens,
             "tokens_from": self.tokens_from,
             "disk_bytes": {"checkpoint_dir": self.commits, "offload_dir": self.states["disk"]},
@@ -195,13 +204,17 @@ class Estimate:
     def __str__(self) -> str:
         longest = sorted(self.seconds, key=lambda stage: -self.seconds[stage])[:3]
         stages = ", ".join(f"{stage} {duration(self.seconds[stage])}" for stage in longest)
-        device = "" if self.device.type == "cpu" else f"{self.device} peak {self.peak_device / GIB:.2f} GiB, "
+        device = "" if self.device.type == "cpu" else f"{self.device} peak {size_in_words(self.peak_device)}, "
         return (
-            f"estimate: {duration(self.all_seconds)} on {self.machine.name} ({stages}); {device}"
-            f"RAM peak {self.peak_ram / GIB:.2f} GiB (weights {self.weights / GIB:.2f}, hidden states "
-            f"{self.states['ram'] / GIB:.2f}), disk {(self.commits + self.states['disk']) / GIB:.2f} GiB; file "
-            f"{self.file_bytes / GIB:.2f} GiB; {self.tokens:,} tokens"
+            f"estimate: {duration(self.all_seconds)} on {self.machine.name}{self._dtype_in_words} ({stages}); {device}"
+            f"RAM peak {size_in_words(self.peak_ram)} (weights {size_in_words(self.weights)}, hidden states "
+            f"{size_in_words(self.states['ram'])}), disk {size_in_words(self.commits + self.states['disk'])}; file "
+            f"{size_in_words(self.file_bytes)}; {self.tokens:,} tokens"
         )
+
+    @property
+    def _dtype_in_words(self) -> str:
+        return f" in {self.dtype}".replace("torch.", "") if self.widened else ""
 
     def table(self) -> str:
         """Return the estimate in some lines: stages, then the file by role, then what else is known."""
@@ -217,9 +230,10 @@ class Estimate:
         lines += [f"file, {role:<20}{size / 2**20:>10.1f} MiB" for role, size in self.sizes.items()]
         lines.append(f"{'file, all':<26}{self.file_bytes / 2**20:>10.1f} MiB")
         lines.append("")
-        lines.append(f"on {self.machine.name}; {self.tokens:,} tokens, from {self.tokens_from}")
+        where = f"on {self.machine.name}{self._dtype_in_words}"
+        lines.append(f"{where}; {self.samples:,} samples, {self.tokens:,} tokens, from {self.tokens_from}")
         disk = (("checkpoint_dir", self.commits), ("offload_dir", self.states["disk"]))
-        lines += [f"`{name}` gets {size / GIB:.2f} GiB" for name, size in disk if size]
+        lines += [f"`{name}` gets {size_in_words(size)}" for name, size in disk if size]
         lines += [self.advice] if self.advice else []
         return "\n".join(lines)
 
@@ -252,25 +266,39 @@ def estimate_run(
     linears = max(plan.shapes.values(), key=math.prod)
     machine = Machine.here(workspace)
     machine = replace(machine, processes=processes or machine.processes)
-    found = estimate_on(machine.measured(linears, model.dtype), model, plan, config)
+    found = _in_a_dtype_that_fits(machine.measured(linears, model.dtype), model, plan, config)
     if found.all_seconds > _SHORT:
-        found = estimate_on(machine.measured(linears, model.dtype, THOROUGH), model, plan, config)
+        found = _in_a_dtype_that_fits(machine.measured(linears, model.dtype, THOROUGH), model, plan, config)
     advice = "" if found.fits else _advice(found, model, plan, config)
     return replace(found, tokens_from=tokens_from or found.tokens_from, advice=advice)
 
 
-def estimate_on(machine: Machine, model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Estimate:
+def _in_a_dtype_that_fits(machine: Machine, model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Estimate:
+    """Predict a run in the dtype that is fastest here; in the model's own, which is smaller, where that one does not fit."""
+    dtype = faster_dtype(model, machine.device)
+    found = estimate_on(machine, model, plan, config, dtype)
+    return found if found.fits or dtype == model.dtype else estimate_on(machine, model, plan, config)
+
+
+def estimate_on(
+    machine: Machine,
+    model: nn.Module,
+    plan: Plan,
+    config: SABQuantizationConfig,
+    dtype: torch.dtype | None = None,
+) -> Estimate:
     """Predict what a run will need on a machine; `model`, `plan` and `config` as in `estimate_run`.
 
-    Without the rates of the machine, `seconds` is empty.
+    Without the rates of the machine, `seconds` is empty. `dtype` is the one that it computes in; None: that of the model.
     """
+    dtype = dtype or model.dtype
     block_names, shapes, modules, calibration = plan.roles.blocks, plan.shapes, plan.modules, plan.calibration
     refine_steps = plan.refine.beside(bool(plan.distil.steps)).steps
     measured = needs_sensitivity(config, plan.refine.steps) and len(plan.roles.stacks) == 1
     copies = (
         3 if plan.distil.steps else 2 if refine_steps else 1
     )  # of the hidden states: entering, running ahead, wanted
-    data = _Data.of(calibration, model, len(block_names), copies, config.sensitivity_samples if measured else 0)
+    data = _Data.of(calibration, model, dtype, len(block_names), copies, config.sensitivity_samples if measured else 0)
     share = _share_of_an_expert(model, modules)
     blocks = [_Block.of(model, name, shapes, modules, share) for name in block_names]
     dearest = max(blocks, key=lambda block: block.weights)
@@ -291,24 +319,28 @@ def estimate_on(machine: Machine, model: nn.Module, plan: Plan, config: SABQuant
     )
     if measured:
         working["sensitivity"] += most["device"] - states["device"]
-    amounts = _amounts(model, plan, blocks, data, machine, config, measured)
+    amounts = _amounts(model, plan, blocks, data, machine, config, measured, dtype)
     work = count_work(amounts, config, plan.refine, plan.distil, machine.device.type)
-    per_place = {"cpu": 0.0, "gpu": 0.0}
+    per_place, widened = {"cpu": 0.0, "gpu": 0.0}, 0.0
     for p in model.parameters():
         per_place["gpu" if p.is_cuda else "cpu"] += p.nbytes
+        widened += p.numel() * (dtype.itemsize - model.dtype.itemsize) if p.dtype == model.dtype else 0
     packed = sum(block.packed for block in blocks)
     return Estimate(
         machine,
         stored_sizes(model, plan),
         working,
-        per_place["cpu"],
+        per_place["cpu"] + widened,
         per_place["gpu"],
         not any(p.is_meta for p in model.parameters()),
         packed,
         most | {"device": states["device"]},
-        seconds_of(work, machine, model.dtype, machine.processes) if machine.rates else {},
+        dtype,
+        widened,
+        seconds_of(work, machine, dtype, machine.processes) if machine.rates else {},
         _runs(plan, amounts),
         work,
+        data.samples,
         data.tokens,
         commits=_commits(plan, blocks, packed) if config.checkpoint_dir else 0.0,
     )
@@ -400,6 +432,7 @@ class _Data:
         cls,
         calibration: CalibrationSet,
         model: nn.Module,
+        dtype: torch.dtype,
         num_blocks: int,
         copies: int,
         measured: int,
@@ -408,7 +441,7 @@ class _Data:
         tokens = sum(rows * length for rows, length in shapes)
         largest = max(batch * length for batch, length in shapes)
         width = model.get_input_embeddings().embedding_dim
-        size = model.dtype.itemsize
+        size = dtype.itemsize
         arguments = sum(batch * length * (length + 512 * size) for batch, length in shapes)  # mask, rotary factors
         first = calibration.batches[: count_first((batch for batch, _ in shapes), measured)]
         kept = sum(batch.modality.numel() for batch in first) * (num_blocks + 1)
@@ -587,6 +620,7 @@ def _amounts(
     machine: Machine,
     config: SABQuantizationConfig,
     measured: bool,
+    dtype: torch.dtype,
 ) -> Amounts:
     """Return the run in numbers."""
     roles, batches = plan.roles, plan.calibration.batches
@@ -620,8 +654,7 @@ def _amounts(
         patches=_patches(model, plan.calibration),
         rest=[(*_shape_of(model, name), planes) for name, planes in plan.rest.items()],
         windows=windows,
-        bytes=float(sum(p.nbytes for p in model.parameters())),
-        dtype=model.dtype,
+        bytes=float(sum(p.numel() * dtype.itemsize for p in model.parameters())),
         held=sum(batch.modality.numel() for batch in held),
     )
 

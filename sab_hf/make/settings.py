@@ -15,6 +15,14 @@ REFINE_STEPS, REFINE_STEPS_CPU = 400, 50
 DISTIL_STEPS, DISTIL_STEPS_CPU = 1000, 100
 """Steps of distillation on an accelerator and on a CPU."""
 
+IMAGE_TOKENS_CPU = 256
+"""Most tokens of a calibration picture on a CPU: those that a picture of 448 x 448 pixels has where a token is 28 pixels wide."""
+
+
+def image_tokens(config: SABQuantizationConfig, device: torch.device) -> int | None:
+    """Return the most tokens of a calibration picture that a config means on a device; None: as many as the processor makes."""
+    return IMAGE_TOKENS_CPU if config.image_tokens is None and device.type == "cpu" else config.image_tokens
+
 
 @dataclass(frozen=True)
 class RefineSettings:

@@ -22,10 +22,8 @@ from ..method.sensitivity import LinearSensitivity, Sensitivity, UnmeasurableErr
 from .capture import BlockInputs, observing
 from .routing import RowLabels
 from .states import BatchState, block_output
-from .tracing import makes_some_logits, output_of_last_block
-
-LOGIT_BYTES = 4 * 2**30
-"""Most memory that logits, their probabilities and their gradients take at once, where a model can be asked for some of them."""
+from .tail import NoLogitsError, Tail, positions_within
+from .tracing import makes_some_logits
 
 BYTES_PER_LOGIT = 20
 """Peak of the gradient of the loss, in bytes for each logit: five float32 copies, as measured."""
@@ -149,9 +147,9 @@ def _backward(
     result, workspace = Sensitivity(), prefix.workspace
     blocks = [model.get_submodule(name) for name in own]
     with workspace.placement.visit_rest(tuple(own)), _frozen(model), _agreeing():
+        tail = _find_tail(model, blocks, batches, prefix)
         gradients = [
-            _gradient_at_output(model, blocks, batches[state.number], state, seed + state.number)
-            for state in prefix.states
+            _gradient_at_output(tail, batches[state.number], state, seed + state.number) for state in prefix.states
         ]
     for index, (name, names) in workspace.bar.over(list(enumerate(own.items()))[::-1], part=0.5):
         squares = _Squares()
@@ -222,31 +220,36 @@ def _through_block(
     return squares, torch.cat(parts, dim=-3)
 
 
-def _gradient_at_output(
-    model: nn.Module, blocks: list[nn.Module], batch: CalibrationBatch, state: BatchState, seed: int
-) -> Tensor:
+def _find_tail(
+    model: nn.Module, blocks: list[nn.Module], batches: list[CalibrationBatch], prefix: BlockInputs
+) -> Tail | None:
+    """Return what makes logits of the last block's output, without the towers where it can; None without samples."""
+    if not prefix.states:
+        return None
+    richest = max(prefix.states, key=lambda state: len(batches[state.number].inputs))
+    try:
+        return Tail(model, blocks, batches[richest.number], richest)
+    except NoLogitsError as error:
+        raise UnmeasurableError(str(error)) from error
+
+
+def _gradient_at_output(tail: Tail, batch: CalibrationBatch, state: BatchState, seed: int) -> Tensor:
     """Return the gradient of the loss at the output of the last block, [..., batch, length, hidden_size], on the CPU.
 
     Logits that would take more than `LOGIT_BYTES` are made for some positions at a time, where the model can do that.
     """
-    device = state.workspace.device
-    leaf = state.hidden.detach().to(device).requires_grad_(True)
+    leaf = state.hidden.detach().to(state.workspace.device).requires_grad_(True)
     generator: torch.Generator | None = None
     length = batch.modality.shape[1]
-    step = positions_at_once(model, batch)
+    step = tail.positions(batch, BYTES_PER_LOGIT)
     total = torch.zeros_like(leaf)
     for start in range(0, length, step):
         part = slice(start, min(start + step, length))
-        options = {} if step >= length else {"logits_to_keep": torch.arange(part.start, part.stop, device=device)}
         with torch.enable_grad():
-            output = output_of_last_block(model, blocks, batch, state, leaf, **options)
-            if getattr(output, "logits", None) is None:
-                raise UnmeasurableError(f"{type(model).__name__} gives no `logits`")
-            logits = output.logits
-            if logits.shape[1] != part.stop - part.start:
-                raise UnmeasurableError(
-                    f"{type(model).__name__} gives logits for {logits.shape[1]} of {part.stop - part.start} positions"
-                )
+            try:
+                logits = tail.logits(batch, state, leaf, part)
+            except NoLogitsError as error:
+                raise UnmeasurableError(str(error)) from error
             counted = (batch.modality[:, part] != PADDING).flatten().to(logits.device)
             if generator is None:
                 generator = torch.Generator(logits.device).manual_seed(seed)  # a head with hooks may run elsewhere
@@ -263,12 +266,6 @@ def positions_at_once(model: nn.Module, batch: CalibrationBatch) -> int:
     if not makes_some_logits(model, batch.inputs):
         return batch.modality.shape[1]
     return positions_within(batch, model.get_input_embeddings().weight.shape[0], BYTES_PER_LOGIT)
-
-
-def positions_within(batch: CalibrationBatch, width: int, bytes_per_logit: float) -> int:
-    """Return for how many positions of each sample `width` logits, and what is made of them, fit into `LOGIT_BYTES`."""
-    samples, length = batch.modality.shape
-    return min(length, max(1, int(LOGIT_BYTES / (bytes_per_logit * samples * width))))
 
 
 @contextmanager

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import CalibrationBatch
-from .gradients import positions_within
 from .states import BatchState
 from .tracing import makes_some_logits, output_of_last_block
 
 _TEXT = ("input_ids", "attention_mask")
+
+LOGIT_BYTES = 4 * 2**30
+"""Most memory that logits, their probabilities and their gradients take at once, where a model can be asked for some of them."""
 
 BYTES_PER_LOGIT = 24
 """Peak of the divergence of two distributions and its gradient, in bytes for each logit: six float32 copies (on a GPU, where a
@@ -55,11 +57,11 @@ class Tail:
                 ids_alone = not batch.inputs.keys() - set(_TEXT)
                 self.by_ids = ids_alone or self._same_by_ids(batch, state, hidden, part, whole)
 
-    def positions(self, batch: CalibrationBatch) -> int:
+    def positions(self, batch: CalibrationBatch, bytes_per_logit: float = BYTES_PER_LOGIT) -> int:
         """Return for how many positions of each sample of a batch logits are made at once, so that their loss fits in memory."""
         if not (self.chain or self.chunks):
             return batch.modality.shape[1]
-        return positions_within(batch, self.width, BYTES_PER_LOGIT)
+        return positions_within(batch, self.width, bytes_per_logit)
 
     def logits(self, batch: CalibrationBatch, state: BatchState, hidden: Tensor, part: slice) -> Tensor:
         """Return the logits [batch, positions, vocabulary] for what the last block gives, [..., batch, length, hidden_size].
@@ -104,6 +106,12 @@ class Tail:
             return False
         finally:
             self.by_ids = False
+
+
+def positions_within(batch: CalibrationBatch, width: int, bytes_per_logit: float) -> int:
+    """Return for how many positions of each sample `width` logits, and what is made of them, fit into `LOGIT_BYTES`."""
+    samples, length = batch.modality.shape
+    return min(length, max(1, int(LOGIT_BYTES / (bytes_per_logit * samples * width))))
 
 
 def _through(modules: list[nn.Module], hidden: Tensor) -> Tensor:

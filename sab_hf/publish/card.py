@@ -12,9 +12,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from yaml import YAMLError
 
+from ..units import size_in_words
 from .form import picture_format
 from .html import TASK_COLUMNS, distillation_lines, evaluation_rows, role_rows, task_rows, tasks_about
-from .report import size_in_words
 from .templating import MARKDOWN
 from .verdicts import verdicts
 

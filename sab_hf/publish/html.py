@@ -10,9 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from ..dotted import at_number
+from ..units import size_in_words
 from . import charts
 from .form import picture_format
-from .report import size_in_words
 from .summary import NOT_SHOWN, spent
 from .templating import MARKUP
 from .verdicts import verdicts

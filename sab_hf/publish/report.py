@@ -15,6 +15,7 @@ from ..anatomy.selection import Coverage, coverage
 from ..notebook import html_table
 from ..packed.linear import SABModule
 from ..packed.names import tied
+from ..units import size_in_words
 
 
 @dataclass(frozen=True)
@@ -187,13 +188,3 @@ def finite(plain: Any) -> Any:
     if isinstance(plain, (list, tuple)):
         return [finite(value) for value in plain]
     return None if isinstance(plain, float) and not math.isfinite(plain) else plain
-
-
-def size_in_words(num_bytes: float) -> str:
-    """Return a size in KiB, MiB or GiB; "–" for nothing."""
-    if not num_bytes:
-        return "–"
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes / 2**10:.1f} KiB"

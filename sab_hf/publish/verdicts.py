@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .report import size_in_words
+from ..units import size_in_words
 
 GOOD, BAD, NEUTRAL = "good", "bad", ""
 _SURE = 1.96

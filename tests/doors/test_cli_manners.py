@@ -19,6 +19,7 @@ import sab_hf
 from sab_hf import SABQuantizationConfig
 from sab_hf.cli import main, make_parser
 from sab_hf.commands import COMMANDS
+from sab_hf.make.settings import IMAGE_TOKENS_CPU
 
 
 def refused(capsys, *argv: str) -> str:
@@ -52,6 +53,7 @@ def test_help_of_quantize_tells_the_defaults_of_the_config(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     config = SABQuantizationConfig()
     assert f"calibration samples (default {config.num_samples})" in shown
+    assert f"on a CPU at most {IMAGE_TOKENS_CPU})" in shown
     assert f"seed of the calibration set (default {config.seed})" in shown
     assert f"{config.calibration} (default)" in shown
 

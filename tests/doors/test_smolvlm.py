@@ -69,8 +69,13 @@ def test_all_commands(smolvlm, tmp_path, capsys):
     data, packed = str(tmp_path / "data.jsonl"), str(tmp_path / "smolvlm-sab")
     quick = ["--calibration", data, "--num-samples", "4", "--refine-steps", "0"]
     quick += ["--set", "alternations=1", "--set", "distil_steps=1"]
-    assert main(["quantize", str(smolvlm), packed, *quick]) == 0
-    assert "image" in capsys.readouterr().err.partition("calibration set")[2].partition("\n")[0]
+    assert main(["quantize", str(smolvlm), packed, *quick, "--image-tokens", str(IMAGE_TOKENS)]) == 0
+    told = capsys.readouterr().err
+    assert f"at most {IMAGE_TOKENS} tokens each in place of {5 * IMAGE_TOKENS}" in told
+    assert "image" in told.partition("calibration set")[2].partition("\n")[0]
+    assert sab_hf.load(packed)[1].image_processor.size["longest_edge"] == 2 * SIDE  # its user has all tiles
+    assert main(["quantize", str(smolvlm), packed, *quick, "--image-tokens", str(IMAGE_TOKENS - 1)]) == 1
+    assert f"`image_tokens` must be at least {IMAGE_TOKENS}" in capsys.readouterr().err
     assert main(["inspect", packed, "--verify", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {role for role, sizes in found["roles"].items() if sizes["num_quantized"]} == {"language"}

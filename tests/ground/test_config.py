@@ -22,6 +22,7 @@ INVALID = {
     "bits": [0, -1, "1", True, math.nan, math.inf, MAX_PLANES + 1.5, [1.1]],
     "portable": ["onnx", True, ""],
     "num_samples": NO_INTEGER,
+    "image_tokens": [0, -1, 1.0, "1", True, 2**70],
     "preset": ["", "bset", 1, True, ["fast"]],
     "progress": ["bar", 1, True, []],
     "written_samples": [-1, 2.0, True, "many"],

@@ -18,6 +18,7 @@ import sab_hf
 from sab_hf import SABQuantizationConfig
 from sab_hf.make.plan import make_plan
 from sab_hf.make.preflight import check_room
+from sab_hf.make.settings import IMAGE_TOKENS_CPU, image_tokens
 
 MIB = 2**20
 
@@ -190,3 +191,10 @@ def test_experts_have_moments_of_their_own():
     assert len(experts) == 8
     assert len(attention) == 4
     assert len(block.inputs) == len(experts) + 2  # what query, key and value read, and the output projection
+
+
+def test_pictures_are_small_on_a_cpu_unless_asked_for():
+    asked = SABQuantizationConfig(image_tokens=1088)
+    for device, expected in (("cpu", IMAGE_TOKENS_CPU), ("cuda", None)):
+        assert image_tokens(SABQuantizationConfig(), torch.device(device)) == expected
+        assert image_tokens(asked, torch.device(device)) == 1088

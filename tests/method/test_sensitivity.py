@@ -15,6 +15,7 @@ from sab_hf.method.hessian import damp
 from sab_hf.passes import gradients
 from sab_hf.passes.capture import BlockInputs
 from sab_hf.passes.gradients import measure_sensitivity
+from sab_hf.passes.tail import Tail
 
 DAMPING, SEED = 0.01, 5
 
@@ -144,7 +145,7 @@ def test_model_whose_loss_has_no_gradient_gets_an_even_budget_and_one_warning(
         monkeypatch.setattr(mlp, "forward", lambda self, x: _Opaque.apply(forward(self, x.detach()), x))
         reason = "block 1 (LlamaDecoderLayer) has no gradient: a kernel without one"
     else:
-        monkeypatch.setattr("sab_hf.passes.gradients.output_of_last_block", lambda *_: object())
+        monkeypatch.setattr("sab_hf.passes.tail.output_of_last_block", lambda *_, **__: object())
         reason = "LlavaForConditionalGeneration gives no `logits`"
     sab_hf.quantize(model, processor, None, make_config(refine_steps=0))
     (message,) = told(caplog)
@@ -226,14 +227,30 @@ def test_gradients_of_logits_made_in_parts_are_those_of_all(positions, samples, 
     batches = prepare_calibration(samples, processor, model.config, num_samples=4, batch_size=2).batches
     inputs, blocks = BlockInputs(model, find_roles(model).blocks, batches), list(model.model.language_model.layers)
     state = inputs.states[0]
-    whole = gradients._gradient_at_output(model, blocks, batches[0], state, SEED)
+    tail = Tail(model, blocks, batches[0], state)
+    whole = gradients._gradient_at_output(tail, batches[0], state, SEED)
     assert gradients.positions_at_once(model, batches[0]) == batches[0].modality.shape[1]
-    monkeypatch.setattr(gradients, "LOGIT_BYTES", positions * 20 * 2 * model.get_input_embeddings().num_embeddings)
+    monkeypatch.setattr(
+        "sab_hf.passes.tail.LOGIT_BYTES", positions * 20 * 2 * model.get_input_embeddings().num_embeddings
+    )
     assert gradients.positions_at_once(model, batches[0]) == positions
     seen = []
     model.lm_head.register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
-    parts = gradients._gradient_at_output(model, blocks, batches[0], state, SEED)
+    parts = gradients._gradient_at_output(tail, batches[0], state, SEED)
     assert max(seen) == positions
     assert sum(seen) == batches[0].modality.shape[1]
     assert whole.abs().max() > 0
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_tower_does_not_run_again_for_gradients(samples, processor):
+    """Once, to try whether the head alone gives the logits."""
+    model = build_llava()
+    batches = prepare_calibration(samples, processor, model.config, num_samples=4, batch_size=1).batches
+    blocks = find_roles(model).blocks
+    inputs, runs = BlockInputs(model, blocks, batches), []
+    model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    linears = list(language_linears(model, find_roles(model), []))
+    found = measure_sensitivity(model, inputs, batches, blocks, linears, damping=0.01, num_samples=4, seed=SEED)
+    assert found.linears.keys() == set(linears)
+    assert len(runs) == 1 < len(batches)
