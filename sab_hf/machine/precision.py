@@ -25,15 +25,19 @@ _GAIN = 1.5
 _SECONDS, _SIDE = 0.02, 512  # of the look at each dtype, and of its square product
 
 
-def faster_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    """Return float32 where a device runs a model's half precision much slower, else the model's dtype.
+def may_be_widened(model: nn.Module, device: torch.device) -> bool:
+    """Tell whether a run may hold a model in float32: it is of half precision, in memory, and a CPU computes.
 
     What accelerate's hooks bring from elsewhere stays as it is there.
     """
-    dtype = model.dtype
-    if device.type != "cpu" or dtype not in HALVES or any(is_hooked(module) for module in model.modules()):
-        return dtype
-    return torch.float32 if _gain(dtype, torch.get_num_threads()) > _GAIN else dtype
+    return device.type == "cpu" and model.dtype in HALVES and not any(is_hooked(module) for module in model.modules())
+
+
+def faster_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+    """Return float32 where a device runs a model's half precision much slower, else the model's dtype."""
+    if not may_be_widened(model, device):
+        return model.dtype
+    return torch.float32 if _gain(model.dtype, torch.get_num_threads()) > _GAIN else model.dtype
 
 
 @lru_cache(maxsize=16)

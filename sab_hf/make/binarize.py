@@ -23,7 +23,7 @@ from ..machine.commits import RunFolder
 from ..machine.fingerprint import digest, fingerprint, glance
 from ..machine.placement import check_finite
 from ..machine.plain_torch import plain_torch
-from ..machine.precision import held_in
+from ..machine.precision import held_in, may_be_widened
 from ..machine.resume import Left, Steps
 from ..machine.threads import free_threads
 from ..machine.weights import iter_weights
@@ -183,7 +183,7 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
         stack.enter_context(free_threads(workspace.device, steps))
         predicted = estimate_run(model, plan, config, workspace)
         log_estimate(predicted)
-        stack.enter_context(held_in(model, _computing_dtype(predicted, steps)))
+        stack.enter_context(held_in(model, _computing_dtype(model, predicted, steps)))
         workspace.bar = Bar(predicted.seconds, predicted.runs, config.progress, workspace.device)
         clock = StageClock(device=workspace.device, bar=stack.enter_context(workspace.bar.shown()))
         record = QuantizationRecord(plan.calibration.summary(), stages=clock, predicted=predicted)
@@ -209,8 +209,10 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
     return record
 
 
-def _computing_dtype(predicted: Estimate, steps: Steps) -> torch.dtype:
+def _computing_dtype(model: nn.Module, predicted: Estimate, steps: Steps) -> torch.dtype:
     """Return the dtype of the prediction; a run that goes on keeps the one that it began with."""
+    if not may_be_widened(model, predicted.device):
+        return model.dtype
     name = str(predicted.dtype).removeprefix("torch.")
     decided = distributed.broadcast(steps.once("dtype", lambda: ({}, {"dtype": name}))[1], source=0)["dtype"]
     return getattr(torch, decided)

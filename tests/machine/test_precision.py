@@ -72,3 +72,20 @@ def test_dtype_is_that_of_the_model_where_float32_is_no_faster(monkeypatch):
         monkeypatch.setattr(precision, "_gain", lambda *_, gain=gain: gain)
         assert faster_dtype(half, CPU) == expected
     assert faster_dtype(half, torch.device("cuda")) == torch.float16
+
+
+def test_run_that_goes_on_keeps_its_dtype(slow_in_half, monkeypatch, tmp_path):
+    first, _ = quantized(torch.bfloat16, checkpoint_dir=str(tmp_path))
+    monkeypatch.setattr(precision, "_gain", lambda *_: 1.0)
+    again, record = quantized(torch.bfloat16, checkpoint_dir=str(tmp_path))
+    assert record.predicted.dtype == torch.bfloat16
+    assert {name: tensor.dtype for name, tensor in again.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in first.state_dict().items()
+    }
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in first.state_dict().items())
+    assert any(path.stem == "dtype" for path in tmp_path.iterdir())
+
+
+def test_step_is_kept_only_where_there_is_a_choice(tmp_path):
+    quantized(torch.float32, checkpoint_dir=str(tmp_path))
+    assert not any(path.stem == "dtype" for path in tmp_path.iterdir())
