@@ -12,7 +12,7 @@ from ..config import SABQuantizationConfig
 REFINE_STEPS, REFINE_STEPS_CPU = 400, 50
 """Steps of block refinement, for each block, on an accelerator and on a CPU."""
 
-DISTIL_STEPS, DISTIL_STEPS_CPU = 1000, 100
+DISTIL_STEPS, DISTIL_STEPS_CPU = 1000, 150
 """Steps of distillation on an accelerator and on a CPU."""
 
 IMAGE_TOKENS_CPU = 256
