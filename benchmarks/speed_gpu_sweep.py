@@ -72,7 +72,7 @@ def candidates(shape: tuple[int, int], planes: int, part: float, batch: int, pro
     if batch <= 8:
         found.append(("bits", cuda_tiles.bits_tiles(*sizes)))
     if batch <= 32:
-        groups = cuda_tiles.power_of_two(math.ceil(batch / 8), 1, 4)
+        groups = cuda_tiles.power_of_two(math.ceil(batch / 8), 1, 2)
         found += [("fragments", tiles) for tiles in fragment_tiles(rows, words, groups)]
     least = {1: 0, 2: 0, 4: 0, 8: 16}.get(batch, min(batch, 256))
     for tiles in FUSED:
@@ -94,17 +94,14 @@ def candidates(shape: tuple[int, int], planes: int, part: float, batch: int, pro
 
 
 def fragment_tiles(rows: int, words: int, groups: int) -> list[FragmentsTiles]:
-    """Return tiles of the kernel on fragments: those of few rows need more warps for each."""
+    """Return tiles of the kernel on fragments: those of few rows need more warps for each; four groups were never the best."""
     if words > 256:
         shares = [(1, 16, 16), (2, 16, 16), (2, 8, 8), (1, 8, 8)]
     elif rows <= 4096:
         shares = [(1, 8, 8), (2, 8, 8), (1, 4, 4)]
     else:
         shares = [(2, 8, 8), (2, 4, 4), (2, 4, 1), (1, 8, 8)]
-    found = [FragmentsTiles(tiles, groups, warps, split) for tiles, warps, split in shares]
-    if groups == 4:  # fewer registers, and weights made twice
-        found += [tiles._replace(groups=2) for tiles in found[:2]]
-    return found
+    return [FragmentsTiles(tiles, groups, warps, split) for tiles, warps, split in shares]
 
 
 @cache

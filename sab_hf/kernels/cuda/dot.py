@@ -3,7 +3,7 @@
 A tile of words [rows, words] is unpacked in registers, straight into the order of the tensor cores' left operand: one
 shift and one logical operation make a pair of weights ±1. Each weight is unpacked once for all inputs of a tile.
 
-On compute capability 9.x tensor cores read the weights from registers while the program goes on (`wgmma`). Triton before 3.7
+On compute capability 9.x tensor cores read the weights from registers while the program goes on (`wgmma`). Triton before 3.9
 does not wait for them when it writes the weights of the next step to those registers, so that some products are of the wrong
 weights (triton-lang/triton#9433); `after_products` waits.
 """
