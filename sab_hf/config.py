@@ -130,7 +130,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             alike.
         refine_latent_rate: the same for the latent weights behind the signs, which start at ±0.5.
         distil_steps: steps of distillation (method §7), which trains scales, signs, norms and biases of all language blocks
-            together to predict what the full-precision model predicts. None: 1000 on a GPU, 100 on a CPU; 0 turns it off.
+            together to predict what the full-precision model predicts. None: 1000 on a GPU, 150 on a CPU; 0 turns it off.
         distil_batch: calibration samples of one step.
         distil_latent_rate: Adam's learning rate for the latent weights behind the signs. None: 0.04 / `bits`, at most 0.03,
             and times √(1000 / `distil_steps`) above 1000 steps.

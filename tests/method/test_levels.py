@@ -134,13 +134,13 @@ def test_steps_below_the_resolution_of_bfloat16_count_on_average():
     assert float(latent.float().mean()) == pytest.approx(1 - 100 * 2**-11, abs=2e-3)
 
 
-def test_a_gpu_without_kernels_for_fitting_is_named_once(monkeypatch, caplog):
-    monkeypatch.setattr(cuda, "why_no_kernel", lambda device, dtype: "planted reason")
+def test_a_gpu_without_kernels_for_fitting_is_named_once(monkeypatch, caplog, kernels):
+    monkeypatch.setattr(cuda, "why_no_kernel", lambda device, dtype: f"planted reason, {kernels}")
     matrix = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float32)
     with caplog.at_level("WARNING", logger="sab_hf"):
         assert not cuda.can_fit(matrix)
         assert not cuda.can_fit(matrix)
     assert [record.getMessage() for record in caplog.records] == [
-        "quantizing runs on PyTorch's operations, slowly: planted reason"
+        "quantizing runs on PyTorch's operations, slowly: planted reason, " + kernels
     ]
     assert not cuda.can_fit(torch.ones(1))
