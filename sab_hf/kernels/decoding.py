@@ -75,20 +75,7 @@ def plain(count: int) -> Around:
 
 
 def folded_linears_reference(
-    x: Tensor,
-    other: Tensor | None,
-    form: str,
-    eps: float,
-    signs: list[Tensor],
-    row_scale: list[Tensor],
-    col_scale: list[Tensor],
-    significant_columns: list[Tensor | None],
-    residual_signs: list[Tensor | None],
-    residual_row_scale: list[Tensor | None],
-    residual_col_scale: list[Tensor | None],
-    bias: list[Tensor | None],
-    addend: list[Tensor | None],
-    exact: bool = False,
+    x: Tensor, other: Tensor | None, form: str, eps: float, *arguments: list[Tensor | None] | bool
 ) -> list[Tensor]:
     """Multiply what `form` makes of an input by several matrices of sign planes, and add to each product.
 
@@ -96,23 +83,23 @@ def folded_linears_reference(
 
     Args:
         x: [..., in_features] floating point.
-        other, form, eps, bias, addend: see `Around`; dtype of `x`.
-        signs, row_scale, col_scale, significant_columns, residual_signs, residual_row_scale, residual_col_scale, exact: as
-            in `ops.linears_reference`.
+        other, form, eps: see `Around`; dtype of `x`.
+        arguments: the lists of `ops.linears_reference`, then biases and addends (see `Around`), and `exact` if it is given.
     Returns:
         For each matrix [..., out_features], dtype of `x`, a fresh tensor.
     """
-    around = checked(x, Around(form, eps, other, bias, addend), [scale.shape[1] for scale in row_scale])
-    operands = (
-        signs,
-        row_scale,
-        col_scale,
-        significant_columns,
-        residual_signs,
-        residual_row_scale,
-        residual_col_scale,
-    )
-    return around.after(sab_linears(around.before(x), *operands, exact))
+    lists, around, exact = _told(x, other, form, eps, arguments)
+    return around.after(sab_linears(around.before(x), *lists, exact))
+
+
+def _told(
+    x: Tensor, other: Tensor | None, form: str, eps: float, arguments: tuple
+) -> tuple[tuple[list[Tensor | None], ...], Around, bool]:
+    """Return the lists of packed tensors, what stands around the products, checked, and `exact`, from the op's arguments."""
+    count = len(Operands._fields)
+    lists, (biases, addends, *rest) = arguments[:count], arguments[count:]
+    rows = [scale.shape[-1] for scale in lists[Operands._fields.index("row_scale")]]
+    return lists, checked(x, Around(form, eps, other, biases, addends), rows), rest == [True]
 
 
 def checked(x: Tensor, around: Around, rows: Sequence[int]) -> Around:
@@ -157,13 +144,9 @@ def _(x, other, form, eps, signs, row_scale, *arguments) -> list[Tensor]:
 
 def implement(device: str, products: Callable[[Tensor, list[Operands], Around, bool], list[Tensor]]) -> None:
     """Have the op computed by `products` on devices of a type, "cuda"."""
-    count = len(Operands._fields)
 
     def folded(x: Tensor, other: Tensor | None, form: str, eps: float, *arguments) -> list[Tensor]:
-        matrices = [Operands._make(one) for one in zip(*arguments[:count], strict=True)]
-        biases, addends, *rest = arguments[count:]
-        around = Around(form, eps, other, biases, addends)
-        rows = [operands.row_scale.shape[-1] for operands in matrices]
-        return products(x, matrices, checked(x, around, rows), rest == [True])
+        lists, around, exact = _told(x, other, form, eps, arguments)
+        return products(x, [Operands._make(one) for one in zip(*lists, strict=True)], around, exact)
 
     torch.library.impl(_NAME, device, folded)

@@ -128,7 +128,7 @@ def descend(
 
         triton_levels.descend(gradient, latent, moments, scales, at_scales, numbers)
         return
-    if cpu_levels.can_fit(latent, gradient, *moments):
+    if cpu_levels.can_fit(latent, gradient, *moments, *at_scales):
         cpu_levels.descend(gradient, latent, moments, scales, at_scales, numbers, BETAS, EPSILON)
         return
     unit, G, K = unit_of(scales.r_start, scales.c_start), gradient.float(), len(scales.r)

@@ -43,19 +43,16 @@ def descend(
     Args:
         gradient, latent, moments: [out_features, in_features].
         scales: as in `nearest_level`.
-        at_scales: [K, out_features] and [K, in_features], of any strides.
+        at_scales: [K, out_features] and [K, in_features].
         numbers: rate, corrections of the moments, step.
         betas, epsilon: of Adam.
     """
     rate, correction1, correction2, _ = numbers.tolist()
-    into = [t if t.is_contiguous() else t.contiguous() for t in at_scales]
     _run(
-        latent, scales, gradient=gradient, first=moments[0], second=moments[1], row_gradient=into[0], column_gradient=into[1],
-        rate=rate, correction1=correction1, correction2=correction2, beta1=betas[0], beta2=betas[1], epsilon=epsilon,
+        latent, scales, gradient=gradient, first=moments[0], second=moments[1], row_gradient=at_scales[0],
+        column_gradient=at_scales[1], rate=rate, correction1=correction1, correction2=correction2, beta1=betas[0],
+        beta2=betas[1], epsilon=epsilon,
     )  # fmt: skip
-    for target, result in zip(at_scales, into, strict=True):
-        if target is not result:
-            target.copy_(result)
 
 
 def _run(latent: Tensor, scales: tuple[Tensor, ...], **more: Any) -> None:
