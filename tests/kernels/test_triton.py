@@ -360,8 +360,9 @@ def compare_levels(rows, columns, planes, device, state_dtype, gradient_dtype):
     there = latent.to(device), levels.Scales(*(part.to(device) for part in scales))
     mine = kernel.nearest_level(*there, torch.empty(rows, columns, device=device)).cpu()
     expected = levels.nearest_level(latent, scales, torch.empty(rows, columns))
-    close = (mine - expected).abs() <= 1e-5 * expected.abs()  # a tie may go either way by rounding
-    assert close.float().mean() > 0.999
+    largest = expected.abs().amax(1, keepdim=True)  # of several planes a level may be a small rest of large scales
+    close = (mine - expected).abs() <= 1e-6 * largest
+    assert close.float().mean() > 0.999  # a tie may go either way by rounding
     downstream = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)).to(gradient_dtype)
     downstream[~close] = 0
     numbers = torch.tensor([0.03, 1 / (1 - levels.BETAS[0]), 1 / (1 - levels.BETAS[1]), 1.0])
