@@ -78,8 +78,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         num_samples: calibration samples. 128, as in the published methods, are enough for the fit; training gains from
             more (docs/your_data.md).
         image_tokens: most tokens that a picture becomes in calibration, by fewer tiles or fewer pixels than the processor makes
-            by itself; what the packed model runs on is not changed. None: as the processor makes them on a GPU, at most 256 on a
-            CPU, or as near to that as the processor can.
+            by itself; what the packed model runs on is not changed. None: at most three quarters of `max_length`, and on a CPU at
+            most 256, or as near to that as the processor can.
         seed: seed of the order of the calibration set, and of the built-in one.
         max_length: most tokens of a sample; longer samples are dropped and counted, never truncated.
         batch_size: calibration samples per forward pass; 1 needs least memory and no padding.

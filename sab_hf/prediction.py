@@ -133,7 +133,7 @@ def like_builtin(model: nn.Module, processor: Any, config: SABQuantizationConfig
 
     most = image_tokens(config, compute_device(model, config.compute_device))
     if processor is None:
-        assumed = min(IMAGE_TOKENS, most or IMAGE_TOKENS)
+        assumed = min(IMAGE_TOKENS, most)
         batches, tokens = _assumed(model, config, assumed), {}
         how = f"{TEXT_TOKENS} tokens of text and {assumed} of an image a sample, assumed"
     else:

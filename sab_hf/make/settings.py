@@ -19,9 +19,12 @@ IMAGE_TOKENS_CPU = 256
 """Most tokens of a calibration picture on a CPU: those that a picture of 448 x 448 pixels has where a token is 28 pixels wide."""
 
 
-def image_tokens(config: SABQuantizationConfig, device: torch.device) -> int | None:
-    """Return the most tokens of a calibration picture that a config means on a device; None: as many as the processor makes."""
-    return IMAGE_TOKENS_CPU if config.image_tokens is None and device.type == "cpu" else config.image_tokens
+def image_tokens(config: SABQuantizationConfig, device: torch.device) -> int:
+    """Return the most tokens of a calibration picture that a config means on a device; a sample has room for some text too."""
+    if config.image_tokens is not None:
+        return config.image_tokens
+    room = max(1, config.max_length * 3 // 4)
+    return min(IMAGE_TOKENS_CPU, room) if device.type == "cpu" else room
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,9 @@ def test_experts_have_moments_of_their_own():
     assert len(block.inputs) == len(experts) + 2  # what query, key and value read, and the output projection
 
 
-def test_pictures_are_small_on_a_cpu_unless_asked_for():
+def test_pictures_are_small_on_a_cpu_and_leave_room_for_text_unless_asked_for():
     asked = SABQuantizationConfig(image_tokens=1088)
-    for device, expected in (("cpu", IMAGE_TOKENS_CPU), ("cuda", None)):
+    for device, expected in (("cpu", IMAGE_TOKENS_CPU), ("cuda", 1536)):
         assert image_tokens(SABQuantizationConfig(), torch.device(device)) == expected
+        assert image_tokens(SABQuantizationConfig(max_length=40), torch.device(device)) == 30
         assert image_tokens(asked, torch.device(device)) == 1088
