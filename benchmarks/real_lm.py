@@ -45,15 +45,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Λ = 1": {"significance": "none"},
     "the paper's map": {"significance": "paper"},
     "elementwise fit": {"fit": "elementwise"},
-    "blocks refined before, 150 steps": {"refine_steps": 150},
+    "blocks refined before, 100 steps": {"refine_steps": 100},
     "signs stay": {"distil_latent_rate": 1e-9, "distil_scale_rate": 5e-3},
     "16 samples a step": {"distil_batch": 16},
     "all else at 4 planes": {"rest_bits": 4},
 }
 """Name → fields that differ from the run's options, for `--variants`."""
 VARIANT_BITS = (1.1, 2.1)
-ROTATED = 64
-"""Columns that a rotation mixes: the largest power of two that divides both 576 and the size of a head."""
 PROMPTS = (
     "What is the capital of France, and which river flows through it?",
     "Explain in two sentences why the sky is blue.",
@@ -170,52 +168,9 @@ def _name_of(name: str) -> str:
     return f"{whole.get(stem, stem)}.{kind}"
 
 
-@torch.no_grad()
-def rotate(model: LlamaForCausalLM, size: int = ROTATED) -> None:
-    """Rotate the residual stream and the heads' values by blockwise Hadamard matrices: the same model, with fewer outliers.
-
-    Norms are folded into the Linears after them, and the output head is one of its own from then on.
-
-    size: columns of a block, a power of two that divides the hidden size and the size of a head
-
-    Source: rotations R1 and R2 of QuaRot (arXiv 2404.00456), in blocks.
-    """
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / math.sqrt(2)
-
-    def turn(linear: nn.Module, norm: nn.Module | None = None, output: bool = False) -> None:
-        weight = linear.weight.double()
-        if norm is not None:
-            weight = weight * norm.weight.double()
-        weight = weight.T if output else weight
-        weight = (weight.unflatten(1, (-1, size)) @ matrix.to(weight)).flatten(1)
-        linear.weight = nn.Parameter((weight.T if output else weight).contiguous().to(linear.weight.dtype))
-
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
-    model.config.tie_word_embeddings = False
-    turn(model.model.embed_tokens)
-    turn(model.lm_head, model.model.norm)
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-            turn(linear, layer.input_layernorm)
-        for linear in (mlp.gate_proj, mlp.up_proj):
-            turn(linear, layer.post_attention_layernorm)
-        turn(attention.v_proj, output=True)
-        turn(attention.o_proj)
-        for linear in (attention.o_proj, mlp.down_proj):
-            turn(linear, output=True)
-    for norm in [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]:
-        nn.init.ones_(norm.weight)
-
-
-def build(gguf_file: Path, output: Path, rotated: bool = False) -> None:
-    """Write the model and the tokenizer of a GGUF file as a folder for `from_pretrained`; rotated: see `rotate`."""
-    model = read_model(gguf_file)
-    if rotated:
-        rotate(model)
-    model.save_pretrained(output)
+def build(gguf_file: Path, output: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as a folder for `from_pretrained`."""
+    read_model(gguf_file).save_pretrained(output)
     AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name).save_pretrained(output)
 
 
@@ -406,7 +361,6 @@ def arguments() -> argparse.ArgumentParser:
     made = commands.add_parser("build", help="a folder for from_pretrained from a GGUF file")
     made.add_argument("gguf_file", type=Path)
     made.add_argument("folder", type=Path)
-    made.add_argument("--rotated", action="store_true", help="rotate the residual stream and the heads' values")
     ran = commands.add_parser("run", help="quantize by every method and measure")
     add_text_options(ran)
     add_options(ran, "real_lm.json")
@@ -427,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args = arguments().parse_args(argv)
     if args.command == "build":
-        build(args.gguf_file, args.folder, args.rotated)
+        build(args.gguf_file, args.folder)
     elif args.command == "run":
         run(args)
     else:

@@ -20,6 +20,7 @@ from ..method.fit import MAX_SYSTEM
 from ..method.trainable import pass_dtype
 from .distil import MEASUREMENTS
 from .settings import DistilSettings, RefineSettings
+from .written import MOST_AT_ONCE, MOST_AT_ONCE_CPU
 
 MODEL, FLOAT32, TRAINING, BYTES, CALLS = "model", "float32", "training", "bytes", "calls"
 """The kinds of work."""
@@ -36,8 +37,15 @@ TRAINING_BYTES = {"cpu": 110.0, "cuda": 180.0}
 LOGIT_TRAFFIC = 60.0
 """Bytes moved for each logit of a loss and its gradient."""
 
-BLOCK_CALLS, TRAINING_CALLS = 60, {"cpu": 4000.0, "cuda": 300.0}
-"""Small operations of a block's forward pass, and of a training step forward, backward and in the optimizer."""
+BLOCK_CALLS, REFINE_CALLS, DISTIL_CALLS = 60, {"cpu": 4000.0, "cuda": 300.0}, {"cpu": 4000.0, "cuda": 40.0}
+"""Small operations of a block: of its forward pass, and of a training step forward, backward and in the optimizer.
+
+On a GPU a step of distillation is a few graphs: SmolLM2-135M took one H200 35 ms a step alone, 2026-11-29 (benchmarks/LOG.md).
+"""
+
+WRITING_CALLS = 200
+"""Those of a block in a decoding step of `generate`, on a GPU a guess: three processes side by side took an H200 90 s for what
+26 s are predicted for one."""
 
 COLUMN_CALLS = {"cpu": 13.0, "cuda": 0.1}
 """Small operations of the sign sweep for one column; a GPU has a kernel for many columns."""
@@ -179,9 +187,10 @@ def count_work(
     passes = a.batches * len(a.blocks) * BLOCK_CALLS
     towers = 2.0 * a.towers * a.patches
     if a.written and distil.steps:
-        rounds = math.ceil(a.written / 64) * a.length
+        most = MOST_AT_ONCE_CPU if device == "cpu" else MOST_AT_ONCE
+        rounds = math.ceil(a.written / most) * a.length
         made = {"model": a.written * a.length * (through + logits), "bytes": rounds * a.bytes}
-        count.add("written samples", **made, calls=rounds * len(a.blocks) * BLOCK_CALLS)
+        count.add("written samples", **made, calls=rounds * len(a.blocks) * WRITING_CALLS)
     if a.rest:
         share, most = min(1.0, c.sensitivity_samples / a.samples), c.alternations
         count.add(
@@ -220,7 +229,7 @@ def count_work(
             * through
             * (3 * refine.steps * tokens + 2 * a.tokens),  # the error of all, before and after
             bytes=refined * refine.steps * a.weights * TRAINING_BYTES[device],
-            calls=refined * refine.steps * len(a.blocks) * TRAINING_CALLS[device],
+            calls=refined * refine.steps * len(a.blocks) * REFINE_CALLS[device],
         )
     count.add("binarized outputs", model=through * a.tokens, calls=passes)
     if trained:
@@ -233,7 +242,7 @@ def count_work(
                 training=distil.steps * (tokens * share * 3 * through + tokens * 4 * logits)
                 + (min(distil.steps, MEASUREMENTS) + 1) * a.held * (through * share + 2 * logits),
                 bytes=distil.steps * (share * a.weights * TRAINING_BYTES[device] + text * a.vocabulary * LOGIT_TRAFFIC),
-                calls=distil.steps * size * TRAINING_CALLS[device],
+                calls=distil.steps * size * DISTIL_CALLS[device],
             )
     return {stage: dict(work) for stage, work in count.work.items()}
 

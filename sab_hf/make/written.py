@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 KEPT_OF_TEXT = (32, 128)
 """Fewest and most tokens of a text that are kept, where they are less than half of it."""
-MOST_AT_ONCE, MOST_AT_ONCE_CPU = 512, 32
+MOST_AT_ONCE, MOST_AT_ONCE_CPU = 1280, 32
 """Samples written side by side, before memory runs out."""
 _MADE_ANEW = ("attention_mask", "position_ids", "labels")
 _OF_TEXT = {f"{name}_token_id" for name in ("bos", "eos", "pad", "sep", "cls", "unk", "decoder_start", "forced_bos")}

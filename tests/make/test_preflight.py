@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import shapes
 import torch
+from helpers import build_llava
+from PIL import Image
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
@@ -199,3 +201,13 @@ def test_pictures_are_small_on_a_cpu_and_leave_room_for_text_unless_asked_for():
         assert image_tokens(SABQuantizationConfig(), torch.device(device)) == expected
         assert image_tokens(SABQuantizationConfig(max_length=40), torch.device(device)) == 30
         assert image_tokens(asked, torch.device(device)) == 1088
+
+
+@pytest.mark.parametrize(("samples", "warned"), [("builtin", True), (None, False)])
+def test_built_in_samples_are_warned_of(samples, warned, processor, caplog):
+    model = build_llava()
+    own = samples or [{"image": Image.new("RGB", (8, 8)), "question": "What color?", "answer": "Red."}]
+    config = SABQuantizationConfig(calibration=own, num_samples=1)
+    with caplog.at_level("WARNING", "sab_hf"):
+        make_plan(model, config, processor)
+    assert ("calibrating on the built-in samples" in caplog.text) == warned
