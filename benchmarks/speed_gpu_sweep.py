@@ -1,28 +1,30 @@
-"""All kernels and tiles for the products of a 7B model on a GPU, against cuBLAS in bf16: the table of `kernels/cuda/tiles.py`.
+"""All kernels and tiles for the products of a 7B model on a GPU, against cuBLAS in bf16; `kernels/cuda/tiles.py` has the rules.
 
     python benchmarks/speed_gpu_sweep.py --output sweep.json
 
 Kernels are compiled first, by as many processes as there are cores. Then every candidate is compared with the product of
 the unpacked weights, in two runs that must agree bit for bit, and timed as in `speed_gpu.py`. What comes last on the
-output is how many times as fast as dense the best one is, how much slower the choice of the rules is, and a table of what is
-more than a tenth faster than that, to be pasted.
+output is how many times as fast as dense the best one is, and how much slower the choice of the rules. `--show` prints that
+of a file, nothing measured.
 """
 
 import argparse
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import torch
 from speed_gpu import ROTATING_BYTES, SCHEMES, dense_us, random_operands
 from timing import median_graph_us, provenance, write_json
 
-from sab_hf.kernels.cuda import launch as kernels
 from sab_hf.kernels.cuda import tiles as cuda_tiles
 from sab_hf.kernels.cuda.planes import Planes
 from sab_hf.kernels.cuda.planes import planes as collect
@@ -37,9 +39,6 @@ MOST_COPIES = 100
 LARGEST_ERROR = {"single": 0.03, "int8": 0.03}
 """‖y - x Wᵀ‖ / ‖x Wᵀ‖ of kernels that round activations to int8; the others:"""
 LARGEST_ERROR_16_BIT = 0.01
-FASTER = 1.1
-"""How many times as fast as the rules' choice a candidate has to be for the table."""
-
 Candidate = tuple[str, tuple | None]
 """A kernel and its tiles; None stands for those of a rule."""
 
@@ -111,12 +110,19 @@ def small_planes(columns: int, scheme: str) -> Planes:
     return collect(*random_operands(256, columns, planes, round(part * columns)))
 
 
+def product(name: str) -> Callable[..., torch.Tensor]:
+    """Return what launches a kernel; only this needs Triton."""
+    from sab_hf.kernels.cuda.launch import PRODUCTS
+
+    return PRODUCTS[name]
+
+
 def compile_one(task: tuple) -> tuple[tuple, str | None]:
     """Compile the kernels of a candidate into Triton's cache, and return what failed, or None."""
     columns, scheme, name, tiles, batch = task
     try:
         x = torch.randn(batch, columns, dtype=torch.bfloat16, device="cuda")
-        kernels.PRODUCTS[name](x, small_planes(columns, scheme), tiles)
+        product(name)(x, small_planes(columns, scheme), tiles)
         torch.cuda.synchronize()
     except Exception as error:
         return task, repr(error)[:300]
@@ -152,23 +158,25 @@ def compile_all(tasks: list[tuple], seconds: float) -> dict[tuple, str | None]:
 
 def reference(planes: Planes, x: torch.Tensor) -> torch.Tensor:
     """Return x Wᵀ with unrounded weights, float32."""
-    return x.float() @ kernels.unpack(planes, torch.float32, 0, planes.rows).T
+    from sab_hf.kernels.cuda.launch import unpack
+
+    return x.float() @ unpack(planes, torch.float32, 0, planes.rows).T
 
 
 def check(
     name: str, tiles: tuple | None, x: torch.Tensor, planes: Planes, expected: torch.Tensor
 ) -> tuple[float, bool]:
     """Return a candidate's error, and whether it is right: small, finite, and the same again."""
-    y = kernels.PRODUCTS[name](x, planes, tiles)
+    y = product(name)(x, planes, tiles)
     error = ((y.float() - expected).norm() / expected.norm()).item()
-    same = torch.equal(y, kernels.PRODUCTS[name](x, planes, tiles))
+    same = torch.equal(y, product(name)(x, planes, tiles))
     return error, same and error < LARGEST_ERROR.get(name, LARGEST_ERROR_16_BIT)
 
 
 def time_us(name: str, tiles: tuple | None, x: torch.Tensor, matrices: list[Planes], repeats: int) -> float:
     """Return microseconds of one product, everything included that prepares it."""
-    product = kernels.PRODUCTS[name]
-    return median_graph_us([lambda planes=planes: product(x, planes, tiles) for planes in matrices], repeats=repeats)
+    multiply = product(name)
+    return median_graph_us([lambda planes=planes: multiply(x, planes, tiles) for planes in matrices], repeats=repeats)
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -240,73 +248,62 @@ def measure_shape(shape: str, inputs: list[int], ready: set[tuple], end: float, 
     return results
 
 
-def best_rows(results: dict) -> dict[tuple[str, str], list[dict]]:
-    """Return for each matrix the fastest right row of each number of inputs."""
-    found: dict[tuple[str, str, int], dict] = {}
-    for row in results["rows"]:
-        key = row["shape"], row["scheme"], row["batch"]
-        if row["right"] and row["us"] < found.get(key, row)["us"] + (key not in found):
-            found[key] = row
-    matrices: dict[tuple[str, str], list[dict]] = {}
-    for (shape, scheme, _), row in sorted(found.items(), key=lambda item: item[0][2]):
-        matrices.setdefault((shape, scheme), []).append(row)
-    return matrices
-
-
 def chosen(shape: tuple[int, int], planes: int, part: float, batch: int, processors: int) -> Candidate:
     """Return kernel and tiles that the rules choose on a device of compute capability 9.0."""
     rows, columns = shape
     words, residual_words = math.ceil(columns / 32), math.ceil(round(part * columns) / 32)
     sizes = planes, rows, words, residual_words, processors
     name = cuda_tiles.kernel(batch, planes, rows, words, residual_words, 2, False, (9, 0))
-    if name == "dense":
-        return name, None
-    if name == "single":
-        return name, cuda_tiles.single_tiles(*sizes[1:])
-    if name == "bits":
-        return name, cuda_tiles.bits_tiles(*sizes)
-    return name, getattr(cuda_tiles, f"{name}_tiles")(*sizes, batch)
+    tiles = {
+        "single": lambda: cuda_tiles.single_tiles(*sizes[1:]),
+        "bits": lambda: cuda_tiles.bits_tiles(*sizes),
+        "fragments": lambda: cuda_tiles.fragments_tiles(*sizes, batch),
+        "fused": lambda: cuda_tiles.fused_tiles(*sizes, batch),
+        "dot": lambda: cuda_tiles.dot_tiles(rows, words, planes + (residual_words > 0), batch, processors, 2),
+        "dense": lambda: None,
+    }
+    return name, tiles[name]()
+
+
+def cells(results: dict) -> dict[tuple[str, str, int], tuple[list[dict], dict | None]]:
+    """Return for each matrix, scheme and number of inputs the right rows, the fastest first, and the rules' choice or None."""
+    found: dict[tuple[str, str, int], list[dict]] = {}
+    for row in results["rows"]:
+        if row["right"]:
+            found.setdefault((row["shape"], row["scheme"], row["batch"]), []).append(row)
+    pairs = {}
+    for (shape, scheme, batch), rows in found.items():
+        name, tiles = chosen(SHAPES[shape], *SCHEMES[scheme], batch, results["processors"])
+        same = [row for row in rows if row["kernel"] == name and tuple(row["tiles"] or ()) == (tiles or ())]
+        pairs[shape, scheme, batch] = sorted(rows, key=lambda row: row["us"]), same[0] if same else None
+    return pairs
 
 
 def show(results: dict) -> None:
-    """Print problems, the best of each cell with the rules' choice, and the table for `tiles.py`."""
+    """Print problems, and of each cell the fastest candidate, its ratio to dense, the rules' choice and how much slower it is."""
     for row in results["rows"]:
         if not row["right"]:
             print("WRONG", row)
     for problem in results["problems"]:
         print("PROBLEM", *problem)
-    times = {
-        (row["shape"], row["scheme"], row["batch"], row["kernel"], tuple(row["tiles"] or ())): row["us"]
-        for row in results["rows"]
-        if row["right"]
-    }
-    lines = []
-    for (shape, scheme), rows in best_rows(results).items():
-        planes, part = SCHEMES[scheme]
-        cells, choices = [], []
-        for row in rows:
-            batch, best = row["batch"], row["us"]
-            name, tiles = chosen(SHAPES[shape], planes, part, batch, results["processors"])
-            slower = times.get((shape, scheme, batch, name, tuple(tiles or ())), math.nan) / best
-            ratio = results["dense"][f"{shape} {batch}"] / best
-            cells.append(f"{batch}: {best:.1f} {ratio:.2f}× {row['kernel']}; {name} {slower:.2f}")
-            choice = (f'"{row["kernel"]}"', short(row["tiles"])) if slower > FASTER else ('""', "None")
-            if choices and choices[-1][1:] == choice:
-                choices.pop()
-            choices.append((batch, *choice))
-        print(f"{shape}, {scheme} | " + " | ".join(cells))
-        if choices[-1][1] == '""':
-            choices.pop()
-        if choices:
-            n, m = SHAPES[shape]
-            text = ", ".join(f"({', '.join(map(str, choice))})" for choice in choices)
-            lines.append(f"    ({results['processors']}, {planes}, {n}, {math.ceil(m / 32)}, {part > 0}): ({text},),")
-    print("MEASURED = {", *lines, "}", sep="\n")
+    slower = []
+    for (shape, scheme, batch), (rows, choice) in cells(results).items():
+        best, dense = rows[0], results["dense"][f"{shape} {batch}"]
+        line = f"{shape}, {scheme}, {batch}: {best['us']:.1f} us, {dense / best['us']:.2f}×, {short(best)}"
+        if choice is None:
+            print(f"{line}; the rules' choice was not measured")
+            continue
+        slower.append(choice["us"] / best["us"])
+        print(line if choice is best else f"{line}; {short(choice)} {slower[-1]:.2f}")
+    near = sum(one <= 1.05 for one in slower)
+    print(
+        f"{near} of {len(slower)} choices within 5 % of the best, at most {max(slower, default=math.nan):.2f} times as long"
+    )
 
 
-def short(tiles: tuple | None) -> str:
-    """Return the call that makes `tiles`."""
-    return "None" if tiles is None else f"{type(tiles).__name__}({', '.join(map(str, tiles))})"
+def short(row: dict) -> str:
+    """Return kernel and tiles."""
+    return f"{row['kernel']}{tuple(row['tiles'] or ())}"
 
 
 def main() -> None:
@@ -316,7 +313,11 @@ def main() -> None:
     parser.add_argument("--inputs", nargs="+", type=int, default=list(INPUTS))
     parser.add_argument("--seconds", type=float, default=450, help="after which no further cell is begun")
     parser.add_argument("--compile-seconds", type=float, default=200, help="after which the rest is left out")
+    parser.add_argument("--show", metavar="FILE", help="compare the rules with what this file has, and measure nothing")
     options = parser.parse_args()
+    if options.show:
+        show(json.loads(Path(options.show).read_text()))
+        return
     if not torch.cuda.is_available():
         sys.exit("no CUDA device")
     results = measure(options)

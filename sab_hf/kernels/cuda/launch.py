@@ -33,8 +33,7 @@ DENSE_ROWS = 128
 
 def linear(x: Tensor, planes: Planes, exact: bool) -> Tensor:
     """Return x Wᵀ for x [batch ≥ 1, m] float16, bfloat16 or float32, by the kernel that suits the batch and the device."""
-    name, tiles = _choice(x, planes, exact)
-    return PRODUCTS[name](x, planes, tiles)
+    return PRODUCTS[_kernel(x, planes, exact)](x, planes)
 
 
 def linears(x: Tensor, matrices: Sequence[Planes], exact: bool, around: Around | None = None) -> list[Tensor]:
@@ -48,7 +47,7 @@ def linears(x: Tensor, matrices: Sequence[Planes], exact: bool, around: Around |
     results: dict[int, Tensor] = {}
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, planes in enumerate(matrices):
-        name, _ = _choice(x, planes, exact)
+        name = _kernel(x, planes, exact)
         if name == "single":
             groups[joined_single_products, _single_tiles(x, planes).warps].append(i)
         elif name == "bits":
@@ -67,16 +66,13 @@ def linears(x: Tensor, matrices: Sequence[Planes], exact: bool, around: Around |
 
 def folds(x: Tensor, matrices: Sequence[Planes], exact: bool) -> bool:
     """Tell whether the kernels of all the matrices do what stands around products; tensors may be fake ones."""
-    return all(_choice(x, planes, exact)[0] in ("single", "bits") for planes in matrices)
+    return all(_kernel(x, planes, exact) in ("single", "bits") for planes in matrices)
 
 
-def _choice(x: Tensor, planes: Planes, exact: bool) -> tuple[str, tuple | None]:
-    """Return which kernel multiplies, and its tiles where they were measured."""
-    measured = cuda_tiles.measured(x.shape[0], *_tile_sizes(x, planes), x.element_size(), exact, _capability(x))
-    if measured is not None:
-        return measured
+def _kernel(x: Tensor, planes: Planes, exact: bool) -> str:
+    """Return which kernel multiplies, one of `PRODUCTS`."""
     sizes = x.shape[0], planes.num_planes, planes.rows, planes.num_words, planes.num_residual_words
-    return cuda_tiles.kernel(*sizes, x.element_size(), exact, _capability(x)), None
+    return cuda_tiles.kernel(*sizes, x.element_size(), exact, _capability(x))
 
 
 def single_product(x: Tensor, planes: Planes, tiles: cuda_tiles.SingleTiles | None = None) -> Tensor:

@@ -1,9 +1,8 @@
-"""Which kernel and which tiles, by device and shape: measured ones, and a rule for the rest. Nothing is tuned at run time."""
+"""Which kernel and which tiles, by device and shape: rules that follow measurements. Nothing is tuned at run time."""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -73,19 +72,9 @@ class DenseTiles(NamedTuple):
     mebibytes: int
 
 
-Choice = tuple[int, str, tuple | None]
-
-# Measured by `python benchmarks/speed_gpu_sweep.py` on one H200, 2026-11-30 (`benchmarks/results/speed_gpu_sweep_h200.json`), as
-# are the rules for compute capability 9.x below.
-MEASURED: dict[tuple[int, int, int, int, bool], tuple[Choice, ...]] = {
-    (132, 1, 3584, 112, True): ((2, "", None), (8, "fragments", FragmentsTiles(1, 1, 4, 4))),
-    (132, 1, 37888, 112, True): ((8, "", None), (16, "fragments", FragmentsTiles(2, 2, 4, 1))),
-    (132, 1, 512, 112, True): ((2, "", None), (8, "fragments", FragmentsTiles(1, 1, 4, 4))),
-}
-"""(processors, planes, rows, words, has a residual plane) → (inputs up to which, kernel, tiles), the least inputs first.
-
-Only what is more than 10 % faster than the rules' choice, for which the kernel "" stands.
-"""
+# Rules for compute capability 9.x follow `python benchmarks/speed_gpu_sweep.py` on one H200, 2026-11-30
+# (`benchmarks/results/speed_gpu_sweep_h200.json`). They were chosen on its 195 cells, of a matrix, a scheme and a number of
+# inputs each: in 185 their choice is within 5 % of the fastest candidate, and 9 % slower at most.
 ROUNDS_INPUTS = ("single", "bits", "int8")
 """Kernels that round activations to integers."""
 SINGLE_WORDS, SINGLE_PLANES, SINGLE_ROWS = 128, 2, 4096
@@ -128,6 +117,9 @@ def kernel(
         elif batch <= INT8_BATCH:
             return "int8"
     if hopper:
+        least, most = _hopper_dot_batches(planes, rows, residual_words)
+        if least <= batch <= most:
+            return "dot"
         if batch <= _fragments_batch(rows, residual_words):
             return "fragments"
         return "fused" if batch <= _fused_batch(planes, rows, words, residual_words) else "dense"
@@ -144,6 +136,18 @@ def _hopper_bits_batch(rows: int, words: int, residual_words: int) -> int:
     return 2 if residual_words and rows * words < LARGE else 4
 
 
+def _hopper_dot_batches(planes: int, rows: int, residual_words: int) -> tuple[int, int]:
+    """Return from which to which number of inputs a product for each plane is the fastest; none where the first is larger.
+
+    More than 128 inputs were not measured with a residual plane, nor more than 2,048 without.
+    """
+    if planes > 1 or rows < MANY_ROWS:
+        return 1, 0
+    if residual_words:
+        return 9, 128
+    return 9 if rows >= 2 * MANY_ROWS else 65, 2048
+
+
 def _fragments_batch(rows: int, residual_words: int) -> int:
     """Return the inputs up to which the kernel on fragments is the fastest; it need not expand a residual plane."""
     if rows < FEW_ROWS:
@@ -158,20 +162,6 @@ def _fused_batch(planes: int, rows: int, words: int, residual_words: int) -> int
     if rows * words < LARGE:
         return 256 if residual_words else 128
     return 512 if planes == 1 else 256
-
-
-@lru_cache(4096)
-def measured(
-    batch: int, planes: int, rows: int, words: int, residual_words: int, processors: int, itemsize: int, exact: bool,
-    capability: tuple[int, int],
-) -> tuple[str, tuple | None] | None:  # fmt: skip
-    """Return kernel and tiles of a measured matrix on such a device with 16-bit inputs, or None. Arguments: see `kernel`."""
-    if itemsize != 2 or capability[0] != 9:
-        return None
-    for most, name, tiles in MEASURED.get((processors, planes, rows, words, residual_words > 0), ()):
-        if batch <= most:
-            return None if not name or (exact and name in ROUNDS_INPUTS) else (name, tiles)
-    return None
 
 
 def shares(tiles: int, steps: int, programs: int, shared: bool) -> tuple[int, int]:
@@ -263,9 +253,12 @@ def fragments_tiles(
     """Choose tiles of the kernel on fragments: warps share rows until there are enough of them, each with a piece at least."""
     pieces = planes * math.ceil(words / 16) + math.ceil(residual_words / 16)
     few = rows < 32 * processors and (batch <= 8 or words <= WIDE)
-    most = (
-        16 if words > WIDE and rows < 64 * processors else 8 if rows < (256 if batch <= 8 else 64) * processors else 4
-    )
+    if words > WIDE and rows < 64 * processors:
+        most = 16
+    elif residual_words and few and batch <= 8:
+        most = 4
+    else:
+        most = 8 if rows < (256 if batch <= 8 else 64) * processors else 4
     split = power_of_two(pieces, 1, most)
     return FragmentsTiles(1 if few else 2, power_of_two(math.ceil(batch / 8), 1, 4), max(4, split), split)
 
@@ -283,6 +276,8 @@ def fused_tiles(
     if batch <= 64:
         tile = FusedTiles(128, 4, 64, warps=4, stages=4, programs=2 if large else 1, shared=True)
         return tile if rows >= FEW_ROWS else tile._replace(rows=64)
-    if batch <= 128 or not large:
-        return FusedTiles(128, 4, 128, warps=8, stages=3, programs=1, shared=True)
+    if batch <= 128:
+        return FusedTiles(64, 4, 128, warps=4, stages=3, programs=2 if large else 1, shared=True)
+    if not large:
+        return FusedTiles(64, 2, 256, warps=4, stages=3, programs=1, shared=True)
     return FusedTiles(128, 2, 256, warps=8, stages=4, programs=1, shared=True)
