@@ -2,15 +2,12 @@
 
 PyTorch's fused kernels take a mask only without shared keys and values, so that a static cache is copied for all heads at
 each token, and give a head to one processor. Kernels of the op read the cache in place and share its tokens.
-
-Only with `SAB_FOLD=1`: it has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -91,8 +88,6 @@ def attend(graph: fx.Graph, suits: Callable[[Tensor, Tensor, Tensor], bool]) -> 
     Returns:
         How many were replaced.
     """
-    if os.environ.get("SAB_FOLD", "0") != "1":
-        return 0
     known, count = attentions(), 0
     for node in [node for node in graph.nodes if node.op == "call_function" and node.target in known]:
         given = _arguments(node)

@@ -3,14 +3,11 @@
 Before: the norm of a layer's input, or the gate of a gated network. After: the bias, and the sum with the residual stream.
 What a piece of graph computes is found by computing it, on random numbers, and comparing: models and versions of PyTorch
 spell the same norm in many ways. Pieces that are something else stay where they are.
-
-Only with `SAB_FOLD=1`: it has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,8 +50,6 @@ def fold(graph: fx.Graph, suits: Callable[[Tensor, list[Operands], bool], bool])
     Returns:
         How many there are now that were not.
     """
-    if os.environ.get("SAB_FOLD", "0") != "1":
-        return 0
     place = {node: i for i, node in enumerate(graph.nodes)}
     count = 0
     for node in [node for node in place if node.target in (sab_linear, sab_linears)]:

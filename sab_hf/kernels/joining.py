@@ -1,7 +1,7 @@
 """A pass of PyTorch's compiler: products of one input (q, k, v; gate, up) become one `sab::linears`, which a device may fuse.
 
 What a decoding step does before and after products then moves into their kernels, where a device has such: `folding.py`.
-Attention of few queries becomes one op: `attention.py`.
+Attention of few queries becomes one op there too: `attention.py`. `SAB_FOLD=0` leaves both as they are.
 
 Products on CPUs take their scales as modules store them in these graphs, without the views that other devices' kernels need.
 
@@ -22,7 +22,7 @@ from torch._inductor import config, custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.pattern_matcher import stable_topological_sort
 
-from . import attention, folding
+from . import attention, decoding, folding
 from .attention import attend
 from .cuda.linear import attends, folds
 from .folding import fold
@@ -52,16 +52,27 @@ class JoinProducts(_Aware):
             self.before(graph, **(told if isinstance(self.before, _Aware) else {}))
         use_stored_scales(graph)
         join(graph)
-        fold(graph, folds)
-        attend(graph, attends)
+        if _folds() and _has_products(graph):
+            fold(graph, folds)
+            attend(graph, attends)
 
     def uuid(self) -> Any:
         """Return the pass in the keys of cached graphs; None, so that none are cached, where `before` has none."""
-        own = get_hash_for_files((__file__, folding.__file__, attention.__file__)), os.environ.get("SAB_FOLD")
+        files = __file__, decoding.__file__, folding.__file__, attention.__file__
+        own = get_hash_for_files(files), _folds()
         if self.before is None:
             return own
         other = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
         return None if other is None else (own, other)
+
+
+def _folds() -> bool:
+    return os.environ.get("SAB_FOLD", "1") != "0"
+
+
+def _has_products(graph: fx.Graph) -> bool:
+    """Tell whether a graph is of a packed model: the attention of others is not touched."""
+    return any(graph.find_nodes(op="call_function", target=op) for op in (sab_linear, sab_linears))
 
 
 def register() -> None:

@@ -22,11 +22,6 @@ SIZES = {
 MASKS = ("none", "bool", "float", "nothing seen")
 
 
-@pytest.fixture(autouse=True)
-def folding_is_on(monkeypatch):
-    monkeypatch.setenv("SAB_FOLD", "1")
-
-
 def problem(size, mask: str, dtype=torch.float32, device="cpu"):
     batch, heads, shared, queries, tokens, dim = size
     q = inputs(batch, queries, heads, dim, seed=1, dtype=dtype).transpose(1, 2)  # as projections give it

@@ -9,17 +9,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from sab_hf import SABLinear
-from sab_hf.kernels import decoding, folding, joining
+from sab_hf.kernels import attention, decoding, folding, joining
 from sab_hf.kernels.cuda.linear import folds
 from sab_hf.kernels.ops import sab_linear, sab_linears
 
 HIDDEN, WIDE = 40, 72
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def folding_is_on(monkeypatch):
-    monkeypatch.setenv("SAB_FOLD", "1")
 
 
 def packed(out_features: int, in_features: int, seed: int, biased: bool = False, dtype=torch.float32) -> SABLinear:
@@ -164,13 +159,59 @@ def test_many_inputs_and_products_without_such_kernels_stay():
     assert joined_and_folded(graph_of(function, inputs(2, HIDDEN))) == ["rms_norm"]
 
 
-def test_folding_is_off_unless_the_environment_asks_for_it(monkeypatch):
-    monkeypatch.delenv("SAB_FOLD")
-    layer, weight = packed(9, HIDDEN, 4), inputs(HIDDEN, seed=5)
-    assert joined_and_folded(graph_of(lambda x: layer(llama_norm(x, weight)), inputs(2, HIDDEN))) == []
+@pytest.fixture(params=[(None, True), ("1", True), ("0", False)], ids=["default", "SAB_FOLD=1", "SAB_FOLD=0"])
+def is_on(request, monkeypatch) -> bool:
+    """Set the variable, and let kernels do all that is asked of them; return whether the pass folds then."""
+    value, on = request.param
+    monkeypatch.delenv("SAB_FOLD", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SAB_FOLD", value)
+    monkeypatch.setattr(joining, "folds", lambda *product: True)
+    monkeypatch.setattr(joining, "attends", lambda *tensors: True)
+    return on
+
+
+def with_attention(product):
+    """Return what attends with the heads of a product."""
+
+    def function(x, weight):
+        heads = product(llama_norm(x, weight)).unflatten(-1, (2, 20)).transpose(1, 2)
+        return functional.scaled_dot_product_attention(heads, heads, heads)
+
+    return function
+
+
+def test_the_pass_folds_unless_the_environment_forbids_it(is_on):
+    module = graph_of(with_attention(packed(HIDDEN, HIDDEN, 4)), inputs(1, 2, HIDDEN), inputs(HIDDEN, seed=5))
+    joining.JoinProducts()(module.graph)
+    assert folded(module) == ["rms_norm"] * is_on
+    assert len(module.graph.find_nodes(op="call_function", target=attention.sab_attend)) == is_on
+
+
+def test_folded_graphs_are_not_taken_from_the_cache_of_others(is_on, monkeypatch):
+    own = joining.JoinProducts().uuid()
+    monkeypatch.delenv("SAB_FOLD", raising=False)
+    assert (joining.JoinProducts().uuid() == own) == is_on
+
+
+def test_models_without_products_keep_their_attention(is_on):
+    module = graph_of(with_attention(lambda x: x), inputs(1, 2, HIDDEN), inputs(HIDDEN, seed=5))
+    joining.JoinProducts()(module.graph)
+    assert not module.graph.find_nodes(op="call_function", target=attention.sab_attend)
+
+
+def test_on_a_cpu_the_pass_only_joins():
+    module = graph_of(with_attention(packed(HIDDEN, HIDDEN, 4)), inputs(1, 2, HIDDEN), inputs(HIDDEN, seed=5))
+    before = [node.target for node in module.graph.nodes]
+    joining.JoinProducts()(module.graph)
+    views = {torch.ops.aten.view.dtype}  # of scales, which kernels on CPUs take as they are stored
+    assert [node.target for node in module.graph.nodes if node.target not in views] == [
+        target for target in before if target not in views
+    ]
 
 
 def test_a_compiled_block_computes_the_same(monkeypatch):
+    monkeypatch.delenv("SAB_FOLD", raising=False)
     monkeypatch.setattr(joining, "folds", lambda *product: True)
     torch.compiler.reset()
     layers = nn.ModuleList([packed(WIDE, HIDDEN, 1), packed(WIDE, HIDDEN, 2, biased=True), packed(HIDDEN, WIDE, 4)])
