@@ -1,4 +1,4 @@
-"""Where a token's time goes on a GPU, before and after: decoding steps of a packed model with and without `SAB_FOLD`.
+"""Where a token's time goes on a GPU, before and after: decoding steps of a packed model with `SAB_FOLD=0` and without.
 
     python benchmarks/speed_gpu_token.py --layers 8 --output token.json
 
