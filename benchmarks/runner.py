@@ -127,7 +127,7 @@ def _one_gpu(number: int, gpus: int) -> Iterator[None]:
     """Let a process that is started here see one of `gpus` GPUs only."""
     name, before = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
     if gpus > 1:
-        os.environ[name] = str(number % gpus) if before is None else before.split(",")[number % gpus]
+        os.environ[name] = visible_gpus(gpus)[number % gpus]
     try:
         yield
     finally:
@@ -135,6 +135,12 @@ def _one_gpu(number: int, gpus: int) -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = before
+
+
+def visible_gpus(count: int) -> list[str]:
+    """Return what names each of the first `count` GPUs that are visible here in `CUDA_VISIBLE_DEVICES`."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ([str(number) for number in range(count)] if given is None else given.split(","))[:count]
 
 
 def _serve(connection: Connection, work: Work, settings: Settings) -> None:

@@ -39,6 +39,7 @@ import real_lm  # noqa: E402
 import shapes  # noqa: E402
 import timing  # noqa: E402
 import torch  # noqa: E402
+from runner import visible_gpus  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import sab_hf  # noqa: E402
@@ -134,14 +135,14 @@ def work(name: str, args: argparse.Namespace) -> None:
 def run(name: str, gpus: int, free: Queue, lock: Lock, args: argparse.Namespace, deadline: float) -> str | None:
     """Run a case on so many GPUs; returns why it has no row, or None.
 
-    free: numbers of GPUs that are free, for a case of one; lock: of the output
+    free: GPUs that are free, for a case of one; lock: of the output
     """
     part = args.output.with_suffix(f".{name.replace(' ', '_')}.{gpus}.json")
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
     command = [sys.executable, *several, __file__, "--cases", name, "--process-of", str(gpus), "--output", str(part)]
     command += ["--model", args.model, "--text", args.text]
     device = free.get() if gpus == 1 else None
-    own = {"CUDA_VISIBLE_DEVICES": str(device)} if device is not None and torch.cuda.is_available() else {}
+    own = {"CUDA_VISIBLE_DEVICES": device} if device is not None and torch.cuda.is_available() else {}
     done = subprocess.Popen(
         command,
         env=os.environ | own,
@@ -197,8 +198,8 @@ def main() -> None:
         return
     deadline = time.monotonic() + args.deadline
     lock, free, count = Lock(), Queue(), max(1, torch.cuda.device_count())
-    for number in range(count):
-        free.put(number)
+    for device in visible_gpus(count):
+        free.put(device)
     for gpus in args.gpus:
         with ThreadPoolExecutor(count if gpus == 1 else 1) as pool:
             begun = {name: pool.submit(run, name, gpus, free, lock, args, deadline) for name in args.cases}

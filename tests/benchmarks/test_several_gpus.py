@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runner import visible_gpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,3 +25,13 @@ def test_one_and_two_processes_give_rows_with_one_loss(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert len(two["peak_gib_of_each"]) == 2
     assert "| tiny | 2 |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-b"])]
+)
+def test_only_visible_gpus_are_shared_out(given, expected, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert visible_gpus(2) == expected
