@@ -28,7 +28,7 @@ def test_one_and_two_processes_give_rows_with_one_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-b"])]
+    ("given", "expected"), [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("a,b,c", ["a", "b"])]
 )
 def test_only_visible_gpus_are_shared_out(given, expected, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
