@@ -40,14 +40,12 @@ class Chat:
     ):
         self.model, self.max_new_tokens = model, max_new_tokens
         self.processor = processor_of(model, processor, "a conversation needs", "pass `processor`", **load_kwargs)
-        self.has_parts = hasattr(
-            self.processor, "tokenizer"
-        )  # a tokenizer alone takes strings, a processor lists of parts
         if not (getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)):
             raise ValueError(
                 f"the processor of {type(model).__name__} has no chat template, so this is no model to talk with; take one "
                 "that was trained to follow instructions"
             )
+        self._has_parts = self._takes_parts()
         self._images: list[Any] = []
         self.messages: list[dict[str, Any]] = []
         for image in images:
@@ -103,19 +101,31 @@ class Chat:
         inputs = self.processor.apply_chat_template(
             self.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        dtype = {"dtype": self.model.dtype} if self.has_parts else {}  # what a tokenizer returns has none
+        dtype = (
+            {} if self.processor is self.tokenizer else {"dtype": self.model.dtype}
+        )  # a tokenizer returns whole numbers
         inputs = inputs.to(self.model.device, **dtype)
         tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer)
         length = inputs["input_ids"].shape[1]
         whole = tokens.shape[1] >= length and torch.equal(tokens[:, :length], inputs["input_ids"])
         return self.processor.decode(tokens[0, length if whole else 0 :], skip_special_tokens=True).strip()
 
+    def _takes_parts(self) -> bool:
+        """Return whether messages are lists of parts: a processor takes these; a tokenizer's template, these or strings.
+
+        A template of parts writes nothing of a string, and raises nothing.
+        """
+        if self.processor is not self.tokenizer:
+            return True
+        probe = "hello"
+        return probe not in self.processor.apply_chat_template([{"role": "user", "content": probe}], tokenize=False)
+
     def _remember(self, answer: str) -> None:
-        content = [{"type": "text", "text": answer}] if self.has_parts else answer
+        content = [{"type": "text", "text": answer}] if self._has_parts else answer
         self.messages.append({"role": "assistant", "content": content})
 
     def _content(self, prompt: str) -> Any:
-        if not self.has_parts:
+        if not self._has_parts:
             return prompt
         images, self._images = self._images, []
         return [*map(_part, images), {"type": "text", "text": prompt}]

@@ -75,7 +75,7 @@ class ChatEncoder:
 
     def _process(self, conversations: list, padding: bool, padding_side: str, reply: bool) -> dict[str, Any]:
         options: dict[str, Any] = {"padding": True, "padding_side": padding_side} if padding else {}
-        if self.content == PARTS:
+        if self.content == PARTS and not self.text_only:
             return dict(self._apply_template(conversations, tokenize=True, options=options, reply=reply))
         prompts = [self._prompt(messages, reply) for messages in conversations]
         bos = getattr(self.tokenizer, "bos_token", None)
@@ -139,7 +139,7 @@ class ChatEncoder:
     def _as_content(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [
             message
-            if self.content == MIXED and message["role"] == "user"
+            if self.content == PARTS or (self.content == MIXED and message["role"] == "user")
             else {**message, "content": self._as_string(message["content"])}
             for message in messages
         ]
@@ -162,13 +162,15 @@ class ChatEncoder:
         return target.apply_chat_template(conversations, **kwargs)
 
     def _find_content(self) -> str:
-        """Try what the template takes: some concatenate the content to a string, some only that of the assistant."""
+        """Try what the template takes: some concatenate the content to a string, some only that of the assistant.
+
+        A template of parts writes nothing of a string, and raises nothing.
+        """
         if self._template is None:
             return NO_TEMPLATE
-        if self.text_only:
-            return STRING
         parts, string = [{"type": "text", "text": _PROBE}], _PROBE
-        for content, question, answer in ((PARTS, parts, parts), (MIXED, parts, string)):
+        forms = [(PARTS, parts, parts), (MIXED, parts, string)]
+        for content, question, answer in [(STRING, string, string), *forms] if self.text_only else forms:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             try:
                 prompt = self._apply_template([messages], tokenize=False)[0]

@@ -48,6 +48,22 @@ def test_prepare_calibration_works_with_any_kind_of_template(template, batch_siz
     assert ("assistant: " in joined) == (template is not None)
 
 
+@pytest.mark.parametrize("template", [PARTS, MIXED, STRING, None])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_prepare_calibration_keeps_the_text_where_a_tokenizer_has_any_kind_of_template(template, batch_size):
+    processor = make_processor()
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = template
+    rows = ["Once upon a time", {"question": "What?", "answer": "Nothing."}]
+    result = prepare_calibration(
+        rows, tokenizer, make_config(processor), num_samples=2, batch_size=batch_size, allow_text_only=True
+    )
+    texts = texts_of(result, processor)
+    assert any("Once upon a time" in text for text in texts)
+    expected = "What?\nNothing." if template is None else "user: What?\nassistant: Nothing.\n"
+    assert any(expected in text for text in texts)
+
+
 def test_prepare_calibration_prefers_the_tokenizers_template_to_none():
     processor = make_processor(None)
     processor.tokenizer.chat_template = PARTS

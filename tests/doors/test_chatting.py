@@ -101,6 +101,15 @@ def test_text_models_and_models_without_a_template(pictures):
         Chat(build_llama(), tokenizer)
 
 
+def test_a_text_models_template_of_parts_gets_the_question():
+    model, tokenizer = build_llama(), build_tokenizer()
+    chat = Chat(model, tokenizer, max_new_tokens=3)
+    answer = chat.ask("Hello")
+    inputs = tokenizer("user: Hello<end>assistant: ", return_tensors="pt")
+    tokens = generate(model, dict(inputs), 3)[inputs["input_ids"].shape[1] :]
+    assert answer == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
 # ---- the command
 
 
