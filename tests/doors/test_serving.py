@@ -223,3 +223,20 @@ def test_commands_of_the_servers(monkeypatch):
     assert more == f"vllm serve me/model {where} --device cpu --trust-remote-code --max-model-len 99"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert command("--trust-remote-code") == f"transformers serve --force_model me/model {where} --trust_remote_code"
+
+
+def test_messages_of_the_page_alternate_between_user_and_model(tmp_path):
+    """Gradio keeps a picture and the question about it as messages of their own, which some chat templates refuse."""
+    from sab_hf.chat_page import conversation
+
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
+    files = [{"role": "user", "content": [{"type": "file", "file": {"path": str(tmp_path / "red.png")}}]}] * 2
+    texts = [("user", "What?"), ("assistant", "Red."), ("user", "Sure?")]
+    given = files + [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts]
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "red.png").read_bytes()).decode()
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    assert conversation(given) == [
+        {"role": "user", "content": [picture, picture, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
+    ]
