@@ -1,4 +1,4 @@
-"""Binarize the small model to one plane, then train a LoRA adapter on the packed weights to win back what that lost.
+"""Binarize the small model to one plane with the fit alone, then train a LoRA adapter to win back what that lost.
 
 Run it from a clone: `python examples/finetune_lora.py`. It needs PEFT (`pip install -e ".[peft]"`), no network and no GPU.
 """
@@ -37,7 +37,7 @@ def main():
     packed = args.output / "packed"
     calibration = [sample.messages() for sample in world.samples(args.calibration, seed="calibration")]
     config = SABQuantizationConfig(
-        bits=ONE_PLANE, calibration=calibration, num_samples=args.calibration, refine_steps=0
+        bits=ONE_PLANE, calibration=calibration, num_samples=args.calibration, refine_steps=0, distil_steps=0
     )
     model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, quantization_config=config, dtype=torch.float32)
     model.save_pretrained(packed)

@@ -11,6 +11,8 @@ from typing import Any
 
 _LONGEST_QUESTION = 1_000_000  # characters; what is longer would be pasted as a file, and a file must be a picture
 
+_CSS = 'button[title="Share"] {display: none}'  # each picture has one; it uploads the picture
+
 
 def start_page(model: str, base_url: str, host: str, port: int) -> tuple[Any, str]:
     """Start the page in threads of this process.
@@ -47,7 +49,7 @@ def start_page(model: str, base_url: str, host: str, port: int) -> tuple[Any, st
         chatbot=gradio.Chatbot(
             show_label=False,
             placeholder="Ask about a picture, or without one.",
-            buttons=["copy", "copy_all"],  # the default has one more, which uploads the conversation and its pictures
+            buttons=["copy", "copy_all"],  # the default has one more, which uploads what was said
             scale=1,
         ),
         textbox=gradio.MultimodalTextbox(
@@ -61,7 +63,7 @@ def start_page(model: str, base_url: str, host: str, port: int) -> tuple[Any, st
         description="Put a picture beside a question with the button on the left, by dropping it, or from the clipboard.",
     )
     where = page.launch(
-        server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, show_error=True
+        server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, show_error=True, css=_CSS
     )[1]
     return page, where
 

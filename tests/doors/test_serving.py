@@ -186,6 +186,8 @@ def test_chat_page_answers_about_a_picture(served, question, tmp_path):
         page.screenshot(path=tmp_path / "page.png")
         assert page.locator("[data-testid=user] img").count() == 1
         assert answers.first.inner_text().strip() == answer
+        assert page.locator("button[title='Copy message']:visible").count() > 0
+        assert page.locator("button[title=Share]:visible").count() == 0  # pictures stay on this machine
         browser.close()
     with Image.open(tmp_path / "page.png") as shown:
         assert len(shown.convert("RGB").getcolors(2**20)) > 50  # a blank page has few
