@@ -38,7 +38,7 @@ from sab_hf.machine.workspace import Workspace
 from sab_hf.make.plan import plan_with
 from sab_hf.make.preflight import Estimate, duration, estimate_on
 from sab_hf.make.settings import DistilSettings, RefineSettings
-from sab_hf.prediction import like_builtin
+from sab_hf.prediction import from_few_samples
 from sab_hf.publish.inspect import empty_model
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +114,7 @@ def predict(
     """
     model_config.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = empty_model(model_config, "config")
-    found = calibration or like_builtin(model, None, config)[0]
+    found = calibration or from_few_samples(model, None, config)[0]
     plan = plan_with(model, config, lambda: found)
     plan = dataclasses.replace(plan, refine=RefineSettings.of(config, device), distil=DistilSettings.of(config, device))
     if machine is None and device.type == "cuda":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAMPLES_LOOKED_AT = 16
-"""Samples of the built-in set that are processed to learn how many tokens one has."""
+"""Samples of the data that are processed to learn how many tokens one has."""
 
 TEXT_TOKENS, IMAGE_TOKENS = 160, 256
 """Tokens of a sample of the built-in set in words, and of its image, which three of four have, where no processor tells."""
@@ -40,11 +40,11 @@ def estimate(
     """Predict what `quantize` needs: bytes of the file by role, memory and minutes by stage, tokens, disk. Nothing is changed.
 
     Of a Hub id or a folder only config and processor are read, no weights. Without calibration samples, tokens are counted in a
-    few samples of the built-in set.
+    few samples of the local data that `config` names, or of the built-in set.
 
     Args:
         model: a model, with weights or on the meta device; its config; or a Hub id or folder.
-        processor, samples, config: as in `quantize`; without samples, the calibration set that `config` names is not read.
+        processor, samples, config: as in `quantize`; without samples, a data set of the Hub that `config` names is not read.
         dtype: of the weights as they will be loaded, as in `from_pretrained`; "auto": that of the config.
         revision: of the Hub repository.
         processes: that share the run, each on a device like this one's; memory is then that of one of them. None: as many as
@@ -74,7 +74,7 @@ def estimate(
     tokens_from = None
     if isinstance(given, (str, os.PathLike)):
         found = _read_processor(source or getattr(model, "name_or_path", None), revision, **code)
-        calibration, tokens_from = like_builtin(model, found, config)
+        calibration, tokens_from = from_few_samples(model, found, config)
         plan = plan_with(model, config, lambda: calibration)
     else:
         plan = make_plan(model, config, processor, samples)
@@ -125,23 +125,29 @@ def _read_processor(source: Any, revision: str | None, **code: bool) -> Any:
         return None
 
 
-def like_builtin(model: nn.Module, processor: Any, config: SABQuantizationConfig) -> tuple[CalibrationSet, str]:
-    """Return a calibration set of as many samples as asked for, each as long as one of the built-in set, and how it is known."""
+def from_few_samples(model: nn.Module, processor: Any, config: SABQuantizationConfig) -> tuple[CalibrationSet, str]:
+    """Return a calibration set of as many samples as asked for, by a few of them, and how it is known.
+
+    Those are of the local data that the config names, else of the built-in set.
+    """
     from .calibration import CalibrationSet, prepare_calibration
+    from .calibration.origins import BUILTIN
     from .machine.placement import compute_device
     from .make.settings import image_tokens
 
     most = image_tokens(config, compute_device(model, config.compute_device))
+    wanted, looked_at = config.num_samples, min(config.num_samples, SAMPLES_LOOKED_AT)
     if processor is None:
         assumed = min(IMAGE_TOKENS, most)
         batches, tokens = _assumed(model, config, assumed), {}
         how = f"{TEXT_TOKENS} tokens of text and {assumed} of an image a sample, assumed"
     else:
+        local = os.path.exists(config.calibration)
         few = prepare_calibration(
-            "builtin",
+            config.calibration if local else BUILTIN,
             processor,
             model.config,
-            num_samples=min(config.num_samples, SAMPLES_LOOKED_AT),
+            num_samples=looked_at,
             seed=config.seed,
             max_length=config.max_length,
             batch_size=config.batch_size,
@@ -150,10 +156,11 @@ def like_builtin(model: nn.Module, processor: Any, config: SABQuantizationConfig
             strict_image_tokens=config.image_tokens is not None,
         )
         batches, tokens = few.batches, few.tokens
-        how = f"{few.num_samples} samples of the built-in set"
+        how = f"{few.num_samples} samples of {f'`{config.calibration}`' if local else 'the built-in set'}"
+        wanted = few.num_samples if few.num_samples < looked_at else wanted  # there are no more
     taken, count = [], 0
     for batch in itertools.cycle(batches):
-        if count >= config.num_samples:
+        if count >= wanted:
             break
         taken.append(batch)
         count += len(batch.modality)

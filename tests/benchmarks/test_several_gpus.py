@@ -27,9 +27,7 @@ def test_one_and_two_processes_give_rows_with_one_loss(tmp_path):
     assert "| tiny | 2 |" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"), [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("a,b,c", ["a", "b"])]
-)
+@pytest.mark.parametrize(("given", "expected"), [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("a,b,c", ["a", "b"])])
 def test_only_visible_gpus_are_shared_out(given, expected, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if given is not None:

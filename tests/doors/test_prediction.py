@@ -130,6 +130,20 @@ def test_stages_follow_the_settings(without_weights, monkeypatch):
     )
 
 
+def test_tokens_are_counted_in_a_few_samples_of_local_data(without_weights, tmp_path):
+    data = tmp_path / "short.jsonl"
+    data.write_text('{"text": "Red."}\n' * 40)
+    short, builtin = (
+        sab_hf.estimate(without_weights, config=SABQuantizationConfig(calibration=name, num_samples=32))
+        for name in (str(data), "builtin")
+    )
+    assert short.tokens_from == f"16 samples of `{data}`"
+    assert 0 < short.tokens < 0.5 * builtin.tokens
+    data.write_text('{"text": "Red."}\n' * 4)  # there are no more than these
+    four = sab_hf.estimate(without_weights, config=SABQuantizationConfig(calibration=data, num_samples=32))
+    assert four.tokens * 8 == short.tokens
+
+
 # ---- the command
 
 
