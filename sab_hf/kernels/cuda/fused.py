@@ -102,7 +102,7 @@ def _base_scales(row_scale_ptr, extra_row_scale_ptr, row, rows, PLANES: tl.const
 
 
 @triton.jit
-def _segment(number, whole, row_tiles, tiles, steps, at, end):
+def segment(number, whole, row_tiles, tiles, steps, at, end):
     """Return tile, first and last step, of a program's part `number` of the work; see `fused_kernel`."""
     shared = number >= whole
     programs = tl.num_programs(0)
@@ -144,7 +144,7 @@ def fused_kernel(
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     for number in range(whole + parts):
-        tile, first, last = _segment(number, whole, row_tiles, tiles, steps, at, end)
+        tile, first, last = segment(number, whole, row_tiles, tiles, steps, at, end)
         at += tl.where(number < whole, 0, last - first)
         row = tile % row_tiles * ROWS + tl.arange(0, ROWS)
         column = tile // row_tiles * BATCH + tl.arange(0, BATCH)

@@ -66,6 +66,18 @@ class FusedTiles(NamedTuple):
     shared: bool
 
 
+class Int8DotTiles(NamedTuple):
+    """Tiles of the kernel on int8 tensor cores, as `FusedTiles`."""
+
+    rows: int
+    words: int
+    batch: int
+    warps: int
+    stages: int
+    programs: int
+    shared: bool
+
+
 class DenseTiles(NamedTuple):
     """Most MiB of weights that are unpacked at a time for the library's product."""
 
@@ -75,7 +87,7 @@ class DenseTiles(NamedTuple):
 # Rules for compute capability 9.x follow `python benchmarks/speed_gpu_sweep.py` on one H200, 2026-11-30
 # (`benchmarks/results/speed_gpu_sweep_h200.json`). They were chosen on its 195 cells, of a matrix, a scheme and a number of
 # inputs each: in 185 their choice is within 5 % of the fastest candidate, and 9 % slower at most.
-ROUNDS_INPUTS = ("single", "bits", "int8")
+ROUNDS_INPUTS = ("single", "bits", "int8", "int8_dot")
 """Kernels that round activations to integers."""
 SINGLE_WORDS, SINGLE_PLANES, SINGLE_ROWS = 128, 2, 4096
 """Words of a row (the residual plane's included), planes and rows up to which a single launch is the fastest for one input."""
@@ -281,3 +293,15 @@ def fused_tiles(
     if not large:
         return FusedTiles(64, 2, 256, warps=4, stages=3, programs=1, shared=True)
     return FusedTiles(128, 2, 256, warps=8, stages=4, programs=1, shared=True)
+
+
+def int8_dot_tiles(batch: int) -> Int8DotTiles:
+    """Choose tiles of the kernel on int8 tensor cores."""
+    if batch <= 64:
+        return Int8DotTiles(128, 4, power_of_two(batch, 16, 64), warps=4, stages=4, programs=2, shared=True)
+    return Int8DotTiles(128, 4, 128, warps=8, stages=3, programs=1, shared=True)
+
+
+def registers(warps: int, programs: int) -> int:
+    """Return the most registers of a thread with which a processor holds `programs` programs; they come in eights."""
+    return min(255, 65536 // (32 * warps * programs) // 8 * 8)
