@@ -35,6 +35,7 @@ SHAPES = {
     "q": (3584, 3584), "down": (3584, 18944), "gate": (18944, 3584), "gate, up": (37888, 3584), "k": (512, 3584),
 }  # fmt: skip
 INPUTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+KERNELS = ("single", "bits", "fragments", "fused", "dot", "int8_dot", "dense")
 MOST_COPIES = 100
 LARGEST_ERROR = {"single": 0.03, "int8": 0.03, "int8_dot": 0.03}
 """‖y - x Wᵀ‖ / ‖x Wᵀ‖ of kernels that round activations to int8; the others:"""
@@ -77,7 +78,7 @@ INT8_DOT_OF_ONE_SUM = [
 
 def candidates(
     shape: tuple[int, int], planes: int, part: float, batch: int, processors: int,
-    names: Container[str] = tuple(kernels.PRODUCTS),
+    names: Container[str] = KERNELS,
 ) -> list[Candidate]:  # fmt: skip
     """Return kernels and tiles that are worth measuring on a device of compute capability 9.0.
 
@@ -346,7 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="speed_gpu_sweep.json")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--kernels", nargs="+", choices=list(kernels.PRODUCTS), default=list(kernels.PRODUCTS))
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--inputs", nargs="+", type=int, default=list(INPUTS))
     parser.add_argument("--seconds", type=float, default=450, help="after which no further cell is begun")
     parser.add_argument("--compile-seconds", type=float, default=200, help="after which the rest is left out")

@@ -250,11 +250,11 @@ def int8_dot_product(x: Tensor, planes: Planes, tiles: cuda_tiles.Int8DotTiles |
     digits = x.new_empty(2, total, batch, padded, 32, dtype=torch.int8)
     numbers = x.new_empty(masks + 2, total * batch, dtype=torch.int32)
     rounded = (*digits, numbers[:masks], numbers[masks], numbers[masks + 1].view(torch.float32))
-    words = cuda_tiles.power_of_two(padded, 32 * GROUP.value, 1024)
+    words = cuda_tiles.power_of_two(padded, 32 * GROUP.value, 256)
     _launch(
         round_kernel, (batch, total), *_activation_arguments(x, planes), *(t.view(torch.int32) for t in digits),
         *rounded[2:], planes.in_features, planes.num_significant, padded, masks, PLANES=planes.num_planes, WORDS=words,
-        PARTS=triton.cdiv(padded, words), PDL=_pdl(x), num_warps=words // 32,
+        PARTS=triton.cdiv(padded, words), PDL=_pdl(x), num_warps=words // 16,
     )  # fmt: skip
     y = x.new_empty(batch, planes.rows)
     steps = planes.num_planes * triton.cdiv(planes.num_words, tiles.words)
