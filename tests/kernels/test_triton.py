@@ -103,8 +103,8 @@ def hold_int8(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes) -> None
 
 
 def hold_int8_dot(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes) -> None:
-    """Hold `y` to half a step for each scaled activation, where a step is no more than the largest one's or 12 rms / 127."""
-    hold_rounded(y, x, W, planes, W.shape[1], 127, most=12)
+    """Hold `y` to half a step for each scaled activation, where a step is no more than the largest one's or 16 rms / 127."""
+    hold_rounded(y, x, W, planes, W.shape[1], 127, most=16)
 
 
 def hold_bits(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, planes) -> None:
@@ -253,7 +253,7 @@ def test_second_digits_keep_ordinary_channels():
     ordinary[0, outliers] = 0
     x[0, outliers] *= 100
     error = (kernels().int8_dot_product(x, planes).double() - x.double() @ W.T).norm(dim=1)
-    assert (error < torch.tensor([0.25, 0.02]) * (ordinary.double() @ W.T).norm(dim=1)).all()
+    assert (error < torch.tensor([0.3, 0.02]) * (ordinary.double() @ W.T).norm(dim=1)).all()
 
 
 @interpreted

@@ -15,7 +15,7 @@ from .forms import gated, normed, row_factor
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 GROUP = tl.constexpr(4)
 """Words of a group in which `round_kernel` marks what stands out."""
-LARGEST = tl.constexpr(12.0)
+LARGEST = tl.constexpr(16.0)
 """How many times the root mean square an activation may be without a second digit."""
 
 
@@ -110,7 +110,7 @@ def round_kernel(
     """Round c ⊙ x of a plane and an input to integers q + 64 high of one scale; a program makes PARTS parts of WORDS words.
 
     The largest activation becomes 127, and `high` is 0. If it is more than LARGEST times the root mean square, that one
-    becomes 127, and what is above it has a `high`. So at most (LARGEST / 127)² / 12 of the energy is lost to rounding.
+    becomes 127, and what is above it has a `high`. So rounding loses about (LARGEST / 127)² / 12 of the energy at most.
 
     Writes for each plane and input:
         q: [P, 8] int32, P padded words, in the order of `_packed`.
