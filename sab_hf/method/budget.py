@@ -88,7 +88,10 @@ def _allocate_evenly(shapes: dict[str, tuple[int, int]], bits: float) -> Sizes:
 
 
 class _Menu(NamedTuple):
-    """What can be bought for one matrix, [options]: its full planes, significant columns, bytes, and the loss left."""
+    """What can be bought for one matrix, [options]: its full planes, significant columns, bytes, and the loss left.
+
+    Each takes more bytes than the one before it, and leaves less loss.
+    """
 
     num_planes: Tensor
     num_significant: Tensor
@@ -111,7 +114,11 @@ def _menu(shape: tuple[int, int], scores: Tensor) -> _Menu:
         num_bytes = stored_bytes(n, m, K, 0) + with_residual
         loss = REMAINING_ERROR[K] * (gained[-1] - gained[k]) + REMAINING_ERROR[K + 1] * gained[k]
         options.append((torch.full_like(k, K), k, num_bytes.double(), loss))
-    return _Menu(*(torch.cat(column) for column in zip(*options, strict=True)))
+    columns = [torch.cat(column) for column in zip(*options, strict=True)]
+    # where rows are few, a plane takes fewer bytes than a residual plane on most columns, which nobody should buy
+    least_from = columns[2].flip(0).cummin(0).values.flip(0)
+    worth = torch.cat([columns[2][:-1] < least_from[1:], torch.ones(1, dtype=torch.bool)])
+    return _Menu(*(column[worth] for column in columns))
 
 
 def _buy(shapes: dict[str, tuple[int, int]], menus: dict[str, _Menu], budget: float) -> Sizes:
