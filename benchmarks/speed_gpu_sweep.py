@@ -28,7 +28,7 @@ from timing import median_graph_us, provenance, write_json
 from sab_hf.kernels.cuda import tiles as cuda_tiles
 from sab_hf.kernels.cuda.planes import Planes
 from sab_hf.kernels.cuda.planes import planes as collect
-from sab_hf.kernels.cuda.tiles import DenseTiles, FragmentsTiles, FusedTiles, Int8DotTiles
+from sab_hf.kernels.cuda.tiles import DenseTiles, FragmentsTiles, FusedTiles
 from sab_hf.packing import stored_bytes
 
 SHAPES = {
@@ -61,17 +61,17 @@ FUSED = [
 cores work for the other."""
 
 INT8_DOT = [
-    Int8DotTiles(128, 4, 32, 4, 4, 2, True),
-    Int8DotTiles(128, 4, 64, 4, 4, 2, True),
-    Int8DotTiles(128, 4, 64, 8, 4, 2, True),
-    Int8DotTiles(256, 4, 64, 8, 4, 1, True),
-    Int8DotTiles(128, 4, 128, 8, 3, 1, True),
+    FusedTiles(128, 4, 32, 4, 4, 2, True),
+    FusedTiles(128, 4, 64, 4, 4, 2, True),
+    FusedTiles(128, 4, 64, 8, 4, 2, True),
+    FusedTiles(256, 4, 64, 8, 4, 1, True),
+    FusedTiles(128, 4, 128, 8, 3, 1, True),
 ]
 """Tiles of the product on int8 tensor cores, the fewest inputs first."""
 INT8_DOT_OF_ONE_SUM = [
-    Int8DotTiles(128, 4, 128, 8, 3, 2, True),
-    Int8DotTiles(256, 4, 128, 8, 3, 1, True),
-    Int8DotTiles(128, 4, 256, 8, 3, 1, True),
+    FusedTiles(128, 4, 128, 8, 3, 2, True),
+    FusedTiles(256, 4, 128, 8, 3, 1, True),
+    FusedTiles(128, 4, 256, 8, 3, 1, True),
 ]
 """The same of one plane: with more of them there are not enough registers for two sums."""
 
@@ -94,6 +94,7 @@ def all_candidates(shape: tuple[int, int], planes: int, part: float, batch: int,
     rows, columns = shape
     words, residual_words = math.ceil(columns / 32), math.ceil(round(part * columns) / 32)
     sizes = planes, rows, words, residual_words, processors
+    sums = planes + (residual_words > 0)
     found: list[Candidate] = []
     if cuda_tiles.kernel(batch, planes, rows, words, residual_words, 2, False, (9, 0)) == "single":
         found.append(("single", cuda_tiles.single_tiles(*sizes[1:])))
@@ -112,13 +113,11 @@ def all_candidates(shape: tuple[int, int], planes: int, part: float, batch: int,
             elif tiles.programs > 1:
                 found.append(("fused", tiles._replace(programs=1)))
     if batch >= 16:
-        sums = planes + (residual_words > 0)
         wanted = min(128, max(32, batch))
         for tiles in INT8_DOT + INT8_DOT_OF_ONE_SUM * (sums == 1):
             if wanted // 2 < tiles.batch <= (wanted if batch < 256 else 256) or (batch >= 128 and tiles.rows == 256):
                 found.append(("int8_dot", tiles))
     if 2 <= batch <= (2048 if planes == 1 and not part else 128):
-        sums = planes + (residual_words > 0)
         found.append(("dot", cuda_tiles.dot_tiles(rows, words, sums, batch, processors, 2)))
     if batch >= 64:
         found.append(("dense", None))

@@ -101,9 +101,8 @@ class Chat:
         inputs = self.processor.apply_chat_template(
             self.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        dtype = (
-            {} if self.processor is self.tokenizer else {"dtype": self.model.dtype}
-        )  # a tokenizer returns whole numbers
+        whole_numbers = self.processor is self.tokenizer
+        dtype = {} if whole_numbers else {"dtype": self.model.dtype}
         inputs = inputs.to(self.model.device, **dtype)
         tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer)
         length = inputs["input_ids"].shape[1]
@@ -111,14 +110,10 @@ class Chat:
         return self.processor.decode(tokens[0, length if whole else 0 :], skip_special_tokens=True).strip()
 
     def _takes_parts(self) -> bool:
-        """Return whether messages are lists of parts: a processor takes these; a tokenizer's template, these or strings.
+        """Return whether messages are lists of parts: a processor takes these; a tokenizer's template, these or strings."""
+        from .calibration.chat import STRING, ChatEncoder
 
-        A template of parts writes nothing of a string, and raises nothing.
-        """
-        if self.processor is not self.tokenizer:
-            return True
-        probe = "hello"
-        return probe not in self.processor.apply_chat_template([{"role": "user", "content": probe}], tokenize=False)
+        return self.processor is not self.tokenizer or ChatEncoder(self.tokenizer).content != STRING
 
     def _remember(self, answer: str) -> None:
         content = [{"type": "text", "text": answer}] if self._has_parts else answer

@@ -32,7 +32,7 @@ def read_samples(calibration: Any, *, seed: int, limit: int, with_images: bool =
         ValueError: the source does not exist or is empty, or a sample has none of the accepted forms.
         ImportError: the source needs the `datasets` package.
     """
-    if isinstance(calibration, str) and calibration == BUILTIN:
+    if is_builtin(calibration):
         return _builtin(seed, limit, with_images)
     if isinstance(calibration, (str, os.PathLike)):
         rows = _open_named(os.fspath(calibration))
@@ -40,6 +40,11 @@ def read_samples(calibration: Any, *, seed: int, limit: int, with_images: bool =
         rows = calibration
         _check_collection(rows)
     return _shuffled(rows, seed, limit)
+
+
+def is_builtin(calibration: Any) -> bool:
+    """Tell whether that names the built-in set."""
+    return isinstance(calibration, str) and calibration == BUILTIN
 
 
 def shuffled_order(count: int, seed: int) -> list[int]:

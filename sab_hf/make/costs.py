@@ -20,7 +20,7 @@ from ..method.fit import MAX_SYSTEM
 from ..method.trainable import pass_dtype
 from .distil import MEASUREMENTS
 from .settings import DistilSettings, RefineSettings
-from .written import MOST_AT_ONCE, MOST_AT_ONCE_CPU
+from .written import most_at_once
 
 MODEL, FLOAT32, TRAINING, BYTES, CALLS = "model", "float32", "training", "bytes", "calls"
 """The kinds of work."""
@@ -187,8 +187,7 @@ def count_work(
     passes = a.batches * len(a.blocks) * BLOCK_CALLS
     towers = 2.0 * a.towers * a.patches
     if a.written and distil.steps:
-        most = MOST_AT_ONCE_CPU if device == "cpu" else MOST_AT_ONCE
-        rounds = math.ceil(a.written / most) * a.length
+        rounds = math.ceil(a.written / most_at_once(device)) * a.length
         made = {"model": a.written * a.length * (through + logits), "bytes": rounds * a.bytes}
         count.add("written samples", **made, calls=rounds * len(a.blocks) * WRITING_CALLS)
     if a.rest:

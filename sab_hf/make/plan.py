@@ -15,7 +15,7 @@ from ..anatomy.folds import Fold, find_folds
 from ..anatomy.roles import Roles, find_roles
 from ..anatomy.selection import Coverage, coverage, language_linears
 from ..calibration import CalibrationSet, holds_batches, prepare_calibration
-from ..calibration.origins import BUILTIN
+from ..calibration.origins import is_builtin
 from ..config import SABQuantizationConfig
 from ..machine.placement import compute_device
 from ..machine.plain_torch import plain_torch
@@ -125,7 +125,7 @@ def plan_with_weights(model: nn.Module, plan: Plan, config: SABQuantizationConfi
 def _calibration(model: nn.Module, config: SABQuantizationConfig, processor: Any, samples: Any) -> CalibrationSet:
     samples = config.calibration if samples is None else samples
     processor = config.processor if processor is None else processor
-    if isinstance(samples, str) and samples == BUILTIN:
+    if is_builtin(samples):
         logger.warning(
             "calibrating on the built-in samples, which are about few subjects: for a model with real weights name data like "
             "yours in `calibration` (`--calibration`; docs/your_data.md)"

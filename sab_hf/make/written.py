@@ -53,6 +53,11 @@ def why_not_written(model: nn.Module) -> str | None:
     return None
 
 
+def most_at_once(device: str) -> int:
+    """Return how many samples are written side by side on a kind of device."""
+    return MOST_AT_ONCE_CPU if device == "cpu" else MOST_AT_ONCE
+
+
 def write_samples(
     model: nn.Module, batches: Sequence[CalibrationBatch], count: int, seed: int = 0, bar: Bar | None = None
 ) -> list[CalibrationBatch]:
@@ -85,7 +90,7 @@ def write_samples(
     _warn_of_place(device)
     written: list[CalibrationBatch | None] = [None] * len(begun)
     limit = SampleLimit()
-    limit.samples = MOST_AT_ONCE_CPU if device.type == "cpu" else MOST_AT_ONCE
+    limit.samples = most_at_once(device.type)
     with (bar or Bar()).steps(sum(b.rows for b in begun)) as progress:
         for todo in _alike(begun):
             while todo:

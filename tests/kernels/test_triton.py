@@ -209,11 +209,7 @@ def test_programs_that_share_tiles_add_up(tiles, size, batch):
 @pytest.mark.parametrize(
     ("tiles", "size", "batch"),
     [
-        (
-            (16, 4, 16, 4, 2, 1, True),
-            (37, 300, 1, 33),
-            3,
-        ),  # four programs share three tiles of three steps and one more
+        ((16, 4, 16, 4, 2, 1, True), (37, 300, 1, 33), 3),  # programs share three tiles of four steps
         ((16, 2, 16, 4, 2, 1, True), (12, 100, 2, 70), 17),  # parts of planes
         ((16, 8, 8, 4, 2, 3, False), (9, 40, 1, 40), 2),  # one tile
         ((16, 8, 16, 4, 2, 1, True), (3, 8200, 1, 0), 1),  # more columns than are rounded at once
@@ -233,14 +229,14 @@ def test_programs_that_share_tiles_of_int8_add_up_on_gpu(tiles, size, batch):
 
 def hold_with_outliers(tiles, size, batch, device):
     """Hold int8 products with and without second digits, one of which is in the last columns, to what the rounding allows."""
-    from sab_hf.kernels.cuda.tiles import Int8DotTiles
+    from sab_hf.kernels.cuda.tiles import FusedTiles
 
     planes, W = problem(size, device)
     x = inputs(batch, size[1], dtype=torch.float16)
-    hold_int8_dot(kernels().int8_dot_product(x.to(device), planes, Int8DotTiles(*tiles)), x, W, planes)
+    hold_int8_dot(kernels().int8_dot_product(x.to(device), planes, FusedTiles(*tiles)), x, W, planes)
     x[0, 0] *= 500
     x[-1, -1] *= 1000
-    hold_int8_dot(kernels().int8_dot_product(x.to(device), planes, Int8DotTiles(*tiles)), x, W, planes)
+    hold_int8_dot(kernels().int8_dot_product(x.to(device), planes, FusedTiles(*tiles)), x, W, planes)
 
 
 @interpreted

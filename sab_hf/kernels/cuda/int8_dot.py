@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from .dot import after_products
-from .fused import segment
+from .fused import own_work, segment
 from .int8 import load_words
 from .prepare import GROUP
 
@@ -102,11 +102,7 @@ def int8_dot_kernel(
     plane_steps: tl.constexpr = (NUM_WORDS + WORDS - 1) // WORDS
     residual_steps: tl.constexpr = (RESIDUAL_WORDS + WORDS - 1) // WORDS
     steps: tl.constexpr = PLANES * plane_steps + residual_steps
-    programs = tl.num_programs(0)
-    work = (tiles - tl.minimum(whole * programs, tiles)) * steps
-    at = tl.program_id(0) * work // programs
-    end = (tl.program_id(0) + 1) * work // programs
-    parts = tl.where(end > at, (end - 1) // steps - at // steps + 1, 0)
+    at, end, parts = own_work(whole, tiles, steps)
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()

@@ -242,7 +242,7 @@ def fused_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles | None
     return y
 
 
-def int8_dot_product(x: Tensor, planes: Planes, tiles: cuda_tiles.Int8DotTiles | None = None) -> Tensor:
+def int8_dot_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles | None = None) -> Tensor:
     """Multiply with activations rounded to int8, a scale for each input, two digits where some stand out; see `int8_dot.py`."""
     batch, total, padded = x.shape[0], _total(planes), _padded(planes)
     tiles = tiles or cuda_tiles.int8_dot_tiles(batch)
@@ -280,7 +280,7 @@ class _Shares(NamedTuple):
     partial: Tensor
 
 
-def _shares(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles | cuda_tiles.Int8DotTiles, steps: int) -> _Shares:
+def _shares(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles, steps: int) -> _Shares:
     row_tiles = triton.cdiv(planes.rows, tiles.rows)
     count = row_tiles * triton.cdiv(x.shape[0], tiles.batch)
     programs, whole = cuda_tiles.shares(count, steps, tiles.programs * _processors(x), tiles.shared)
@@ -288,7 +288,7 @@ def _shares(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles | cuda_tiles
     return _Shares(programs, whole, row_tiles, count, steps, x.new_empty(shape, dtype=torch.float32))
 
 
-def _add_shares(shares: _Shares, y: Tensor, tiles: cuda_tiles.FusedTiles | cuda_tiles.Int8DotTiles) -> None:
+def _add_shares(shares: _Shares, y: Tensor, tiles: cuda_tiles.FusedTiles) -> None:
     """Add the parts of the tiles that programs share."""
     shared = shares.count - min(shares.count, shares.whole * shares.programs)
     if shared:

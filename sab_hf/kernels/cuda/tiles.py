@@ -54,20 +54,8 @@ class FragmentsTiles(NamedTuple):
 
 
 class FusedTiles(NamedTuple):
-    """Tiles of the kernel of one product: rows, words, inputs; warps, stages; programs of a processor, and whether they share
-    tiles to have equal work."""
-
-    rows: int
-    words: int
-    batch: int
-    warps: int
-    stages: int
-    programs: int
-    shared: bool
-
-
-class Int8DotTiles(NamedTuple):
-    """Tiles of the kernel on int8 tensor cores, as `FusedTiles`."""
+    """Tiles of the kernels of one product, in 16 bits or in int8: rows, words, inputs; warps, stages; programs of a processor,
+    and whether they share tiles to have equal work."""
 
     rows: int
     words: int
@@ -87,8 +75,6 @@ class DenseTiles(NamedTuple):
 # Rules for compute capability 9.x follow `python benchmarks/speed_gpu_sweep.py` on one H200, 2026-11-30
 # (`benchmarks/results/speed_gpu_sweep_h200.json`). They were chosen on its 195 cells, of a matrix, a scheme and a number of
 # inputs each: in 185 their choice is within 5 % of the fastest candidate, and 9 % slower at most.
-ROUNDS_INPUTS = ("single", "bits", "int8", "int8_dot")
-"""Kernels that round activations to integers."""
 SINGLE_WORDS, SINGLE_PLANES, SINGLE_ROWS = 128, 2, 4096
 """Words of a row (the residual plane's included), planes and rows up to which a single launch is the fastest for one input."""
 SMALL, LARGE = 2**17, 2**20
@@ -295,11 +281,11 @@ def fused_tiles(
     return FusedTiles(128, 2, 256, warps=8, stages=4, programs=1, shared=True)
 
 
-def int8_dot_tiles(batch: int) -> Int8DotTiles:
+def int8_dot_tiles(batch: int) -> FusedTiles:
     """Choose tiles of the kernel on int8 tensor cores."""
     if batch <= 64:
-        return Int8DotTiles(128, 4, power_of_two(batch, 16, 64), warps=4, stages=4, programs=2, shared=True)
-    return Int8DotTiles(128, 4, 128, warps=8, stages=3, programs=1, shared=True)
+        return FusedTiles(128, 4, power_of_two(batch, 16, 64), warps=4, stages=4, programs=2, shared=True)
+    return FusedTiles(128, 4, 128, warps=8, stages=3, programs=1, shared=True)
 
 
 def registers(warps: int, programs: int) -> int:
