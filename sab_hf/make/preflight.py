@@ -8,13 +8,14 @@ vocabulary, E bytes of an activation):
 
     moments      = 4 z Σ m²                                  over the different inputs of the block; each expert has its own
     fit          = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the largest Linear
-    distillation = Σ 20 n m (compact: 8) + 4 T Σ (n + 2 m) + min(24 T V, 4 GiB)     over the blocks of a window, as many as fit;
-                   P processes: Σ (12 / P + 8) n m, or block by block Σ 14 n m / P (compact: 8 / P) + 8 max Σ n m
+    distillation = Σ 20 n m (compact: 8) + max(4 T Σ (n + 2 m) + min(24 T V, 4 GiB), (28 + 4 (P + R)) n m)
+                   over the blocks of a window, as many as fit; the last for the largest Linear; less their dense weights on the
+                   device. N processes: Σ (12 / N + 8) n m, or block by block Σ 14 n m / N (compact: 8 / N) + 8 max Σ n m
     refinement   = Σ 20 n m + (8 (P + R) + 10) n m + 4 T Σ (n + 2 m)     the second for the largest Linear: levels, Adam
     capture      = everything beside the blocks + 3 E T max (n + m)
     sensitivity  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
-    device       = block's dense weights + max(capture, sensitivity + further states, moments + fit, refinement, distillation)
-                   + states, both as far as they are kept there + the model's weights that are there
+    device       = block's dense weights, if they come from RAM, + max(capture, sensitivity + further states, moments + fit,
+                   refinement, distillation) + states, both as far as they are kept there + the model's weights that are there
     RAM          = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a
                    fifth of it for what the allocator keeps)
     states       = hidden_size E T_all (3 with distillation, 2 with refinement, else 1) + masks and positions
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,7 +54,7 @@ from ..passes.gradients import positions_at_once
 from ..passes.tail import BYTES_PER_LOGIT, LOGIT_BYTES
 from ..units import size_in_words
 from .costs import Amounts, Work, count_work, seconds_of
-from .distil import ACTIVATION_SHARE, HELD_OUT, activation_bytes, blocks_at_once, bytes_of_training
+from .distil import ACTIVATION_SHARE, HELD_OUT, START_BYTES, activation_bytes, blocks_at_once, bytes_of_training
 from .plan import Plan
 from .rest import is_tied
 
@@ -300,18 +302,17 @@ def estimate_on(
     )  # of the hidden states: entering, running ahead, wanted
     data = _Data.of(calibration, model, dtype, len(block_names), copies, config.sensitivity_samples if measured else 0)
     share = _share_of_an_expert(model, modules)
-    blocks = [_Block.of(model, name, shapes, modules, share) for name in block_names]
+    blocks = [_Block.of(model, name, shapes, modules, machine.device, share) for name in block_names]
     dearest = max(blocks, key=lambda block: block.weights)
-    moved = 0 if machine.device.type == "cpu" else 1  # what is computed where it is needs no second place
-    beside = moved * _beside_blocks(model, block_names)
+    beside = _beside_blocks(model, block_names, machine.device)
     working = {}
     if measured:
-        through = moved * dearest.dense + max(_measure(dearest, data), _backward(dearest, data))
+        through = dearest.moved + max(_measure(dearest, data), _backward(dearest, data))
         working["sensitivity"] = max(through, beside + data.logit_bytes)
-    working["capture"] = beside + moved * dearest.dense + _activations(dearest, data)
-    working["fit"] = moved * dearest.dense + _moments(dearest, data) + _fit(dearest, data)
+    working["capture"] = beside + dearest.moved + _activations(dearest, data)
+    working["fit"] = dearest.moved + _moments(dearest, data) + _fit(dearest, data)
     if refine_steps:
-        working["refinement"] = moved * dearest.dense + _refine(dearest, data, machine)
+        working["refinement"] = dearest.moved + _refine(dearest, data, machine)
     if plan.distil.steps:
         working["distillation"] = beside + _distil(blocks, data, machine)
     states, most = (
@@ -466,14 +467,16 @@ class _Block:
     Attributes:
         linears: (out_features, in_features, full planes, significant columns) of each Linear that becomes packed.
         inputs: in_features of the different inputs; Linears beside each other may share theirs, so this is an upper bound.
-        dense: bytes of all its weights.
+        moved: bytes of its weights that come to the compute device for a while.
+        given_up: bytes on the compute device of the dense weights that become packed.
         active: weights that a token meets: of experts, those that it is sent to.
         seen: operations of the second moments for a token.
     """
 
     linears: list[tuple[int, int, int, int]]
     inputs: list[int]
-    dense: int
+    moved: int
+    given_up: int
     active: float
     seen: float
 
@@ -484,6 +487,7 @@ class _Block:
         name: str,
         shapes: dict[str, tuple[int, int]],
         modules: dict[str, list[int]],
+        device: torch.device,
         share: float = 1.0,
     ) -> _Block:
         linears, beside, active = [], {}, 0.0
@@ -497,7 +501,9 @@ class _Block:
         inputs = [width for (_, width), names in beside.items() for _ in names[:2]]
         shared = [(width, names[0]) for (_, width), names in beside.items()]
         seen = sum(2.0 * width**2 * (share if _is_expert(first) else 1.0) for width, first in shared)
-        return cls(linears, inputs, sum(p.nbytes for p in model.get_submodule(name).parameters()), active, seen)
+        own = list(model.get_submodule(name).parameters())
+        given_up = sum(p.nbytes for p in own if p.ndim > 1 and _is_there(p, device))
+        return cls(linears, inputs, _moved(own, device), given_up, active, seen)
 
     @property
     def weights(self) -> int:
@@ -537,26 +543,39 @@ def _refine(block: _Block, data: _Data, machine: Machine) -> float:
 
 
 def _distil(blocks: list[_Block], data: _Data, machine: Machine) -> float:
-    """Return the peak of training a window of blocks, and of the logits that it is held to."""
+    """Return the peak of training a window of blocks, and of the logits that it is held to; dense weights go as it begins."""
     free = machine.free
     way = blocks_at_once([block.weights for block in blocks], machine.device, free, machine.processes)
     window = sorted(blocks, key=lambda block: block.weights)[-way.blocks :]
-    shapes = [[(n, m) for n, m, _, _ in block.linears] for block in window]
-    activations = sum(activation_bytes(own, data.largest) for own in shapes)
-    if activations > ACTIVATION_SHARE * free:
-        activations = max(activation_bytes(own, data.largest) for own in shapes)
     sizes = [block.weights for block in window]
     weights = bytes_of_training(sizes, machine.device, machine.processes, way.compact, way.lent)
-    return weights + activations + min(LOGIT_BYTES, BYTES_PER_LOGIT * data.largest * data.vocabulary)
+    weights -= sum(block.given_up for block in window)
+    shapes = [[(n, m) for n, m, _, _ in block.linears] for block in window]
+    activations = sum(activation_bytes(own, data.largest) for own in shapes)
+    if activations > ACTIVATION_SHARE * (free - weights):
+        activations = max(activation_bytes(own, data.largest) for own in shapes)
+    logits = min(LOGIT_BYTES, BYTES_PER_LOGIT * data.largest * data.vocabulary)
+    linears = (linear for block in window for linear in block.linears)
+    at_start = max((n * m * (START_BYTES + 4 * (planes + bool(k))) for n, m, planes, k in linears), default=0)
+    return weights + max(activations + logits, at_start)
 
 
 def _activations(block: _Block, data: _Data) -> float:
     return data.activation_bytes * data.largest * 3 * max((n + m for n, m, _, _ in block.linears), default=0)
 
 
-def _beside_blocks(model: nn.Module, block_names: tuple[str, ...]) -> float:
+def _beside_blocks(model: nn.Module, block_names: tuple[str, ...], device: torch.device) -> float:
     inside = tuple(f"{name}." for name in block_names)
-    return sum(p.nbytes for name, p in model.named_parameters() if not name.startswith(inside))
+    return _moved((p for name, p in model.named_parameters() if not name.startswith(inside)), device)
+
+
+def _moved(parameters: Iterable[nn.Parameter], device: torch.device) -> int:
+    """Return the bytes of weights that come to a device; what is there, or on the CPU for the CPU, needs no second place."""
+    return 0 if device.type == "cpu" else sum(p.nbytes for p in parameters if not _is_there(p, device))
+
+
+def _is_there(p: nn.Parameter, device: torch.device) -> bool:
+    return p.device.type == device.type
 
 
 def _places(states: float, rooms: dict[str, float]) -> dict[str, float]:

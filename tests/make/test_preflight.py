@@ -15,14 +15,17 @@ import shapes
 import torch
 from helpers import build_llava
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
+from sab_hf.machine.rates import Machine
+from sab_hf.make import preflight
 from sab_hf.make.plan import make_plan
-from sab_hf.make.preflight import check_room
+from sab_hf.make.preflight import check_room, estimate_on
 from sab_hf.make.settings import IMAGE_TOKENS_CPU, image_tokens
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 def small_model(hidden: int, intermediate: int):
@@ -34,9 +37,8 @@ def small_model(hidden: int, intermediate: int):
 
 
 def config(given: list, **changes) -> SABQuantizationConfig:
-    return SABQuantizationConfig(
-        calibration=given, num_samples=8, alternations=1, **{"refine_steps": 1, "distil_steps": 0} | changes
-    )
+    settings = {"num_samples": 8, "alternations": 1, "refine_steps": 1, "distil_steps": 0} | changes
+    return SABQuantizationConfig(calibration=given, **settings)
 
 
 def resident(key: str) -> int:
@@ -72,6 +74,38 @@ def test_predicted_peak_is_the_measured_one():
     process.join()
     for predicted, measured in found:
         assert 0.75 * measured < predicted < 1.34 * measured, f"{predicted / MIB:.0f} MiB, was {measured / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers", "free", "samples", "batch", "measured"),
+    [("7b", 28, 139, 64, 4, 57.0), ("72b", 2, 16, 32, 2, 21.9)],
+)
+def test_peak_of_distillation_is_what_an_h200_measured(shape, layers, free, samples, batch, measured):
+    """`benchmarks/several_gpus.py`, 2026-11-30; the second where 16 GiB are said to be free, so in windows of one block."""
+    shape = shapes.SHAPES[shape]
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(shapes.config(shape, layers), dtype=torch.bfloat16)
+    given = shapes.batches(model, shape, samples, batch)
+    options = config(given, num_samples=samples, distil_steps=20, significance="none", budget="uniform")
+    machine = Machine(torch.device("cuda:0"), "H200", free * GIB, 100 * GIB, {"device": 50 * GIB, "ram": 50 * GIB})
+    predicted = estimate_on(machine, model, make_plan(model, options, None, given), options)
+    assert predicted.memory()["distillation"][0] / GIB == pytest.approx(measured, rel=0.05)
+
+
+def test_weights_on_the_device_are_counted_once(monkeypatch):
+    model, given = small_model(64, 160)
+    options = config(given, distil_steps=4)
+    plan = make_plan(model, options, None, given)
+    machine = Machine(torch.device("cuda:0"), "a GPU", 8 * GIB, 8 * GIB, {"device": 0.0, "ram": 8 * GIB})
+    from_ram = estimate_on(machine, model, plan, options).working
+    monkeypatch.setattr(preflight, "_is_there", lambda p, device: True)
+    on_device = estimate_on(machine, model, plan, options).working
+    block = model.get_submodule(plan.roles.blocks[0])
+    inside = sum(p.nbytes for name in plan.roles.blocks for p in model.get_submodule(name).parameters())
+    beside = sum(p.nbytes for p in model.parameters()) - inside
+    assert from_ram["capture"] - on_device["capture"] == beside + sum(p.nbytes for p in block.parameters())
+    matrices = sum(p.nbytes for name in plan.roles.blocks for p in model.get_submodule(name).parameters() if p.ndim > 1)
+    assert from_ram["distillation"] - on_device["distillation"] == beside + matrices
 
 
 def test_room_is_checked_without_measuring_rates(monkeypatch):
@@ -187,7 +221,7 @@ def test_experts_have_moments_of_their_own():
     model = FAMILIES["qwen3_vl_moe"]().model
     roles = find_roles(model)
     shapes_ = {n: (m.out_features, m.in_features) for n, m in language_linears(model, roles, []).items()}
-    block = _Block.of(model, roles.blocks[0], shapes_, {n: [1, 0] for n in shapes_})
+    block = _Block.of(model, roles.blocks[0], shapes_, {n: [1, 0] for n in shapes_}, torch.device("cpu"))
     experts = [n for n in shapes_ if n.startswith(roles.blocks[0]) and "experts" in n]
     attention = [n for n in shapes_ if n.startswith(roles.blocks[0]) and "self_attn" in n]
     assert len(experts) == 8
