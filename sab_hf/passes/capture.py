@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..calibration import CalibrationBatch, media_modality
 from ..machine import distributed
 from ..machine.workspace import Workspace
 from ..method.hessian import SecondMoments
+from ..packed.linear import SABLinear, replace_module
 from .routing import RowLabels
 from .states import BatchState, Left, block_output, join
 from .tracing import check_replay, trace
@@ -133,6 +134,12 @@ class BlockInputs:
 
         What the model adds to it is added to the targets too, unless they have it already (not `with_targets`).
         """
+        with ExitStack() as stack:
+            if self.workspace.device.type == "cuda" and len(self.states) > 1:
+                stack.enter_context(unpacked(block))
+            self._advance(block, index, with_targets)
+
+    def _advance(self, block: nn.Module, index: int, with_targets: bool) -> None:
         store = self.workspace.store
         for state in self.states:
             output = state.hidden
@@ -247,6 +254,22 @@ def _not_run(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def unpacked(block: nn.Module) -> Iterator[None]:
+    """Have the packed Linears of a block hold dense weights for a while, in their dtype; experts stay packed.
+
+    A GPU unpacks a weight for each product of many tokens. For a whole calibration set it is unpacked once.
+    """
+    packed = {name: module for name, module in block.named_modules() if type(module) is SABLinear}
+    try:
+        for name, module in packed.items():
+            replace_module(block, name, module.dense(module.dtype))
+        yield
+    finally:
+        for name, module in packed.items():
+            replace_module(block, name, module)
 
 
 def new_state(number: int, workspace: Workspace, batch: CalibrationBatch, modality: Tensor | None = None) -> BatchState:

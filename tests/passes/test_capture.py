@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from sab_hf.calibration import PADDING, CalibrationBatch
 from sab_hf.calibration.modality import token_modality
 from sab_hf.make.plan import make_plan
 from sab_hf.packed.linear import replace_module
-from sab_hf.passes.capture import BlockInputs
+from sab_hf.passes.capture import BlockInputs, unpacked
 from sab_hf.planes import SignPlanes
 
 
@@ -420,3 +421,24 @@ def test_linear_with_more_rows_than_tokens_is_refused():
         moments_of(model, inputs)
     double.remove()
     halve.remove()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_block_is_unpacked_for_a_while(model, processor, make_config, fails):
+    """As the GPU does for all batches; the CPU's own product gives the same outputs."""
+    sab_hf.quantize(model, processor, None, make_config(bits=2.2))
+    block = model.get_submodule(find_roles(model).blocks[0])
+    packed = dict(block.named_modules())
+    mlp = packed["mlp"]
+    x = torch.randn(2, 5, mlp.gate_proj.in_features, generator=torch.Generator().manual_seed(0))
+    for module in packed.values():
+        if isinstance(module, SABLinear):
+            module.exact = True
+    with torch.no_grad(), pytest.raises(KeyError) if fails else nullcontext():
+        expected = mlp(x)
+        with unpacked(block):
+            assert not any(isinstance(module, SABLinear) for module in block.modules())
+            torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-6)
+            if fails:
+                raise KeyError
+    assert dict(block.named_modules()) == packed
