@@ -21,7 +21,7 @@ from .checks import (
     warn_of_lost_images,
 )
 from .modality import IMAGE, MODALITY_NAMES, PADDING, token_modality
-from .origins import read_samples, shuffled_order
+from .origins import is_builtin, read_samples, shuffled_order
 from .picture_tokens import with_image_tokens
 from .pictures import brief_error
 from .samples import ACCEPTED_FORMATS, Sample
@@ -54,12 +54,14 @@ class CalibrationSet:
         num_samples: rows of all batches.
         num_dropped: samples left out because they were longer than the limit.
         tokens: modality → number of tokens, padding left out.
+        builtin: whether these are the built-in samples.
     """
 
     batches: list[CalibrationBatch]
     num_samples: int
     num_dropped: int
     tokens: dict[int, int]
+    builtin: bool = False
 
     def image_token_share(self) -> float:
         """Return the share of image tokens, 0 to 1."""
@@ -145,7 +147,7 @@ def prepare_calibration(
             warn_of_lost_images([(sample, batch.inputs) for sample, batch in samples], encoder)
             batches = _encode_batches(samples, encoder, model_config, batch_size)
             batches = [batches[i] for i in shuffled_order(len(batches), seed)]  # the first ones stand for all
-    calibration_set = _count(batches, num_dropped)
+    calibration_set = _count(batches, num_dropped, is_builtin(calibration))
     check_number(calibration_set.num_samples, num_samples, num_dropped)
     inputs = [batch.inputs for batch in batches]
     check_image_tokens(calibration_set.tokens, inputs, processor, model_config, allow_text_only)
@@ -266,10 +268,10 @@ def _encode_batches(
     return batches
 
 
-def _count(batches: list[CalibrationBatch], num_dropped: int) -> CalibrationSet:
+def _count(batches: list[CalibrationBatch], num_dropped: int, builtin: bool) -> CalibrationSet:
     tokens: dict[int, int] = {}
     for batch in batches:
         kinds, counts = batch.modality[batch.modality != PADDING].unique(return_counts=True)
         for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True):
             tokens[kind] = tokens.get(kind, 0) + count
-    return CalibrationSet(batches, sum(len(batch.modality) for batch in batches), num_dropped, tokens)
+    return CalibrationSet(batches, sum(len(batch.modality) for batch in batches), num_dropped, tokens, builtin)

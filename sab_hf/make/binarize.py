@@ -46,7 +46,7 @@ from .refine import refine_block
 from .rest import binarize_rest, packed_rest, restore_rest, tied_to_planes
 from .settings import RefineSettings
 from .sizes import find_sensitivity, spend_budget
-from .written import write_samples
+from .written import OPENED_BUILTIN, write_samples
 
 logger = logging.getLogger(__name__)
 _MODALITY = "modality of each position"
@@ -262,8 +262,8 @@ def _write_samples(
         written = []
         if distributed.rank() == 0:
             with workspace.placement.visit_rest(()):
-                given = plan.calibration.batches
-                written = write_samples(model, given, config.written_samples, config.seed, workspace.bar)
+                given, opened = plan.calibration.batches, OPENED_BUILTIN if plan.calibration.builtin else 0.0
+                written = write_samples(model, given, config.written_samples, config.seed, workspace.bar, opened)
         contents = [{**batch.inputs, _MODALITY: batch.modality} for batch in written]
         tensors = {f"{i}|{key}": v for i, one in enumerate(contents) for key, v in one.items() if torch.is_tensor(v)}
         return tensors, {"others": [{k: v for k, v in one.items() if not torch.is_tensor(v)} for one in contents]}

@@ -6,7 +6,8 @@ batch beside the tokens, are the given ones.
 
 What is kept:
 
-- of a text, 32 to 128 tokens, less than half of it;
+- of a text, 32 to 128 tokens, less than half of it; or only what all given texts begin with, the opening of a chat: then the
+  model chooses what the text is about;
 - of a sample with images, video or audio, everything up to the last of their positions, and a random part of the text after it.
 
 Each next token is drawn from the model's own distribution (temperature 1, nothing cut off), up to the length of the given sample.
@@ -16,6 +17,7 @@ passage) gets none.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 KEPT_OF_TEXT = (32, 128)
 """Fewest and most tokens of a text that are kept, where they are less than half of it."""
+OPENED_BUILTIN = 0.7
+"""Part of the texts written after built-in samples that keep only the opening of a chat: those samples are about few subjects."""
 MOST_AT_ONCE, MOST_AT_ONCE_CPU = 1280, 32
 """Samples written side by side, before memory runs out."""
 _MADE_ANEW = ("attention_mask", "position_ids", "labels")
@@ -59,7 +63,12 @@ def most_at_once(device: str) -> int:
 
 
 def write_samples(
-    model: nn.Module, batches: Sequence[CalibrationBatch], count: int, seed: int = 0, bar: Bar | None = None
+    model: nn.Module,
+    batches: Sequence[CalibrationBatch],
+    count: int,
+    seed: int = 0,
+    bar: Bar | None = None,
+    opened: float = 0.0,
 ) -> list[CalibrationBatch]:
     """Let `model` continue beginnings of given samples, where its weights are; the caller's random numbers stay as they are.
 
@@ -69,6 +78,7 @@ def write_samples(
         count: samples to write. Batches with images stay whole, so it may be a few more.
         seed: of the beginnings and of what is drawn.
         bar: is told how many are written.
+        opened: part of the texts of which nothing is kept but what all given ones begin with.
     Returns:
         Batches like the given ones (a last one without images may have fewer rows), in the order in which these were drawn, with
         new "input_ids" and, where a sample ended early, new "attention_mask" and modality.
@@ -85,7 +95,9 @@ def write_samples(
     start = time.perf_counter()
     vocabulary = _Vocabulary.of(model)
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    begun = [_begin(batch, vocabulary, generator) for batch in _draw(batches, count, generator)]
+    opening = _opening(batches) if opened else 0
+    drawn = _draw(batches, count, generator)
+    begun = [_begin(batch, vocabulary, generator, opening, opened if opening else 0.0) for batch in drawn]
     device = Placement(model).input_device
     _warn_of_place(device)
     written: list[CalibrationBatch | None] = [None] * len(begun)
@@ -201,19 +213,38 @@ def _has_media(batch: CalibrationBatch) -> bool:
     return bool((batch.modality > TEXT).any()) or media_modality(batch.inputs) != TEXT
 
 
-def _begin(batch: CalibrationBatch, vocabulary: _Vocabulary, generator: torch.Generator) -> _Begun:
-    """Choose how much of each sample of a batch is kept."""
-    modality, ids = batch.modality.cpu(), batch.inputs["input_ids"].cpu()
+def _ordered(batch: CalibrationBatch) -> tuple[Tensor, Tensor]:
+    """Return the positions [rows, length] of each row, those with tokens first, and how many those are."""
     mask = batch.inputs.get("attention_mask")
-    real = modality != PADDING if mask is None else mask.cpu() != 0
-    order = (~real).int().argsort(dim=1, stable=True)
-    lengths = real.sum(1)
-    modality, ids = modality.gather(1, order), ids.gather(1, order)
+    real = batch.modality.cpu() != PADDING if mask is None else mask.cpu() != 0
+    return (~real).int().argsort(dim=1, stable=True), real.sum(1)
+
+
+def _opening(batches: Sequence[CalibrationBatch]) -> int:
+    """Return how many tokens all samples without images and the like have in common at their start."""
+    texts = []
+    for batch in batches:
+        order, lengths = _ordered(batch)
+        modality, ids = (part.cpu().gather(1, order) for part in (batch.modality, batch.inputs["input_ids"]))
+        own = zip(modality, ids, lengths.tolist(), strict=True)
+        texts += [row[:length].tolist() for kinds, row, length in own if not (kinds[:length] > TEXT).any()]
+    alike = (len(set(tokens)) == 1 for tokens in zip(*texts, strict=False))
+    return sum(itertools.takewhile(bool, alike))
+
+
+def _begin(
+    batch: CalibrationBatch, vocabulary: _Vocabulary, generator: torch.Generator, opening: int = 0, opened: float = 0.0
+) -> _Begun:
+    """Choose how much of each sample of a batch is kept: of a part `opened` of the texts, the tokens of the `opening`."""
+    order, lengths = _ordered(batch)
+    modality, ids = (part.cpu().gather(1, order) for part in (batch.modality, batch.inputs["input_ids"]))
     kept, ends = torch.zeros_like(lengths), torch.zeros_like(lengths)
     for row, length in enumerate(lengths.tolist()):
         media = (modality[row, :length] > TEXT).nonzero()
         first = int(media.max()) + 1 if len(media) else 0
         kept[row] = _kept(first, length, generator)
+        if opened and not first and float(torch.rand((), generator=generator)) < opened:
+            kept[row] = min(opening, max(1, length - 1))
         rest = ids[row, kept[row] : length]
         ends[row] = torch.isin(rest, torch.tensor(vocabulary.ends, dtype=rest.dtype)).sum()
     return _Begun(batch, order, lengths, kept, ends)

@@ -13,7 +13,8 @@ from ..config import SABQuantizationConfig
 def needs_sensitivity(config: SABQuantizationConfig, refine_steps: int) -> bool:
     """Return whether a run with `refine_steps` steps of refinement uses the sensitivity of Linears or of block outputs."""
     in_refinement = refine_steps > 0 and config.refine_loss == "gradient"
-    return config.significance == "gradient" or config.budget == "sensitivity" or in_refinement
+    in_budget = config.budget == "sensitivity" and not config.portable  # that has planes of one size
+    return config.significance == "gradient" or in_budget or in_refinement
 
 
 class LinearSensitivity(NamedTuple):

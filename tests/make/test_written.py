@@ -76,6 +76,37 @@ def test_of_a_long_text_32_to_128_tokens_are_kept_and_after_an_image_some():
     assert {written._kept(10, 10, generator), written._kept(0, 1, generator)} == {10, 1}
 
 
+def test_a_part_of_the_texts_keeps_only_what_all_begin_with():
+    given = [
+        text_batch([60, 50, 40], "left", ends=(30, 1)),
+        text_batch([45, 55], ends=(20, 1), seed=1),
+        *image_batches(),
+    ]
+    for batch in given[:2]:
+        for row, mask in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True):
+            row[mask.nonzero()[:5, 0]] = torch.tensor([7, 8, 9, 7, 8])
+    vocabulary, opening = written._Vocabulary([END], [], PAD), written._opening(given)
+    assert opening == 5
+    kept = {}
+    for opened in (0.0, 0.7, 1.0):
+        generator = torch.Generator().manual_seed(0)
+        begun = [written._begin(batch, vocabulary, generator, opening, opened) for batch in given * 30]
+        texts = [b for b in begun if not written._has_media(b.batch)]
+        kept[opened] = torch.cat([b.kept for b in texts])
+        assert all((b.kept > 5).all() for b in begun if written._has_media(b.batch))
+    assert kept[0.0].min() > 5
+    assert (kept[1.0] == 5).all()
+    assert 0.6 < (kept[0.7] == 5).float().mean() < 0.8
+    assert all((b.ends == 2).all() for b in texts)  # both turns are written anew
+
+
+def test_texts_that_begin_with_different_tokens_have_no_opening():
+    given = [text_batch([60, 50]), text_batch([45], seed=1)]
+    assert written._opening(given) == 0
+    one, other = (write_samples(build_llama(), given, 3, seed=1, opened=opened) for opened in (0.0, 0.7))
+    assert all(torch.equal(a.inputs["input_ids"], b.inputs["input_ids"]) for a, b in zip(one, other, strict=True))
+
+
 def test_the_seed_decides_and_the_random_numbers_of_the_caller_stay():
     model, given = build_llama(), [text_batch([24, 20]), text_batch([18], seed=1)]
     torch.manual_seed(5)
