@@ -21,14 +21,15 @@ from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Qwen2
 import sab_hf
 from sab_hf import SABQuantizationConfig
 from sab_hf.make.plan import make_plan
+from sab_hf.make.settings import IMAGE_TOKENS_CPU
 from sab_hf.packed.swap import swap_in_empty
 
 GIB = 2**30
 LAPTOPS = (8, 16, 24)  # GiB of RAM
 SYSTEM = 2 * GIB  # for the operating system, Python and PyTorch
 SAMPLES, TEXT_TOKENS = 512, 160
-IMAGE_TOKENS = {"SmolVLM": 17 * 64, "Qwen2.5-VL": shapes.SHAPES["7b"].image_tokens}
-"""Of a picture of 16 tiles and its thumbnail, and of one of 448 × 616 pixels."""
+IMAGE_TOKENS = {"SmolVLM": 64, "Qwen2.5-VL": IMAGE_TOKENS_CPU}
+"""Of a calibration picture on a CPU: one view of all of it, and as many as are allowed."""
 QWEN_3B = replace(
     shapes.SHAPES["7b"], hidden=2048, intermediate=11008, layers=36, heads=16, kv_heads=2, vocabulary=151936
 )

@@ -28,6 +28,10 @@ from .settings import DistilSettings, RefineSettings, image_tokens
 
 logger = logging.getLogger(__name__)
 
+BITS_UNTRAINED = 2.1
+"""Bits from which on a fit alone leaves a usable language model: perplexity 54 instead of 21, and 1,031 at 1.1 bits
+(benchmarks/ACCURACY.md)."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -72,6 +76,12 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     """
     plan = plan_with(model, config, lambda: _calibration(model, config, processor, samples))
     logger.info(plan.coverage.summary())
+    if not plan.refine.steps and not plan.distil.steps and (config.bits or 0) < BITS_UNTRAINED:
+        logger.warning(
+            "nothing is trained (`refine_steps=0`, `distil_steps=0`): with real weights a model needs some %g bits a weight then "
+            "(`bits`, `--bits`), or it forgets most of what it knew",
+            BITS_UNTRAINED,
+        )
     return plan
 
 

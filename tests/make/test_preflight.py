@@ -245,3 +245,19 @@ def test_built_in_samples_are_warned_of(samples, warned, processor, caplog):
     with caplog.at_level("WARNING", "sab_hf"):
         make_plan(model, config, processor)
     assert ("calibrating on the built-in samples" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [
+        ({"preset": "fast"}, True),
+        ({"preset": "fast", "bits": 2.1}, False),
+        ({"refine_steps": 1, "distil_steps": 0}, False),
+        ({"distil_steps": 1}, False),
+    ],
+)
+def test_few_bits_without_training_are_warned_of(fields, warned, caplog):
+    model, given = small_model(64, 160)
+    with caplog.at_level("WARNING", "sab_hf"):
+        make_plan(model, SABQuantizationConfig(calibration=given, **fields))
+    assert ("nothing is trained" in caplog.text) == warned
