@@ -139,6 +139,24 @@ def small_qwen(hidden: int, intermediate: int, layers: int, samples: int, text: 
     return model, shapes.batches(model, shape, samples, batch, text_tokens=text)
 
 
+def smolvlm(samples: int, batch: int, text: int = 160):
+    """Return SmolVLM-256M's shape with random weights, and batches of which two of three have a picture in one view a sample."""
+    config = smolvlm_256m()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    size, view = config.vision_config.image_size, config.vision_config.image_size // config.vision_config.patch_size
+    tokens = view**2 // config.scale_factor**2
+    batches = []
+    for number in range(samples // batch):
+        ids = torch.randint(3, 49000, (batch, text + tokens * (number % 3 < 2)))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if number % 3 < 2:
+            ids[:, 8 : 8 + tokens] = config.image_token_id
+            inputs |= {"pixel_values": torch.randn(batch, 1, 3, size, size)}
+        batches.append(inputs)
+    return model, batches
+
+
 def example(samples: int):
     sys.path.insert(0, str(ROOT / "examples"))
     from tiny_vlm import world
@@ -166,6 +184,7 @@ CASES: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any]]] = {
         lambda: example(32),
         {"num_samples": 32, "distil_steps": 10, "rest_bits": 4, "sensitivity_samples": 16},
     ),
+    "SmolVLM-256M's shape, 24 samples": (lambda: smolvlm(24, 8), {"num_samples": 24, "distil_steps": 4}),
 }
 
 

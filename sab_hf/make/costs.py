@@ -234,12 +234,13 @@ def count_work(
     if trained:
         tokens = min(distil.samples_per_step, a.samples) * a.tokens / a.samples
         text = a.text * tokens
+        counted = a.text if device == "cpu" else 1.0  # part of the positions that logits are made for
         for size in a.windows:
             share = size / len(a.blocks)
             count.add(
                 "distillation",
-                training=distil.steps * (tokens * share * 3 * through + tokens * 4 * logits)
-                + (min(distil.steps, MEASUREMENTS) + 1) * a.held * (through * share + 2 * logits),
+                training=distil.steps * tokens * (share * 3 * through + counted * 4 * logits)
+                + (min(distil.steps, MEASUREMENTS) + 1) * a.held * (share * through + counted * 2 * logits),
                 bytes=distil.steps * (share * a.weights * TRAINING_BYTES[device] + text * a.vocabulary * LOGIT_TRAFFIC),
                 calls=distil.steps * size * DISTIL_CALLS[device],
             )

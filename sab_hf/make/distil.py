@@ -9,6 +9,7 @@ Of several processes, each has its batches and keeps its rows of what is trained
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -633,12 +634,10 @@ class _Loss:
         self, state: BatchState, output: Tensor, target: Tensor, counted: Tensor, train: bool
     ) -> tuple[Tensor, Tensor]:
         """Return the summed divergence and its gradient at the output; logits are made for some positions at a time."""
-        batch, length = self.batches[state.number], output.shape[-2]
+        batch = self.batches[state.number]
         leaf = output.requires_grad_(train)
         gradient, total = torch.zeros_like(output), torch.zeros((), device=output.device)
-        step = self.tail.positions(batch)
-        for start in range(0, length, step):
-            part = slice(start, min(start + step, length))
+        for part in self._parts(counted, self.tail.positions(batch)):
             with self._autocast():
                 with torch.no_grad():
                     wanted = self.tail.logits(batch, state, target, part)
@@ -648,6 +647,25 @@ class _Loss:
             if train:
                 gradient += torch.autograd.grad(given, leaf, at_given)[0]
         return total, gradient
+
+    def _parts(self, counted: Tensor, step: int) -> Iterator[slice]:
+        """Yield the positions for which logits are made at once: up to `step`, where any of `counted` [batch, length] is not 0.
+
+        On a GPU all positions: a captured graph makes the same ones of each batch. So does a model that gives all or none.
+        """
+        if counted.device.type == "cpu" and (self.tail.chain or self.tail.chunks):
+            runs = _runs(counted.any(0).tolist())
+        else:
+            runs = [(0, counted.shape[1])]
+        for start, end in runs:
+            for first in range(start, end, step):
+                yield slice(first, min(first + step, end))
+
+
+def _runs(flags: list[bool]) -> list[tuple[int, int]]:
+    """Return where runs of True begin and end."""
+    groups = [(flag, [i for i, _ in run]) for flag, run in itertools.groupby(enumerate(flags), lambda pair: pair[1])]
+    return [(run[0], run[-1] + 1) for flag, run in groups if flag]
 
 
 def _checkpointed(block: nn.Module, index: int, state: BatchState, hidden: Tensor) -> Tensor:

@@ -60,6 +60,29 @@ def test_logits_made_for_some_positions_at_a_time_change_rounding_only(monkeypat
     assert results[0].after == pytest.approx(results[1].after, rel=1e-4)
 
 
+def test_logits_are_made_where_they_count(monkeypatch):
+    """On a CPU not at the placeholders of images, of which most calibration tokens are; the result is the same."""
+    records = {}
+    for everywhere in (False, True):
+        model, positions = build_llava(), []
+        head = model.get_output_embeddings()
+        head.register_forward_hook(lambda module, args, _, seen=positions: seen.append(args[0].shape[:-1].numel()))
+        if everywhere:
+            monkeypatch.setattr(distil, "_runs", lambda flags: [(0, len(flags))])
+        options = config(num_samples=8, batch_size=2, distil_steps=3)
+        record = sab_hf.quantize(model, build_processor(), build_samples(8), options)
+        records[everywhere] = record.distillations[0], sum(positions)
+    assert records[False][1] < records[True][1]
+    assert records[False][0] == pytest.approx(records[True][0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "runs"), [("0110100", [(1, 3), (4, 5)]), ("11", [(0, 2)]), ("00", []), ("", []), ("01", [(1, 2)])]
+)
+def test_runs_of_positions_that_count(flags, runs):
+    assert distil._runs([flag == "1" for flag in flags]) == runs
+
+
 def test_pictures_are_not_needed_for_the_head_of_a_llava(monkeypatch):
     """The tower runs to capture states, and to try whether it may stay out; no step of the training runs it."""
     model, runs = build_llava(), []
