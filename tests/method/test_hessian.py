@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sab_hf.method.hessian import SecondMoments, damp, feedback_factor, inverse, mix
+from sab_hf.method.hessian import SecondMoments, damp, feedback_factor, inverse, mix, multiplies_wide
 
 CPU = torch.device("cpu")
 PADDING, TEXT, VISUAL = -1, 0, 1
@@ -46,6 +46,52 @@ def test_moments_equal_the_sum_written_out_in_any_chunks(count, m, cuts, dtype, 
         assert moments.counts[kind] == len(rows)
         assert H.dtype == torch.float32
         torch.testing.assert_close(H.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("count", "m"), [(1, 1), (33, 9), (700, 128), (4096, 577)])
+def test_moments_on_a_gpu_are_those_of_exact_products(dtype, count, m):
+    x, modality = (t.cuda() for t in tokens(count, m))
+    x = x.clamp(max=6e4).to(dtype)
+    moments = SecondMoments(m, x.device)
+    moments.add(x, modality)
+    for kind, H in moments.matrices().items():
+        rows = x[modality == kind].double()
+        torch.testing.assert_close(H.double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_products_summed_in_float32_are_used_where_there_are_any(monkeypatch):
+    x, modality = tokens(40, 6)
+    x = x.clamp(max=6e4).bfloat16()
+    plain, wide = SecondMoments(6, CPU), SecondMoments(6, CPU)
+    plain.add(x, modality)
+    product, made = torch.mm, []
+
+    def with_dtype(a, b, out_dtype):
+        made.append(a.dtype)
+        return product(a.to(out_dtype), b.to(out_dtype))
+
+    multiplies_wide.cache_clear()
+    monkeypatch.setattr(torch, "mm", with_dtype)
+    assert multiplies_wide(CPU, torch.bfloat16)
+    assert not multiplies_wide(CPU, torch.float32)
+    wide.add(x, modality)
+    assert made == [torch.bfloat16] * 3
+    for kind, H in wide.matrices().items():
+        torch.testing.assert_close(H, plain.matrices()[kind])
+    multiplies_wide.cache_clear()
+
+
+@pytest.mark.parametrize("error", [TypeError, NotImplementedError, RuntimeError])
+def test_a_device_or_a_pytorch_without_such_products_makes_others(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    multiplies_wide.cache_clear()
+    monkeypatch.setattr(torch, "mm", fail)
+    assert not multiplies_wide(CPU, torch.float16)
+    multiplies_wide.cache_clear()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
