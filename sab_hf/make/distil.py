@@ -651,9 +651,10 @@ class _Loss:
     def _parts(self, counted: Tensor, step: int) -> Iterator[slice]:
         """Yield the positions for which logits are made at once: up to `step`, where any of `counted` [batch, length] is not 0.
 
-        On a GPU all positions: a captured graph makes the same ones of each batch. So does a model that gives all or none.
+        All positions on a GPU, where a captured graph makes the same ones of each batch, and of a model whose own forward has to
+        run for them.
         """
-        if counted.device.type == "cpu" and (self.tail.chain or self.tail.chunks):
+        if counted.device.type == "cpu" and self.tail.chain:
             runs = _runs(counted.any(0).tolist())
         else:
             runs = [(0, counted.shape[1])]
