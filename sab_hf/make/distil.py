@@ -654,10 +654,11 @@ class _Loss:
         All positions on a GPU, where a captured graph makes the same ones of each batch, and of a model whose own forward has to
         run for them.
         """
-        if counted.device.type == "cpu" and self.tail.chain:
-            runs = _runs(counted.any(0).tolist())
-        else:
-            runs = [(0, counted.shape[1])]
+        runs = (
+            _runs(counted.any(0).tolist())
+            if counted.device.type == "cpu" and self.tail.chain
+            else [(0, counted.shape[1])]
+        )
         for start, end in runs:
             for first in range(start, end, step):
                 yield slice(first, min(first + step, end))
