@@ -89,8 +89,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         allow_urls: fetch files that calibration samples name by http(s) URL: each at most 64 MiB (video and audio 1 GiB) and
             60 s, from public addresses alone. False: such a sample is an error, since a data set may come from elsewhere.
         rest_bits: sign planes of every matrix outside the language blocks: vision (and audio) towers, projector, input embedding
-            and output head, 1 to 8, as many bits a weight and a little for scales; 16 leaves them dense. 4 costs hardly any
-            accuracy and makes the whole checkpoint small.
+            and output head, 1 to 8, as many bits a weight and a little for scales; 16 leaves them dense. 4 makes
+            the whole checkpoint small, and costs a little accuracy (benchmarks/ACCURACY.md).
         vision_bits, projector_bits, embedding_bits, head_bits: the same for one of them; None: `rest_bits`. Tied embeddings
             are one matrix and are stored once.
         portable: `"gguf"` makes a model that llama.cpp and Ollama run after `sab-hf export gguf`: one plane, whose column scales

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="the file to write; nothing may be there")
     parser.add_argument(
         "--like", metavar="FILE",
-        help="F16 or BF16 GGUF file of the same model: tokenizer, chat template and metadata are taken from it",
+        help="F16, BF16 or F32 GGUF file of the same model: tokenizer, chat template and metadata are taken from it",
     )  # fmt: skip
     parser.add_argument(
         "--embedding", choices=("q8_0", "q4_0", "f16"), default="q8_0",

@@ -78,9 +78,9 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
     logger.info(plan.coverage.summary())
     if not plan.refine.steps and not plan.distil.steps and (config.bits or 0) < BITS_UNTRAINED:
         logger.warning(
-            "nothing is trained (`refine_steps=0`, `distil_steps=0`): with real weights a model needs some %g bits a weight then "
-            "(`bits`, `--bits`), or it forgets most of what it knew",
-            BITS_UNTRAINED,
+            "nothing is trained (`refine_steps=0`, `distil_steps=0`): at so few bits a model with real weights forgets most of "
+            "what it knew; leave `distil_steps` at its default%s",
+            "" if config.portable else f", or set `bits` to {BITS_UNTRAINED} or more",
         )
     return plan
 

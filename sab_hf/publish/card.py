@@ -52,7 +52,6 @@ def model_card(
         eval_results=results or None,
     )
     record, evaluation, tasks = summary["record"] or {}, summary["evaluation"], summary.get("tasks")
-    steps = summary["config"].get("refine_steps")
     text = MARKDOWN.get_template("model_card.md.jinja").render(
         title=title,
         repo_id=json.dumps(repo_id, ensure_ascii=False),
@@ -75,7 +74,7 @@ def model_card(
         task_rows=task_rows(tasks) if tasks else None,
         calibration=record.get("calibration"),
         seconds=f"{record['seconds']:,.0f}" if record else None,
-        refine_steps="400 a block on a GPU, 50 on a CPU (the defaults)" if steps is None else steps,
+        refine_steps=refinement_in_words(summary["config"].get("refine_steps"), record),
         distillations=distillation_lines(record),
         license=license,
         opens=summary.get("opens_with") or {"class": summary["model_class"], "remote_code": False},
@@ -84,6 +83,15 @@ def model_card(
         },
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def refinement_in_words(steps: int | None, record: dict[str, Any]) -> str:
+    """Return how many steps of refinement a block had; by default those that are distilled have none."""
+    if steps is not None:
+        return f"{steps} a block"
+    if record.get("distillations"):
+        return "none, since blocks were distilled"
+    return "400 a block on a GPU, 50 on a CPU (the defaults)"
 
 
 def eval_results(summary: dict[str, Any]) -> list[EvalResult]:

@@ -16,7 +16,9 @@ import sab_hf
 from sab_hf import SABQuantizationConfig
 from sab_hf.cli import main
 from sab_hf.commands import quantize
+from sab_hf.config import PRESETS
 from sab_hf.machine.rates import Rates
+from sab_hf.make.settings import DISTIL_STEPS, DISTIL_STEPS_CPU, REFINE_STEPS, REFINE_STEPS_CPU
 
 QUICK = {"num_samples": 8, "refine_steps": 0, "distil_steps": 0, "alternations": 1, "budget": "uniform"}
 
@@ -188,7 +190,16 @@ def test_help_shows_all_defaults(capsys):
     for name in settable:
         assert json.loads(shown[name]) == fields[name]
         assert f"{name}=" in text
-    for words in ("(default 512)", "(default 16)", "(default 1000, on a CPU 100)", "(default 0)", "builtin (default)"):
+    steps = (
+        f"(default {DISTIL_STEPS}, on a CPU {DISTIL_STEPS_CPU})",
+        f"else {REFINE_STEPS}, on a CPU {REFINE_STEPS_CPU})",
+    )
+    best = PRESETS["best"]
+    preset = (
+        f"best: {best['num_samples']} samples and {best['written_samples']} that the model writes, {best['refine_steps']} steps "
+        f"of refinement, {best['distil_steps']} of distillation"
+    )
+    for words in ("(default 512)", "(default 16)", "(default 0)", "builtin (default)", *steps, preset):
         assert words in " ".join(text.split())
 
 
