@@ -10,7 +10,7 @@ from sab_hf.kernels.cuda import launch as kernels
 from sab_hf.kernels.cuda.planes import planes as collect
 
 SHAPE = (4096, 3584)
-KERNELS = ("single", "bits", "int8", "int8_dot", "dot")
+KERNELS = ("single", "bits", "int8", "dot")
 
 
 def losses(planes, W: torch.Tensor, count: int, times: float) -> dict[str, float]:

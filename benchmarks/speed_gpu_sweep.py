@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -35,9 +35,8 @@ SHAPES = {
     "q": (3584, 3584), "down": (3584, 18944), "gate": (18944, 3584), "gate, up": (37888, 3584), "k": (512, 3584),
 }  # fmt: skip
 INPUTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-KERNELS = ("single", "bits", "fragments", "fused", "dot", "int8_dot", "dense")
 MOST_COPIES = 100
-LARGEST_ERROR = {"single": 0.03, "int8": 0.03, "int8_dot": 0.04}
+LARGEST_ERROR = {"single": 0.03, "int8": 0.03}
 """‖y - x Wᵀ‖ / ‖x Wᵀ‖ of kernels that round activations to int8; the others:"""
 LARGEST_ERROR_16_BIT = 0.01
 Candidate = tuple[str, tuple | None]
@@ -60,41 +59,12 @@ FUSED = [
 """Tiles of the product of one pass, the fewest inputs first. Two programs of a processor: one makes weights while the tensor
 cores work for the other."""
 
-INT8_DOT = [
-    FusedTiles(128, 4, 32, 4, 4, 2, True),
-    FusedTiles(128, 4, 64, 4, 4, 2, True),
-    FusedTiles(128, 4, 64, 8, 4, 2, True),
-    FusedTiles(256, 4, 64, 8, 4, 1, True),
-    FusedTiles(128, 4, 128, 8, 3, 1, True),
-]
-"""Tiles of the product on int8 tensor cores, the fewest inputs first."""
-INT8_DOT_OF_ONE_SUM = [
-    FusedTiles(128, 4, 128, 8, 3, 2, True),
-    FusedTiles(256, 4, 128, 8, 3, 1, True),
-    FusedTiles(128, 4, 256, 8, 3, 1, True),
-]
-"""The same of one plane: with more of them there are not enough registers for two sums."""
 
-
-def candidates(
-    shape: tuple[int, int], planes: int, part: float, batch: int, processors: int,
-    names: Container[str] = KERNELS,
-) -> list[Candidate]:  # fmt: skip
-    """Return kernels and tiles that are worth measuring on a device of compute capability 9.0.
-
-    Args:
-        names: those of the kernels; what the rules choose is measured in any case.
-    """
-    choice = chosen(shape, planes, part, batch, processors)
-    return [one for one in all_candidates(shape, planes, part, batch, processors) if one[0] in names or one == choice]
-
-
-def all_candidates(shape: tuple[int, int], planes: int, part: float, batch: int, processors: int) -> list[Candidate]:
-    """Return the candidates of all kernels."""
+def candidates(shape: tuple[int, int], planes: int, part: float, batch: int, processors: int) -> list[Candidate]:
+    """Return kernels and tiles that are worth measuring on a device of compute capability 9.0."""
     rows, columns = shape
     words, residual_words = math.ceil(columns / 32), math.ceil(round(part * columns) / 32)
     sizes = planes, rows, words, residual_words, processors
-    sums = planes + (residual_words > 0)
     found: list[Candidate] = []
     if cuda_tiles.kernel(batch, planes, rows, words, residual_words, 2, False, (9, 0)) == "single":
         found.append(("single", cuda_tiles.single_tiles(*sizes[1:])))
@@ -112,12 +82,8 @@ def all_candidates(shape: tuple[int, int], planes: int, part: float, batch: int,
                 found.append(("fused", tiles._replace(shared=False)))
             elif tiles.programs > 1:
                 found.append(("fused", tiles._replace(programs=1)))
-    if batch >= 16:
-        wanted = min(128, max(32, batch))
-        for tiles in INT8_DOT + INT8_DOT_OF_ONE_SUM * (sums == 1):
-            if wanted // 2 < tiles.batch <= (wanted if batch < 256 else 256) or (batch >= 128 and tiles.rows == 256):
-                found.append(("int8_dot", tiles))
     if 2 <= batch <= (2048 if planes == 1 and not part else 128):
+        sums = planes + (residual_words > 0)
         found.append(("dot", cuda_tiles.dot_tiles(rows, words, sums, batch, processors, 2)))
     if batch >= 64:
         found.append(("dense", None))
@@ -167,8 +133,6 @@ def task_of(shape: tuple[int, int], scheme: str, name: str, tiles: tuple | None,
     """Return what a candidate is compiled by: its tiles, and what Triton makes different code for."""
     if name == "fused":
         tiles = tiles._replace(programs=1, shared=True)
-    elif name == "int8_dot":
-        tiles = tiles._replace(shared=True)
     elif name == "dense":
         tiles = None
     if name != "bits":
@@ -222,7 +186,7 @@ def measure(options: argparse.Namespace) -> dict:
     tasks = {
         task_of(SHAPES[shape], scheme, name, tiles, batch): None
         for shape, scheme, batch in itertools.product(options.shapes, SCHEMES, options.inputs)
-        for name, tiles in candidates(SHAPES[shape], *SCHEMES[scheme], batch, processors, options.kernels)
+        for name, tiles in candidates(SHAPES[shape], *SCHEMES[scheme], batch, processors)
     }
     start = time.monotonic()
     compiled = compile_all(list(tasks), options.compile_seconds)
@@ -236,7 +200,7 @@ def measure(options: argparse.Namespace) -> dict:
     for shape in options.shapes:
         try:  # after an error of the device no other kernel runs in its process
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                part = process.submit(measure_shape, shape, options, ready, end, processors).result()
+                part = process.submit(measure_shape, shape, options.inputs, ready, end, processors).result()
         except Exception as error:
             results["problems"].append([shape, repr(error)[:300]])
             continue
@@ -247,13 +211,11 @@ def measure(options: argparse.Namespace) -> dict:
     return results
 
 
-def measure_shape(shape: str, options: argparse.Namespace, ready: set[tuple], end: float, processors: int) -> dict:
+def measure_shape(shape: str, inputs: list[int], ready: set[tuple], end: float, processors: int) -> dict:
     """Measure the cells of a shape, all schemes, the fewest inputs first; begin none after `end`."""
     torch.backends.cuda.matmul.allow_tf32 = False
     rows, columns = SHAPES[shape]
-    x = torch.randn(max(options.inputs), columns, dtype=torch.bfloat16, device="cuda")
-    if options.gated:
-        x = torch.nn.functional.silu(x) * torch.randn_like(x)
+    x = torch.randn(max(inputs), columns, dtype=torch.bfloat16, device="cuda")
     results: dict = {"rows": [], "dense": {}}
     for scheme, (planes, part) in SCHEMES.items():
         count = math.ceil(ROTATING_BYTES / stored_bytes(rows, columns, planes, round(part * columns)))
@@ -262,14 +224,14 @@ def measure_shape(shape: str, options: argparse.Namespace, ready: set[tuple], en
             for _ in range(min(MOST_COPIES, max(2, count)))
         ]
         expected = reference(matrices[0], x)
-        for batch in options.inputs:
+        for batch in inputs:
             if time.monotonic() > end:
                 return results
             key = f"{shape} {batch}"
             if key not in results["dense"]:
                 results["dense"][key] = dense_us((rows, columns), batch)
             used, repeats = (matrices, 11) if batch < 512 else (matrices[:2], 7)
-            for name, tiles in candidates((rows, columns), planes, part, batch, processors, options.kernels):
+            for name, tiles in candidates((rows, columns), planes, part, batch, processors):
                 if task_of((rows, columns), scheme, name, tiles, batch) not in ready:
                     continue
                 row = {"shape": shape, "scheme": scheme, "batch": batch, "kernel": name, "tiles": tiles}
@@ -348,11 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="speed_gpu_sweep.json")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--inputs", nargs="+", type=int, default=list(INPUTS))
-    parser.add_argument(
-        "--gated", action="store_true", help="inputs SiLU(g) ⊙ v, of which some stand out, instead of Gaussian ones"
-    )
     parser.add_argument("--seconds", type=float, default=450, help="after which no further cell is begun")
     parser.add_argument("--compile-seconds", type=float, default=200, help="after which the rest is left out")
     parser.add_argument("--show", metavar="FILE", help="compare the rules with what this file has, and measure nothing")

@@ -35,14 +35,6 @@ def test_the_sweep_measures_what_the_rules_choose(swept):
         assert speed_gpu_sweep.chosen(*arguments) in speed_gpu_sweep.candidates(*arguments)
 
 
-@pytest.mark.parametrize("batch", [16, 64, 128, 4096])
-def test_some_kernels_are_swept_with_the_choice_of_the_rules(batch):
-    arguments = (speed_gpu_sweep.SHAPES["gate"], 1, 0.1, batch, 132)
-    found = speed_gpu_sweep.candidates(*arguments, names=["int8_dot"])
-    assert {name for name, _ in found} == {"int8_dot", speed_gpu_sweep.chosen(*arguments)[0]}
-    assert found.count(speed_gpu_sweep.chosen(*arguments)) == 1
-
-
 def test_what_is_wrong_or_not_measured_is_shown(swept, capsys):
     rows = [row for row in swept["rows"] if (row["shape"], row["scheme"], row["batch"]) == ("down", "one plane", 64)]
     speed_gpu_sweep.show(swept | {"rows": [rows[0] | {"right": False}, *rows[1:]], "problems": [["down", "lost"]]})

@@ -13,7 +13,7 @@ from sab_hf.kernels.cuda import tiles as cuda_tiles
 from sab_hf.kernels.cuda.linear import triton_problem
 
 HOPPER, TURING, BLACKWELL = (9, 0), (7, 5), (10, 0)
-ROUNDS_INPUTS = ("single", "bits", "int8", "int8_dot")
+ROUNDS_INPUTS = ("single", "bits", "int8")
 """Kernels that round activations to integers."""
 
 
@@ -92,13 +92,6 @@ def test_tiles_fit_any_shape(shape):
         fragments = cuda_tiles.fragments_tiles(planes, rows, words, residual_words, processors, batch)
         assert fragments.warps % fragments.split == 0
         assert 8 % cuda_tiles.fused_tiles(planes, rows, words, residual_words, processors, batch).words == 0
-        int8_dot = cuda_tiles.int8_dot_tiles(batch)
-        assert 16 % int8_dot.words == 0  # activations are padded to 16 words
-
-
-@pytest.mark.parametrize(("warps", "programs", "most"), [(8, 1, 255), (8, 2, 128), (4, 2, 255), (4, 3, 168)])
-def test_programs_of_a_processor_share_its_registers(warps, programs, most):
-    assert cuda_tiles.registers(warps, programs) == most
 
 
 @given(st.integers(1, 2000), st.integers(1, 300), st.integers(1, 300), st.booleans())

@@ -102,18 +102,7 @@ def _base_scales(row_scale_ptr, extra_row_scale_ptr, row, rows, PLANES: tl.const
 
 
 @triton.jit
-def own_work(whole, tiles, steps):
-    """Return first and last step of a program in what is left of the work beside `whole` tiles each, and its parts; see
-    `fused_kernel`."""
-    programs = tl.num_programs(0)
-    work = (tiles - tl.minimum(whole * programs, tiles)) * steps
-    at = tl.program_id(0) * work // programs
-    end = (tl.program_id(0) + 1) * work // programs
-    return at, end, tl.where(end > at, (end - 1) // steps - at // steps + 1, 0)
-
-
-@triton.jit
-def segment(number, whole, row_tiles, tiles, steps, at, end):
+def _segment(number, whole, row_tiles, tiles, steps, at, end):
     """Return tile, first and last step, of a program's part `number` of the work; see `fused_kernel`."""
     shared = number >= whole
     programs = tl.num_programs(0)
@@ -145,13 +134,17 @@ def fused_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     PADDED: tl.constexpr = (NUM_WORDS + 7) // 8 * 128
     steps: tl.constexpr = (NUM_WORDS + WORDS - 1) // WORDS
-    at, end, parts = own_work(whole, tiles, steps)
+    programs = tl.num_programs(0)
+    work = (tiles - tl.minimum(whole * programs, tiles)) * steps
+    at = tl.program_id(0) * work // programs
+    end = (tl.program_id(0) + 1) * work // programs
+    parts = tl.where(end > at, (end - 1) // steps - at // steps + 1, 0)
     place = tl.arange(0, 32 * WORDS)
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     for number in range(whole + parts):
-        tile, first, last = segment(number, whole, row_tiles, tiles, steps, at, end)
+        tile, first, last = _segment(number, whole, row_tiles, tiles, steps, at, end)
         at += tl.where(number < whole, 0, last - first)
         row = tile % row_tiles * ROWS + tl.arange(0, ROWS)
         column = tile // row_tiles * BATCH + tl.arange(0, BATCH)

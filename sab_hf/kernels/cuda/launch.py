@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,10 +18,9 @@ from .dot import dot_kernel
 from .fragments import fragments_kernel
 from .fused import add_kernel, expand_kernel, fused_kernel
 from .int8 import int8_kernel
-from .int8_dot import int8_dot_kernel
 from .joined import joined_bits_kernel, joined_cut_kernel, joined_single_kernel
 from .planes import Planes, expansion, negated_scales, spread_scales
-from .prepare import GROUP, arrange_kernel, cut_kernel, quantize_kernel, round_kernel, scale_kernel
+from .prepare import arrange_kernel, cut_kernel, quantize_kernel, scale_kernel
 from .single import single_kernel
 from .unpack import unpack_kernel
 
@@ -220,7 +218,7 @@ def fragments_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FragmentsTile
 
 def fused_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles | None = None) -> Tensor:
     """Multiply in the 16-bit dtype of x, the weights rounded to it; see `fused.py`."""
-    batch = x.shape[0]
+    batch, pdl = x.shape[0], _pdl(x)
     tiles = tiles or cuda_tiles.fused_tiles(*_tile_sizes(x, planes), batch)
     extra, extra_scale, extra_row_scale = planes.words, planes.row_scale, planes.row_scale
     if planes.num_significant:
@@ -228,76 +226,27 @@ def fused_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles | None
         extra_scale = negated_scales(planes, x.dtype, residual=True)
         extra_row_scale = planes.residual_row_scale
     y = x.new_empty(batch, planes.rows)
-    shares = _shares(x, planes, tiles, triton.cdiv(planes.num_words, tiles.words))
+    row_tiles, steps = triton.cdiv(planes.rows, tiles.rows), triton.cdiv(planes.num_words, tiles.words)
+    count = row_tiles * triton.cdiv(batch, tiles.batch)
+    programs, whole = cuda_tiles.shares(count, steps, tiles.programs * _processors(x), tiles.shared)
+    shared = count - min(count, whole * programs)
+    partial = x.new_empty((2 * programs, tiles.rows, tiles.batch) if shared else 1, dtype=torch.float32)
     sizes = _weight_sizes(planes)
     _launch(
-        fused_kernel, (shares.programs,), x, *x.stride(), negated_scales(planes, x.dtype, residual=False), extra_scale,
-        planes.words, planes.row_scale, extra, extra_row_scale, y, shares.partial, batch, planes.rows, planes.in_features,
-        shares.whole, shares.row_tiles, shares.count, PLANES=sizes["PLANES"], EXTRA=planes.num_significant > 0,
+        fused_kernel, (programs,), x, *x.stride(), negated_scales(planes, x.dtype, residual=False), extra_scale,
+        planes.words, planes.row_scale, extra, extra_row_scale, y, partial, batch, planes.rows, planes.in_features,
+        whole, row_tiles, count, PLANES=sizes["PLANES"], EXTRA=planes.num_significant > 0,
         NUM_WORDS=sizes["NUM_WORDS"], STRIDE=sizes["STRIDE"], EXTRA_STRIDE=extra.shape[-1],
         EVEN=planes.in_features % (32 * tiles.words) == 0, ROWS=tiles.rows, WORDS=tiles.words, BATCH=tiles.batch,
-        WAIT=_waits(x), PDL=_pdl(x), num_warps=tiles.warps, num_stages=tiles.stages,
+        WAIT=_waits(x), PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    _add_shares(shares, y, tiles)
-    return y
-
-
-def int8_dot_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles | None = None) -> Tensor:
-    """Multiply with activations rounded to int8, a scale for each input, two digits where some stand out; see `int8_dot.py`."""
-    batch, total, padded = x.shape[0], _total(planes), _padded(planes)
-    tiles = tiles or cuda_tiles.int8_dot_tiles(batch)
-    masks = triton.cdiv(padded, 32 * GROUP.value)
-    digits = x.new_empty(2, total, batch, padded, 32, dtype=torch.int8)
-    numbers = x.new_empty(masks + 2, total * batch, dtype=torch.int32)
-    rounded = (*digits, numbers[:masks], numbers[masks], numbers[masks + 1].view(torch.float32))
-    words = cuda_tiles.power_of_two(padded, 32 * GROUP.value, 256)
-    _launch(
-        round_kernel, (batch, total), *_activation_arguments(x, planes), *(t.view(torch.int32) for t in digits),
-        *rounded[2:], planes.in_features, planes.num_significant, padded, masks, PLANES=planes.num_planes, WORDS=words,
-        PARTS=triton.cdiv(padded, words), PDL=_pdl(x), num_warps=words // 16,
-    )  # fmt: skip
-    y = x.new_empty(batch, planes.rows)
-    steps = planes.num_planes * triton.cdiv(planes.num_words, tiles.words)
-    shares = _shares(x, planes, tiles, steps + triton.cdiv(planes.num_residual_words, tiles.words))
-    _launch(
-        int8_dot_kernel, (shares.programs,), *rounded, *_weight_arguments(planes), y, shares.partial, batch, planes.rows,
-        padded, masks, shares.whole, shares.row_tiles, shares.count, **_weight_sizes(planes), ROWS=tiles.rows,
-        WORDS=tiles.words, BATCH=tiles.batch, WAIT=_capability(x)[0] == 9, PDL=_pdl(x), num_warps=tiles.warps,
-        num_stages=tiles.stages, maxnreg=cuda_tiles.registers(tiles.warps, tiles.programs),
-    )  # fmt: skip
-    _add_shares(shares, y, tiles)
-    return y
-
-
-class _Shares(NamedTuple):
-    """How programs share `count` tiles of `steps` steps, `whole` of them each, and room for the parts of the others."""
-
-    programs: int
-    whole: int
-    row_tiles: int
-    count: int
-    steps: int
-    partial: Tensor
-
-
-def _shares(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles, steps: int) -> _Shares:
-    row_tiles = triton.cdiv(planes.rows, tiles.rows)
-    count = row_tiles * triton.cdiv(x.shape[0], tiles.batch)
-    programs, whole = cuda_tiles.shares(count, steps, tiles.programs * _processors(x), tiles.shared)
-    shape = (2 * programs, tiles.rows, tiles.batch) if count > whole * programs else (1,)
-    return _Shares(programs, whole, row_tiles, count, steps, x.new_empty(shape, dtype=torch.float32))
-
-
-def _add_shares(shares: _Shares, y: Tensor, tiles: cuda_tiles.FusedTiles) -> None:
-    """Add the parts of the tiles that programs share."""
-    shared = shares.count - min(shares.count, shares.whole * shares.programs)
     if shared:
         part = min(tiles.rows, 16)
         _launch(
-            add_kernel, (shared, tiles.rows // part), shares.partial, y, *y.shape, shares.whole, shares.row_tiles,
-            shares.count, shares.programs, shares.steps, ROWS=tiles.rows, BATCH=tiles.batch, PART=part, PDL=_pdl(y),
-            num_warps=4,
+            add_kernel, (shared, tiles.rows // part), partial, y, batch, planes.rows, whole, row_tiles, count, programs,
+            steps, ROWS=tiles.rows, BATCH=tiles.batch, PART=part, PDL=pdl, num_warps=4,
         )  # fmt: skip
+    return y
 
 
 def dense_product(x: Tensor, planes: Planes, tiles: cuda_tiles.DenseTiles | None = None) -> Tensor:
@@ -316,7 +265,7 @@ def dense_product(x: Tensor, planes: Planes, tiles: cuda_tiles.DenseTiles | None
 
 PRODUCTS = {
     "single": single_product, "bits": bits_product, "int8": int8_product, "fragments": fragments_product,
-    "fused": fused_product, "dot": dot_product, "int8_dot": int8_dot_product, "dense": dense_product,
+    "fused": fused_product, "dot": dot_product, "dense": dense_product,
 }  # fmt: skip
 
 

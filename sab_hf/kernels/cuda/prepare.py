@@ -13,10 +13,6 @@ from triton.language.extra import cuda
 from .forms import gated, normed, row_factor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-GROUP = tl.constexpr(4)
-"""Words of a group in which `round_kernel` marks what stands out."""
-LARGEST = tl.constexpr(16.0)
-"""How many times the root mean square an activation may be without a second digit."""
 
 
 @triton.jit
@@ -57,14 +53,6 @@ def _scaled(
 
 
 @triton.jit
-def _packed(q):
-    """Return integers [WORDS, 32] of 8 bits as bytes of [WORDS, 8] int32; byte i of (w, j) is column j + 8i of word w."""
-    shift = tl.arange(0, 4) * 8
-    bytes_ = (tl.reshape(q, [q.shape[0], 4, 8]) & 0xFF) << shift[None, :, None]
-    return tl.sum(bytes_, axis=1).to(tl.int32)  # the bytes do not overlap
-
-
-@triton.jit
 def quantized(u):
     """Round `u` [WORDS, 32] float32 to int8, with one scale for the 32 columns of a word.
 
@@ -76,7 +64,10 @@ def quantized(u):
     step = tl.max(tl.abs(u), axis=1) / 127 + tl.sum(u * 0, axis=1)
     inverse = tl.where(step > 0, 1 / step, 0.0)
     q = tl.floor(u * inverse[:, None] + 0.5).to(tl.int32)
-    return _packed(q), -64 * tl.sum(q, axis=1), step / 8
+    shift = tl.arange(0, 4) * 8
+    bytes_ = (tl.reshape(q, [q.shape[0], 4, 8]) & 0xFF) << shift[None, :, None]
+    packed = tl.sum(bytes_, axis=1).to(tl.int32)  # the bytes do not overlap
+    return packed, -64 * tl.sum(q, axis=1), step / 8
 
 
 @triton.jit
@@ -99,65 +90,6 @@ def quantize_kernel(
     tl.store(pointers, packed, mask=inside[:, None])
     tl.store(start_ptr + base * padded_words + word, start, mask=inside)
     tl.store(scale_ptr + base * padded_words + word, scale, mask=inside)
-
-
-@triton.jit
-def round_kernel(
-    x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-    q_ptr, high_ptr, mask_ptr, sum_ptr, scale_ptr, in_features, num_significant, padded_words, masks,
-    PLANES: tl.constexpr, WORDS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Round c ⊙ x of a plane and an input to integers q + 64 high of one scale; a program makes PARTS parts of WORDS words.
-
-    The largest activation becomes 127, and `high` is 0. If it is more than LARGEST times the root mean square, that one
-    becomes 127, and what is above it has a `high`. So rounding loses about (LARGEST / 127)² / 12 of the energy at most.
-
-    Writes for each plane and input:
-        q: [P, 8] int32, P padded words, in the order of `_packed`.
-        high: the same; written only in groups of GROUP words in which one is not 0.
-        mask: [masks] int32; the bits are these groups.
-        sum: int32, the sum of the integers.
-        scale: float32, the step; NaN where the inputs are not finite.
-    """
-    batch, plane = tl.program_id(0), tl.program_id(1)
-    base = plane * tl.num_programs(0) + batch
-    largest = tl.full([], 0.0, tl.float32)
-    squares = tl.full([], 0.0, tl.float32)
-    for part in tl.static_range(PARTS):
-        column = part * (32 * WORDS) + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
-        u = _scaled(
-            x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr,
-            in_features, num_significant, column, plane, batch, PLANES, PDL and part == 0,
-        )  # fmt: skip
-        finite = tl.abs(u) < float("inf")
-        largest = tl.maximum(largest, tl.max(tl.max(tl.where(finite, tl.abs(u), float("inf")), axis=1), axis=0))
-        squares += tl.sum(tl.sum(u * u, axis=1), axis=0)
-    limit = LARGEST * tl.sqrt(squares / tl.where(plane < PLANES, in_features, num_significant))
-    step = tl.where(limit < largest, limit, largest) / 127
-    step = tl.maximum(step, largest / 8128)  # as much as two digits hold; squares of small numbers may be 0
-    inverse = tl.where((step > 0) & (step < float("inf")), 1 / step, 0.0)
-    total = tl.full([], 0, tl.int32)
-    for part in tl.static_range(PARTS):
-        word = part * WORDS + tl.arange(0, WORDS)
-        u = _scaled(
-            x_ptr, stride_batch, stride_column, col_scale_ptr, columns_ptr, residual_col_scale_ptr, in_features,
-            num_significant, word[:, None] * 32 + tl.arange(0, 32)[None, :], plane, batch, PLANES, False,
-        )  # fmt: skip
-        finite = tl.abs(u) < float("inf")
-        rounded = tl.where(finite, tl.floor(u * inverse + 0.5), 0.0).to(tl.int32)
-        high = tl.where(tl.abs(rounded) > 127, (rounded + 32) >> 6, 0)
-        total += tl.sum(tl.sum(rounded, axis=1), axis=0)
-        present = tl.max(tl.max(tl.reshape(tl.abs(high), [WORDS // GROUP, GROUP, 32]), axis=2), axis=1) > 0
-        inside = (word < padded_words)[:, None]
-        target = (base.to(tl.int64) * padded_words + word)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        tl.store(q_ptr + target, _packed(rounded - 64 * high), mask=inside)
-        written = tl.reshape(tl.broadcast_to(present[:, None], [WORDS // GROUP, GROUP]), [WORDS])[:, None]
-        tl.store(high_ptr + target, _packed(high), mask=inside & written)
-        bits = tl.reshape(present.to(tl.int32), [WORDS // (32 * GROUP), 32]) << tl.arange(0, 32)[None, :]
-        place = part * (WORDS // (32 * GROUP)) + tl.arange(0, WORDS // (32 * GROUP))
-        tl.store(mask_ptr + base * masks + place, tl.sum(bits, axis=1).to(tl.int32), mask=place < masks)
-    tl.store(sum_ptr + base, total)
-    tl.store(scale_ptr + base, tl.where(step < float("inf"), step, float("nan")))
 
 
 @triton.jit

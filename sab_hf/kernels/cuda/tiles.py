@@ -54,8 +54,8 @@ class FragmentsTiles(NamedTuple):
 
 
 class FusedTiles(NamedTuple):
-    """Tiles of the kernels of one product, in 16 bits or in int8: rows, words, inputs; warps, stages; programs of a processor,
-    and whether they share tiles to have equal work."""
+    """Tiles of the kernel of one product: rows, words, inputs; warps, stages; programs of a processor, and whether they share
+    tiles to have equal work."""
 
     rows: int
     words: int
@@ -279,15 +279,3 @@ def fused_tiles(
     if not large:
         return FusedTiles(64, 2, 256, warps=4, stages=3, programs=1, shared=True)
     return FusedTiles(128, 2, 256, warps=8, stages=4, programs=1, shared=True)
-
-
-def int8_dot_tiles(batch: int) -> FusedTiles:
-    """Choose tiles of the kernel on int8 tensor cores."""
-    if batch <= 64:
-        return FusedTiles(128, 4, power_of_two(batch, 16, 64), warps=4, stages=4, programs=2, shared=True)
-    return FusedTiles(128, 4, 128, warps=8, stages=3, programs=1, shared=True)
-
-
-def registers(warps: int, programs: int) -> int:
-    """Return the most registers of a thread with which a processor holds `programs` programs; they come in eights."""
-    return min(255, 65536 // (32 * warps * programs) // 8 * 8)
