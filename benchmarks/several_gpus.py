@@ -8,10 +8,13 @@ where two lend each other weights. "72b" is two blocks of the 72B shape, 20 step
 one block. "smollm2" is SmolLM2-135M with real weights, 400 steps, and its perplexity (a folder that `real_lm.py build` has made).
 Weights of shapes are random, so their blocks are fitted in the quickest way; times and memory are those of real ones.
 
-Each case runs on each number of GPUs, cases of one GPU beside each other. Of two H200s, ten minutes are enough for "7b" and "72b"
-on 1 and on 2 (a step of the 7B shape took one 0.65 s; with building and fitting some four and three minutes are expected), and
-another ten for "smollm2" on 1 and on 2 and "7b lent" on 2. Rows are written as they come; what has not ended by `--deadline` is
-named.
+Each case runs on each number of GPUs, the largest number first, cases of one GPU beside each other. On one H200 "7b" took 187 s
+and "72b" 35 s, building the model not included. Rows are written as they come. Runs on several GPUs, one after the other, have
+equal parts of the time until `--deadline`. One that does not end in its part is ended, and the end of its logs is printed.
+
+Each run leaves its logs beside `--output`, written as it goes: `NAME.CASE.GPUS.log` is that of the launcher, and
+`NAME.CASE.GPUS.RANK.log` that of a process, with the time since it began. A process that is ended writes there where each of its
+threads was.
 
 Without GPUs, processes compute on the CPU: `--cases tiny` tries the script.
 """
@@ -19,6 +22,8 @@ Without GPUs, processes compute on the CPU: `--cases tiny` tries the script.
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import glob
 import json
 import logging
 import os
@@ -46,8 +51,13 @@ import sab_hf  # noqa: E402
 from sab_hf.machine import distributed, rates  # noqa: E402
 from sab_hf.make import distil  # noqa: E402
 
+logger = logging.getLogger("sab_hf.several_gpus")
 GIB = 2**30
 KEY = ("case", "gpus")
+LAST_LINES = 30
+"""Lines of each log that are printed of a run that has no row."""
+PATIENCE = 20
+"""Seconds in which a run that is told to end has to."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,9 @@ CASES = {
 def work(name: str, args: argparse.Namespace) -> None:
     """Do a case as one of its processes; the first one writes the row."""
     case, cuda = CASES[name], torch.cuda.is_available()
+    log_to(args.output.with_suffix(f".{os.environ.get('RANK', 0)}.log"))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    logger.info("%s on %s, torch %s", name, device, torch.__version__)
     if case.free_gib is not None:
         distil.free_memory = rates.free_memory = lambda _: case.free_gib * GIB
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -98,6 +110,7 @@ def work(name: str, args: argparse.Namespace) -> None:
         options = {"bits": 1.1}
     if cuda:
         torch.cuda.empty_cache()
+    logger.info("the model and %d batches are there", len(given))
     config = sab_hf.SABQuantizationConfig(
         num_samples=sum(len(batch["input_ids"]) for batch in given),
         batch_size=case.batch_size,
@@ -132,39 +145,79 @@ def work(name: str, args: argparse.Namespace) -> None:
     timing.write_json(args.output, timing.provenance(device.type) | {"rows": [row]})
 
 
-def run(name: str, gpus: int, free: Queue, lock: Lock, args: argparse.Namespace, deadline: float) -> str | None:
+def log_to(path: Path) -> None:
+    """Write what this process logs into a file as it goes and, when it is told to end, where its threads are."""
+    handler = logging.FileHandler(path, "w")
+    handler.setFormatter(logging.Formatter("{relativeCreated:10,.0f} ms  {name}: {message}", style="{"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("sab_hf").setLevel(logging.INFO)
+    faulthandler.register(signal.SIGTERM, file=handler.stream, chain=True)
+
+
+def launcher(gpus: int) -> list[str]:
+    """Return the arguments of Python that start so many processes.
+
+    Each would look for the launcher by the name of this machine, which need not be known anywhere, if it had no address.
+    """
+    options = f"--standalone --local-addr 127.0.0.1 --nproc-per-node {gpus}"
+    return ["-m", "torch.distributed.run", *options.split()] if gpus > 1 else []
+
+
+def run(
+    name: str, gpus: int, free: Queue, lock: Lock, args: argparse.Namespace, deadline: float, sharing: int
+) -> str | None:
     """Run a case on so many GPUs; returns why it has no row, or None.
 
-    free: GPUs that are free, for a case of one; lock: of the output
+    free: GPUs that are free, for a case of one; lock: of the output; sharing: runs that share the time that is left
     """
     part = args.output.with_suffix(f".{name.replace(' ', '_')}.{gpus}.json")
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
-    command = [sys.executable, *several, __file__, "--cases", name, "--process-of", str(gpus), "--output", str(part)]
-    command += ["--model", args.model, "--text", args.text]
+    command = [sys.executable, *launcher(gpus), __file__, "--cases", name, "--process-of", str(gpus)]
+    command += ["--output", str(part), "--model", args.model, "--text", args.text]
     device = free.get() if gpus == 1 else None
     own = {"CUDA_VISIBLE_DEVICES": device} if device is not None and torch.cuda.is_available() else {}
-    done = subprocess.Popen(
-        command,
-        env=os.environ | own,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = done.communicate(timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        os.killpg(done.pid, signal.SIGKILL)
-        return "the time ended before it"
-    finally:
-        if device is not None:
-            free.put(device)
-    if done.returncode:
-        return said[-1500:]
+    for old in (part, *_logs(part)):
+        old.unlink(missing_ok=True)
+    begun = time.monotonic()
+    with part.with_suffix(".log").open("w") as said:
+        process = subprocess.Popen(
+            command, env=os.environ | own, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(max(1.0, (deadline - begun) / sharing))
+        except subprocess.TimeoutExpired:
+            end(process)
+            return f"it did not end within {time.monotonic() - begun:.0f} s\n{last_lines(part)}"
+        finally:
+            if device is not None:
+                free.put(device)
+    if process.returncode:
+        return f"it ended with an error\n{last_lines(part)}"
     with lock:
         timing.merge_rows(args.output, json.loads(part.read_text()), KEY)
     part.unlink()
     return None
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a run. A launcher that is killed leaves its processes behind, so it is asked first."""
+    process.terminate()
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def _logs(part: Path) -> list[Path]:
+    """Return the logs of the run that writes its row into `part`, that of the launcher first."""
+    return [part.with_suffix(".log"), *sorted(part.parent.glob(f"{glob.escape(part.stem)}.*.log"))]
+
+
+def last_lines(part: Path) -> str:
+    """Return the last lines of these logs."""
+    lines = []
+    for path in _logs(part):
+        lines += [f"--- {path.name}", *path.read_text(errors="replace").splitlines()[-LAST_LINES:]]
+    return "\n".join(lines)
 
 
 def table(path: Path) -> str:
@@ -193,16 +246,18 @@ def main() -> None:
     parser.add_argument("--process-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.process_of:
-        logging.getLogger("sab_hf").setLevel(logging.INFO)
         work(args.cases[0], args)
         return
     deadline = time.monotonic() + args.deadline
     lock, free, count = Lock(), Queue(), max(1, torch.cuda.device_count())
     for device in visible_gpus(count):
         free.put(device)
-    for gpus in args.gpus:
+    for gpus in sorted(set(args.gpus), reverse=True):
         with ThreadPoolExecutor(count if gpus == 1 else 1) as pool:
-            begun = {name: pool.submit(run, name, gpus, free, lock, args, deadline) for name in args.cases}
+            begun = {}
+            for i, name in enumerate(args.cases):
+                sharing = len(args.cases) - i if gpus > 1 else 1
+                begun[name] = pool.submit(run, name, gpus, free, lock, args, deadline, sharing)
             for name, future in begun.items():
                 if (problem := future.result()) is not None:
                     print(f"{name} on {gpus}: not measured: {problem}", flush=True)
