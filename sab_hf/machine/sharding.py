@@ -59,7 +59,7 @@ class Lent(Kept):
 
     What is sent in a pass, and in which order, is the same whatever a process runs: the weights of each block in turn, and on
     the way back, in the opposite order, its gradients. A process that leaves blocks out, or has no batch, takes part all the
-    same.
+    same, and so does one that has no memory to build its rows: the pass raises that once all have sent theirs.
 
     Args:
         adam: of the modules.
@@ -78,6 +78,7 @@ class Lent(Kept):
         self._order: list[tuple[int, bool, int]] = []
         self._at, self._pass, self._back, self._each = -1, -1, False, 0
         self._coming: list[distributed.Waits] = []
+        self._problem = ""
         self._sent: list[tuple[TrainablePlanes, Tensor, distributed.Waits]] = []
         for module in adam.modules:
             module.lender = self
@@ -103,6 +104,7 @@ class Lent(Kept):
             slot = 1 - slot if changed else slot
             self._order.append((i, back, slot))
         self._at, self._pass, self._back, self._each = -1, -1, False, len(one)
+        self._problem = ""
 
     def enter(self) -> None:
         self._pass, self._back = self._pass + 1, False
@@ -110,10 +112,15 @@ class Lent(Kept):
     def turn(self) -> None:
         self._back = True
 
-    def end(self) -> None:
-        """Take part in what is left of all passes, also after one that ended with an error."""
+    def end(self) -> str:
+        """Take part in what is left of all passes, also after one that ended with an error.
+
+        Returns:
+            What this process had no memory for when it built its rows, or nothing.
+        """
         self._advance(len(self._order))
         self._collect()
+        return self._problem
 
     def weight(self, module: TrainablePlanes) -> Tensor:
         slot = self._come_to(module)
@@ -130,6 +137,8 @@ class Lent(Kept):
         if place < self._at:
             raise RuntimeError("a block ran again after the blocks behind it, so its weights are gone")
         self._advance(place)
+        if self._problem:
+            raise torch.OutOfMemoryError(self._problem)
         return self._order[place][2]
 
     @torch.no_grad()
@@ -157,7 +166,10 @@ class Lent(Kept):
     def _gather(self, place: int) -> None:
         i, _, slot = self._order[place]
         for module, whole in self._views[i][slot].items():
-            module.build(whole[module.rows])
+            try:
+                module.build(whole[module.rows])
+            except torch.OutOfMemoryError as error:  # the others wait for these rows and all that come after them
+                self._problem = str(error) or "out of memory"
             self._coming.append(distributed.all_gather(whole, _own_part(whole, module)))
 
     def _send_gradients(self) -> None:

@@ -539,7 +539,7 @@ class _Loss:
                 total = run()
             except torch.OutOfMemoryError as error:
                 failed = str(error) or "out of memory"
-            self.exchange.end()
+            failed = self.exchange.end() or failed
             problems = distributed.merge({distributed.rank(): failed} if failed else {})
             if problems:
                 raise torch.OutOfMemoryError(next(iter(problems.values())))

@@ -22,7 +22,7 @@ from sab_hf import SABQuantizationConfig
 from sab_hf.machine import distributed
 from sab_hf.make import distil
 from sab_hf.make.refine import draw_batches
-from sab_hf.method.trainable import Share
+from sab_hf.method.trainable import Share, TrainablePlanes
 
 IDS = torch.randint(0, 256, (24, 14), generator=torch.Generator().manual_seed(0))
 PORTABLE = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 1, "num_hidden_layers": 1}
@@ -154,6 +154,24 @@ def test_process_out_of_memory_has_all_repeat_the_step(tmp_path, done, lend, mon
         original(self, output, gradient)
 
     monkeypatch.setattr(distil._Loss, "_go_back", fail)
+    check(several(2, tmp_path / "copy", tmp_path / "out", rows=4, distil_batch=8), result, 1e-4)
+
+
+@pytest.mark.parametrize("call", [14 + 4, 14 + 14 + 3])
+def test_process_without_memory_for_its_rows_sends_what_the_others_wait_for(tmp_path, done, lend, monkeypatch, call):
+    """A Linear amid the first block, there and on the way back, after the 14 of a measurement; then all take fewer samples."""
+    folder, _, result = done(rows=4, distil_batch=8)
+    shutil.copytree(folder, tmp_path / "copy")
+    lend()
+    original, calls = TrainablePlanes.build, []
+
+    def fail(self, rows):
+        calls.append(rows)
+        if distributed.rank() == 1 and len(calls) == call:
+            raise torch.OutOfMemoryError("made up")
+        return original(self, rows)
+
+    monkeypatch.setattr(TrainablePlanes, "build", fail)
     check(several(2, tmp_path / "copy", tmp_path / "out", rows=4, distil_batch=8), result, 1e-4)
 
 
