@@ -56,6 +56,8 @@ GIB = 2**30
 KEY = ("case", "gpus")
 LAST_LINES = 30
 """Lines of each log that are printed of a run that has no row."""
+WAIT = 120
+"""Seconds that a process waits for the others before it says what it waits for."""
 PATIENCE = 20
 """Seconds in which a run that is told to end has to."""
 
@@ -119,6 +121,7 @@ def work(name: str, args: argparse.Namespace) -> None:
         significance="none" if case.shape else "gradient",
         budget="uniform",
         compute_device=str(device),
+        process_timeout=WAIT,
         **options,
     )
     record = sab_hf.quantize(model, None, given, config)

@@ -57,6 +57,20 @@ def start(device: torch.device, timeout: float) -> None:
     logger.info("process %d of %d, computing on %s", rank() + 1, size(), device)
 
 
+@contextmanager
+def shared_work() -> Iterator[None]:
+    """Enclose work that processes share: one that it ends with an error for leaves without waiting for the others.
+
+    With NCCL, leaving in order waits until all processes do, while those that know of no error wait for this one. A launcher ends
+    them once this one is gone.
+    """
+    try:
+        yield
+    except BaseException:
+        atexit.unregister(_leave)
+        raise
+
+
 def size() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -177,6 +177,7 @@ def run_plan(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Qua
     workspace = Workspace.of(model, config)
     plan = plan_with_weights(model, plan, config)
     with ExitStack() as stack:
+        stack.enter_context(distributed.shared_work())
         stack.enter_context(_evaluating(model))
         stack.enter_context(plain_torch())
         steps = stack.enter_context(closing(_open_steps(model, plan, config, workspace)))

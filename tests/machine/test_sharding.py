@@ -20,7 +20,7 @@ from scale_worker import fork
 import sab_hf
 from sab_hf import SABQuantizationConfig
 from sab_hf.machine import distributed
-from sab_hf.make import distil
+from sab_hf.make import binarize, distil
 from sab_hf.make.refine import draw_batches
 from sab_hf.method.trainable import Share, TrainablePlanes
 
@@ -204,6 +204,30 @@ def test_processes_with_other_models_or_pictures_are_refused(tmp_path, what):
 
     assert fork(2, work, tmp_path) == [1, 1]
     assert "all processes must quantize the same: process 0 has the " + what in (tmp_path / "error 0").read_text()
+
+
+def test_process_with_an_error_leaves_without_the_others(tmp_path, monkeypatch):
+    """With NCCL it would wait for them at its end, as they wait for it."""
+    at_exit, original = [], binarize._fit_block
+    monkeypatch.setattr(distributed.atexit, "register", at_exit.append)
+    monkeypatch.setattr(distributed.atexit, "unregister", at_exit.remove)
+
+    def fail(*arguments):
+        if distributed.rank() == 1:
+            raise ValueError("of one process alone")
+        return original(*arguments)
+
+    def work(rank: int) -> None:
+        try:
+            distilled(distil_steps=1)
+        finally:
+            (tmp_path / f"waits {rank}").write_text(str(distributed._leave in at_exit))
+
+    assert fork(2, work, tmp_path) == [0, 0]
+    assert [(tmp_path / f"waits {rank}").read_text() for rank in range(2)] == ["True"] * 2
+    monkeypatch.setattr(binarize, "_fit_block", fail)
+    assert fork(2, work, tmp_path) == [1, 1]
+    assert [(tmp_path / f"waits {rank}").read_text() for rank in range(2)] == ["False"] * 2
 
 
 @pytest.mark.slow
