@@ -193,6 +193,38 @@ def test_programs_that_share_tiles_add_up(tiles, size, batch):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("sizes", "tiles", "batch"),
+    [
+        ([(37, 300, 1, 33), (16, 300, 1, 300), (1, 300, 1, 1)], (16, 2, 16, 4, 2, 1, True), 3),
+        ([(5, 70, 2, 0), (40, 70, 2, 0)], (16, 2, 16, 4, 2, 1, True), 19),
+        ([(9, 40, 1, 7), (16, 40, 1, 40)], (16, 2, 16, 4, 2, 1, False), 2),
+    ],
+)
+def test_matrices_of_one_input_share_a_fused_launch(sizes, tiles, batch):
+    """Four programs share tiles of a matrix and of two, with rows that fill none."""
+    from sab_hf.kernels.cuda.tiles import FusedTiles
+
+    hold_fused_products(sizes, batch, "cpu", FusedTiles(*tiles))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [2, 8, 32, 128, 256])
+@pytest.mark.parametrize("scheme", [(1, 358), (1, 0), (2, 0)])
+@pytest.mark.parametrize("rows", [(3584, 512, 512), (18944, 18944), (100, 7)])
+def test_matrices_of_one_input_share_a_fused_launch_on_gpu(rows, scheme, batch):
+    hold_fused_products([(n, 3584, *scheme) for n in rows], batch, "cuda")
+
+
+def hold_fused_products(sizes, batch, device, tiles=None) -> None:
+    made = [problem(size, device) for size in sizes]
+    x = inputs(batch, sizes[0][1], dtype=torch.float16).to(device)
+    results = kernels().fused_products(x, [planes for planes, _ in made], tiles)
+    for y, (planes, W) in zip(results, made, strict=True):
+        hold_fused(y, x, W, planes)
+
+
+@interpreted
 def test_rows_without_a_first_plane_keep_the_others():
     """The fused product divides by the first plane's row scales."""
     from sab_hf.kernels.cuda.planes import planes as collect

@@ -39,16 +39,18 @@ pytestmark = [
 ]  # fmt: skip
 
 
-def build(kernel, constants: dict, warps: int, stages: int):
-    """Compile as for contiguous inputs."""
-    names = kernel.arg_names
-    types = {name: "i32" if name in INTEGERS else TYPES.get(name, "*i32") for name in names}
+def build(kernel, constants: dict, warps: int, stages: int, several: dict[str, tuple] | None = None):
+    """Compile as for contiguous inputs; several: the types of arguments that are tuples of tuples."""
+    names, several = kernel.arg_names, several or {}
+    types = {name: "i32" if name in INTEGERS else TYPES.get(name, "*i32") for name in names} | several
     contiguous = ("stride_batch", "rows", "in_features", "padded_words")
-    aligned = [name for name in names if types[name].startswith("*") or name in contiguous]
+    aligned = [(i,) for i, name in enumerate(names) if types[name][0] == "*" or name in contiguous]
+    for name, tuples in several.items():
+        aligned += [(names.index(name), i, j) for i, one in enumerate(tuples) for j in range(len(one))]
     source = ASTSource(
         kernel, {name: "constexpr" if name in constants else types[name] for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        {path: [["tt.divisibility", 16]] for path in aligned},
     )  # fmt: skip
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
 
@@ -104,17 +106,18 @@ def early_writes(ptx: str) -> list[str]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_fused_kernels_fit_the_registers(scheme, tmp_path):
+@pytest.mark.parametrize(("scheme", "count"), [*((scheme, 1) for scheme in SCHEMES), ("one plane + 10 %", 3)])
+def test_fused_kernels_fit_the_registers(scheme, count, tmp_path):
     from speed_gpu_sweep import FUSED
 
     planes, extra = SCHEMES[scheme]
+    matrix = ("i32", "*bf16", *("*i32", "*i32", "*fp16") * 2)
     for tiles in dict.fromkeys(tiles._replace(programs=1) for tiles in FUSED):
         constants = MATRIX | {
             "stride_column": 1, "PLANES": planes, "EXTRA": extra, "EXTRA_STRIDE": WORDS, "EVEN": True, "ROWS": tiles.rows,
             "WORDS": tiles.words, "BATCH": tiles.batch, "WAIT": True,
         }  # fmt: skip
-        compiled = build(fused_kernel, constants, tiles.warps, tiles.stages)
+        compiled = build(fused_kernel, constants, tiles.warps, tiles.stages, {"matrices": (matrix,) * count})
         assert stack_bytes(compiled, tmp_path) == 0, tiles
         assert "wgmma.mma_async" in compiled.asm["ptx"]
         assert not early_writes(compiled.asm["ptx"]), tiles

@@ -4,6 +4,8 @@ A tile of words [rows, words] becomes weights in registers, in the order of the 
 dtype: w = c_0 ⊙ B_0 + Σ_k (r_k / r_0) c_k ⊙ B_k. So all planes cost one product, activations need no preparation, and the
 row scales r_0 come in at the end. Each weight is made once for all inputs of a tile.
 
+Several matrices of one input take one launch, as if their tiles of rows were those of one matrix.
+
 The residual plane comes as a plane of all columns, whose scales are 0 in those that it does not have (`expand_kernel`).
 """
 
@@ -15,6 +17,7 @@ from triton.language.extra import cuda
 
 from .dot import after_products
 from .int8 import load_words
+from .joined import chosen
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -112,23 +115,36 @@ def _segment(number, whole, row_tiles, tiles, steps, at, end):
     return tile, first, last
 
 
+@triton.jit
+def _matrix_of(row_tile, matrices, ROWS: tl.constexpr):
+    """Return the matrix that a tile among those of all rows is of, and its place there; what matrices have first is their rows."""
+    index, first, begin = 0, 0, 0
+    for i in tl.static_range(1, len(matrices)):
+        begin += (matrices[i - 1][0] + ROWS - 1) // ROWS
+        index = tl.where(row_tile >= begin, i, index)
+        first = tl.where(row_tile >= begin, begin, first)
+    return chosen(matrices, index), row_tile - first
+
+
 @triton.jit(do_not_specialize=["batch", "whole", "row_tiles", "tiles"])
 def fused_kernel(
-    x_ptr, stride_batch, stride_column, scale_ptr, extra_scale_ptr, signs_ptr, row_scale_ptr, extra_ptr, extra_row_scale_ptr,
-    y_ptr, partial_ptr, batch, rows, in_features, whole, row_tiles, tiles,
+    x_ptr, stride_batch, stride_column, matrices, partial_ptr, batch, in_features, whole, row_tiles, tiles,
     PLANES: tl.constexpr, EXTRA: tl.constexpr, NUM_WORDS: tl.constexpr, STRIDE: tl.constexpr, EXTRA_STRIDE: tl.constexpr,
     EVEN: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr, WAIT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """y[b, i] = Σ_j r_0[i] w[i, j] x[b, j]; see above.
+    """y[b, i] = Σ_j r_0[i] w[i, j] x[b, j] for each matrix; see above.
 
-    A tile is ROWS rows and BATCH inputs, all rows of the first BATCH inputs first. Each program makes `whole` tiles, in
-    turn. The rest of the tiles is cut into as many equal parts as there are programs, of steps of WORDS words; a part of a
-    tile goes to `partial`, [2 programs, ROWS, BATCH] float32, and `add_kernel` adds them up.
+    A tile is ROWS rows of a matrix and BATCH inputs, all rows of all matrices for the first BATCH inputs first. Each program
+    makes `whole` tiles, in turn. The rest of the tiles is cut into as many equal parts as there are programs, of steps of WORDS
+    words; a part of a tile goes to `partial`, [2 programs, ROWS, BATCH] float32, and `add_kernel` adds them up.
 
     Args:
-        scale_ptr: pairs of negated column scales in the dtype of x, [planes, words rounded up to 8, 16] int32.
-        extra_ptr: if EXTRA, one more plane, [rows, EXTRA_STRIDE] int32, whose scales are at `extra_scale_ptr`.
+        matrices: of each
+            its rows, and y;
+            pairs of negated column scales in the dtype of x, [planes, words rounded up to 8, 16] int32, signs and row scales;
+            if EXTRA, the same of one more plane, [rows, EXTRA_STRIDE] int32.
+        row_tiles: of all matrices.
         EVEN: the columns are a multiple of a step's.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -146,7 +162,9 @@ def fused_kernel(
     for number in range(whole + parts):
         tile, first, last = _segment(number, whole, row_tiles, tiles, steps, at, end)
         at += tl.where(number < whole, 0, last - first)
-        row = tile % row_tiles * ROWS + tl.arange(0, ROWS)
+        matrix, row_tile = _matrix_of(tile % row_tiles, matrices, ROWS)
+        rows, y_ptr, scale_ptr, signs_ptr, row_scale_ptr, extra_scale_ptr, extra_ptr, extra_row_scale_ptr = matrix
+        row = row_tile * ROWS + tl.arange(0, ROWS)
         column = tile // row_tiles * BATCH + tl.arange(0, BATCH)
         base = _base_scales(row_scale_ptr, extra_row_scale_ptr, row, rows, PLANES, EXTRA, dtype)
         ratios = ()
@@ -192,12 +210,12 @@ def fused_kernel(
 
 @triton.jit(do_not_specialize=["batch", "whole", "row_tiles", "tiles", "programs", "steps"])
 def add_kernel(
-    partial_ptr, y_ptr, batch, rows, whole, row_tiles, tiles, programs, steps,
+    partial_ptr, matrices, batch, whole, row_tiles, tiles, programs, steps,
     ROWS: tl.constexpr, BATCH: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the tiles that several programs of `fused_kernel` share: the sums of their parts, in the order of the steps.
 
-    Each program writes PART of a tile's ROWS rows.
+    Each program writes PART of a tile's ROWS rows. `matrices`: of each its rows, and y.
     """
     if PDL:
         cuda.gdc_wait()
@@ -214,7 +232,9 @@ def add_kernel(
         for program in range(first + 1, last + 1):
             total += tl.load(source + 2 * program * (ROWS * BATCH))
         tile += whole * programs
-        row = tile % row_tiles * ROWS + local
+        matrix, row_tile = _matrix_of(tile % row_tiles, matrices, ROWS)
+        rows, y_ptr = matrix
+        row = row_tile * ROWS + local
         column = tile // row_tiles * BATCH + inputs
         inside = (row < rows)[:, None] & (column < batch)[None, :]
         target = y_ptr + column.to(tl.int64)[None, :] * rows + row[:, None]

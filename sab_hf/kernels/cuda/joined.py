@@ -15,15 +15,15 @@ from .single import single_program
 
 
 @triton.jit
-def _chosen(matrices, index):
+def chosen(matrices, index):
     """Return entry `index` of several tuples of scalars, one for each matrix."""
-    chosen = matrices[0]
+    found = matrices[0]
     for i in tl.static_range(1, len(matrices)):
         mixed = ()
-        for j in tl.static_range(len(chosen)):
-            mixed = mixed + (tl.where(index == i, matrices[i][j], chosen[j]),)
-        chosen = mixed
-    return chosen
+        for j in tl.static_range(len(found)):
+            mixed = mixed + (tl.where(index == i, matrices[i][j], found[j]),)
+        found = mixed
+    return found
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _single_of_class(
     RESIDUAL: tl.constexpr = SIZES[CLASS][10]
     BIAS: tl.constexpr = SIZES[CLASS][11]
     ADDEND: tl.constexpr = SIZES[CLASS][12]
-    mine = _chosen(matrices, program // PROGRAMS)
+    mine = chosen(matrices, program // PROGRAMS)
     c, columns, residual_c, signs, r, residual, residual_r, y, bias, addend, num_significant = mine
     single_program(
         program % PROGRAMS, PROGRAMS, x_ptr, stride_column, c, columns, residual_c, signs, r, residual, residual_r, y,
@@ -92,7 +92,7 @@ def joined_cut_kernel(
         first += PLANES[i - 1]
         index = tl.where(place >= first, i, index)
         plane = tl.where(place >= first, place - first, plane)
-    c, columns, residual_c, num_significant, num_planes = _chosen(matrices, index)
+    c, columns, residual_c, num_significant, num_planes = chosen(matrices, index)
     cut_program(
         place, plane, x_ptr, stride_batch, stride_column, c, columns, residual_c, bits_ptr, scale_ptr, sum_ptr,
         in_features, num_significant, pieces, num_planes, PDL,
@@ -138,7 +138,7 @@ def _bits_of_class(
     SPLIT: tl.constexpr = SIZES[CLASS][8]
     BIAS: tl.constexpr = SIZES[CLASS][9]
     ADDEND: tl.constexpr = SIZES[CLASS][10]
-    signs, r, residual, residual_r, y, bias, addend, first_plane = _chosen(matrices, program // PROGRAMS)
+    signs, r, residual, residual_r, y, bias, addend, first_plane = chosen(matrices, program // PROGRAMS)
     base = first_plane * batch * pieces
     bits_program(
         program % PROGRAMS, bits_ptr + base * 256, scale_ptr + base, sum_ptr + base, signs, r, residual, residual_r, y,

@@ -218,35 +218,47 @@ def fragments_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FragmentsTile
 
 def fused_product(x: Tensor, planes: Planes, tiles: cuda_tiles.FusedTiles | None = None) -> Tensor:
     """Multiply in the 16-bit dtype of x, the weights rounded to it; see `fused.py`."""
-    batch, pdl = x.shape[0], _pdl(x)
-    tiles = tiles or cuda_tiles.fused_tiles(*_tile_sizes(x, planes), batch)
-    extra, extra_scale, extra_row_scale = planes.words, planes.row_scale, planes.row_scale
-    if planes.num_significant:
-        extra = _expanded(planes, 0, planes.rows)
-        extra_scale = negated_scales(planes, x.dtype, residual=True)
-        extra_row_scale = planes.residual_row_scale
-    y = x.new_empty(batch, planes.rows)
-    row_tiles, steps = triton.cdiv(planes.rows, tiles.rows), triton.cdiv(planes.num_words, tiles.words)
-    count = row_tiles * triton.cdiv(batch, tiles.batch)
+    return fused_products(x, [planes], tiles)[0]
+
+
+def fused_products(x: Tensor, matrices: Sequence[Planes], tiles: cuda_tiles.FusedTiles | None = None) -> list[Tensor]:
+    """Do what `fused_product` does for each matrix, in one launch; only rows and significant columns may differ in number."""
+    batch, pdl, one = x.shape[0], _pdl(x), matrices[0]
+    sizes, extra = _weight_sizes(one), one.num_significant > 0
+    tiles = tiles or cuda_tiles.fused_tiles(
+        one.num_planes,
+        sum(planes.rows for planes in matrices),
+        one.num_words,
+        one.num_residual_words,
+        _processors(x),
+        batch,
+    )
+    arguments = []
+    for planes in matrices:
+        scales = negated_scales(planes, x.dtype, residual=False)
+        own = more = (scales, planes.words, planes.row_scale)
+        if extra:
+            spread = negated_scales(planes, x.dtype, residual=True)
+            more = (spread, _expanded(planes, 0, planes.rows), planes.residual_row_scale)
+        arguments.append((planes.rows, x.new_empty(batch, planes.rows), *own, *more))
+    row_tiles = sum(triton.cdiv(planes.rows, tiles.rows) for planes in matrices)
+    count, steps = row_tiles * triton.cdiv(batch, tiles.batch), triton.cdiv(one.num_words, tiles.words)
     programs, whole = cuda_tiles.shares(count, steps, tiles.programs * _processors(x), tiles.shared)
     shared = count - min(count, whole * programs)
     partial = x.new_empty((2 * programs, tiles.rows, tiles.batch) if shared else 1, dtype=torch.float32)
-    sizes = _weight_sizes(planes)
     _launch(
-        fused_kernel, (programs,), x, *x.stride(), negated_scales(planes, x.dtype, residual=False), extra_scale,
-        planes.words, planes.row_scale, extra, extra_row_scale, y, partial, batch, planes.rows, planes.in_features,
-        whole, row_tiles, count, PLANES=sizes["PLANES"], EXTRA=planes.num_significant > 0,
-        NUM_WORDS=sizes["NUM_WORDS"], STRIDE=sizes["STRIDE"], EXTRA_STRIDE=extra.shape[-1],
-        EVEN=planes.in_features % (32 * tiles.words) == 0, ROWS=tiles.rows, WORDS=tiles.words, BATCH=tiles.batch,
-        WAIT=_waits(x), PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages,
+        fused_kernel, (programs,), x, *x.stride(), tuple(arguments), partial, batch, one.in_features, whole, row_tiles, count,
+        PLANES=sizes["PLANES"], EXTRA=extra, NUM_WORDS=sizes["NUM_WORDS"], STRIDE=sizes["STRIDE"],
+        EXTRA_STRIDE=arguments[0][6].shape[-1], EVEN=one.in_features % (32 * tiles.words) == 0, ROWS=tiles.rows,
+        WORDS=tiles.words, BATCH=tiles.batch, WAIT=_waits(x), PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if shared:
         part = min(tiles.rows, 16)
         _launch(
-            add_kernel, (shared, tiles.rows // part), partial, y, batch, planes.rows, whole, row_tiles, count, programs,
-            steps, ROWS=tiles.rows, BATCH=tiles.batch, PART=part, PDL=pdl, num_warps=4,
+            add_kernel, (shared, tiles.rows // part), partial, tuple(one[:2] for one in arguments), batch, whole, row_tiles,
+            count, programs, steps, ROWS=tiles.rows, BATCH=tiles.batch, PART=part, PDL=pdl, num_warps=4,
         )  # fmt: skip
-    return y
+    return [y for _, y, *_ in arguments]
 
 
 def dense_product(x: Tensor, planes: Planes, tiles: cuda_tiles.DenseTiles | None = None) -> Tensor:
