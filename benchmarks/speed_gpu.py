@@ -25,7 +25,7 @@ GROUPS = {"q, k, v": [(3584, 3584), (512, 3584), (512, 3584)], "gate, up": [(189
 
 SERVED = GROUPS | {"o": [(3584, 3584)], "down": [(3584, 18944)]}
 """Layers of a block in vLLM → the matrices that they hold, which share an input."""
-SERVED_TOKENS = (1, 8, 32, 128)
+SERVED_TOKENS = (1, 2, 8, 16, 32, 64, 128, 256)
 
 
 def cases() -> list[dict[str, Any]]:
@@ -90,6 +90,17 @@ def joined_us(shapes: list[tuple[int, int]], num_planes: int, part: float, batch
     return median_graph_us([lambda one=one: sab_linears(x, *one) for one in lists])
 
 
+def one_launch_us(shapes: list[tuple[int, int]], num_planes: int, part: float, batch: int) -> float:
+    """Return microseconds of the same products by the fused kernel in one launch, which no rule chooses yet."""
+    from sab_hf.kernels.cuda.launch import fused_products
+    from sab_hf.kernels.cuda.planes import planes
+
+    columns = shapes[0][1]
+    x = torch.randn(batch, columns, dtype=torch.bfloat16, device=DEVICE)
+    groups = [[planes(*one) for one in group] for group in _groups(shapes, num_planes, round(part * columns))]
+    return median_graph_us([lambda group=group: fused_products(x, group) for group in groups])
+
+
 def _groups(shapes: list[tuple[int, int]], num_planes: int, k: int) -> list[list[tuple]]:
     """Return operands of several matrices with k significant columns, so often that no cache holds all."""
     copies = math.ceil(ROTATING_BYTES / sum(stored_bytes(*shape, num_planes, k) for shape in shapes))
@@ -128,6 +139,8 @@ def run_served(save: Callable[[dict[str, Any]], None], progress: Callable[[str],
                 row["us"] = joined_us(shapes, *SCHEMES[scheme], tokens)
                 row["dense_us"] = dense_us((sum(rows for rows, _ in shapes), shapes[0][1]), tokens)
                 row["ratio"] = row["dense_us"] / row["us"]
+                if DEVICE == "cuda" and tokens > 1 and len(shapes) > 1:
+                    row["one_launch_us"] = one_launch_us(shapes, *SCHEMES[scheme], tokens)
             except Exception as error:  # the other layers are still worth having
                 row["error"] = repr(error)
             packed, dense = packed + row.get("us", math.nan), dense + row.get("dense_us", math.nan)

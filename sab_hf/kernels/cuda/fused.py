@@ -117,7 +117,7 @@ def _segment(number, whole, row_tiles, tiles, steps, at, end):
 
 @triton.jit
 def _matrix_of(row_tile, matrices, ROWS: tl.constexpr):
-    """Return the matrix that a tile among those of all rows is of, and its place there; what matrices have first is their rows."""
+    """Return the matrix that a tile among those of all rows is of, and its place in it; a matrix begins with its rows."""
     index, first, begin = 0, 0, 0
     for i in tl.static_range(1, len(matrices)):
         begin += (matrices[i - 1][0] + ROWS - 1) // ROWS
