@@ -44,7 +44,8 @@ def build(kernel, constants: dict, warps: int, stages: int, several: dict[str, t
     names, several = kernel.arg_names, several or {}
     types = {name: "i32" if name in INTEGERS else TYPES.get(name, "*i32") for name in names} | several
     contiguous = ("stride_batch", "rows", "in_features", "padded_words")
-    aligned = [(i,) for i, name in enumerate(names) if types[name][0] == "*" or name in contiguous]
+    given = [(i, name) for i, name in enumerate(names) if name not in constants]
+    aligned = [(i,) for i, name in given if types[name][0] == "*" or name in contiguous]
     for name, tuples in several.items():
         aligned += [(names.index(name), i, j) for i, one in enumerate(tuples) for j in range(len(one))]
     source = ASTSource(
