@@ -666,8 +666,8 @@ class _Loss:
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:
     """Return where runs of True begin and end."""
-    groups = [(flag, [i for i, _ in run]) for flag, run in itertools.groupby(enumerate(flags), lambda pair: pair[1])]
-    return [(run[0], run[-1] + 1) for flag, run in groups if flag]
+    runs = [list(run) for flag, run in itertools.groupby(range(len(flags)), flags.__getitem__) if flag]
+    return [(run[0], run[-1] + 1) for run in runs]
 
 
 def _checkpointed(block: nn.Module, index: int, state: BatchState, hidden: Tensor) -> Tensor:

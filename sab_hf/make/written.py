@@ -97,7 +97,7 @@ def write_samples(
     generator = torch.Generator(device="cpu").manual_seed(seed)
     opening = _opening(batches) if opened else 0
     drawn = _draw(batches, count, generator)
-    begun = [_begin(batch, vocabulary, generator, opening, opened if opening else 0.0) for batch in drawn]
+    begun = [_begin(batch, vocabulary, generator, opening, opened) for batch in drawn]
     device = Placement(model).input_device
     _warn_of_place(device)
     written: list[CalibrationBatch | None] = [None] * len(begun)
@@ -213,19 +213,20 @@ def _has_media(batch: CalibrationBatch) -> bool:
     return bool((batch.modality > TEXT).any()) or media_modality(batch.inputs) != TEXT
 
 
-def _ordered(batch: CalibrationBatch) -> tuple[Tensor, Tensor]:
-    """Return the positions [rows, length] of each row, those with tokens first, and how many those are."""
+def _ordered(batch: CalibrationBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the positions [rows, length] of each row, those with tokens first; how many those are; modality and tokens so."""
+    modality, ids = batch.modality.cpu(), batch.inputs["input_ids"].cpu()
     mask = batch.inputs.get("attention_mask")
-    real = batch.modality.cpu() != PADDING if mask is None else mask.cpu() != 0
-    return (~real).int().argsort(dim=1, stable=True), real.sum(1)
+    real = modality != PADDING if mask is None else mask.cpu() != 0
+    order = (~real).int().argsort(dim=1, stable=True)
+    return order, real.sum(1), modality.gather(1, order), ids.gather(1, order)
 
 
 def _opening(batches: Sequence[CalibrationBatch]) -> int:
     """Return how many tokens all samples without images and the like have in common at their start."""
     texts = []
     for batch in batches:
-        order, lengths = _ordered(batch)
-        modality, ids = (part.cpu().gather(1, order) for part in (batch.modality, batch.inputs["input_ids"]))
+        _, lengths, modality, ids = _ordered(batch)
         own = zip(modality, ids, lengths.tolist(), strict=True)
         texts += [row[:length].tolist() for kinds, row, length in own if not (kinds[:length] > TEXT).any()]
     alike = (len(set(tokens)) == 1 for tokens in zip(*texts, strict=False))
@@ -236,14 +237,13 @@ def _begin(
     batch: CalibrationBatch, vocabulary: _Vocabulary, generator: torch.Generator, opening: int = 0, opened: float = 0.0
 ) -> _Begun:
     """Choose how much of each sample of a batch is kept: of a part `opened` of the texts, the tokens of the `opening`."""
-    order, lengths = _ordered(batch)
-    modality, ids = (part.cpu().gather(1, order) for part in (batch.modality, batch.inputs["input_ids"]))
+    order, lengths, modality, ids = _ordered(batch)
     kept, ends = torch.zeros_like(lengths), torch.zeros_like(lengths)
     for row, length in enumerate(lengths.tolist()):
         media = (modality[row, :length] > TEXT).nonzero()
         first = int(media.max()) + 1 if len(media) else 0
         kept[row] = _kept(first, length, generator)
-        if opened and not first and float(torch.rand((), generator=generator)) < opened:
+        if opening and not first and float(torch.rand((), generator=generator)) < opened:
             kept[row] = min(opening, max(1, length - 1))
         rest = ids[row, kept[row] : length]
         ends[row] = torch.isin(rest, torch.tensor(vocabulary.ends, dtype=rest.dtype)).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -134,9 +134,8 @@ class BlockInputs:
 
         What the model adds to it is added to the targets too, unless they have it already (not `with_targets`).
         """
-        with ExitStack() as stack:
-            if self.workspace.device.type == "cuda" and len(self.states) > 1:
-                stack.enter_context(unpacked(block))
+        pays = self.workspace.device.type == "cuda" and len(self.states) > 1
+        with unpacked(block) if pays else nullcontext():
             self._advance(block, index, with_targets)
 
     def _advance(self, block: nn.Module, index: int, with_targets: bool) -> None:
