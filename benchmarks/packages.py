@@ -88,6 +88,7 @@ def auto_round(model: nn.Module, processor: Any, samples: list, settings: Settin
         sym=False,
         iters=AUTO_ROUND_STEPS,
         nsamples=len(samples),
+        seqlen=max(batch["input_ids"].shape[-1] for batch in batches),  # shorter texts are left out
         batch_size=1,
         gradient_accumulate_steps=8,
         dataset=batches,
