@@ -302,7 +302,7 @@ def estimate_on(
     )  # of the hidden states: entering, running ahead, wanted
     data = _Data.of(calibration, model, dtype, len(block_names), copies, config.sensitivity_samples if measured else 0)
     share = _share_of_an_expert(model, modules)
-    blocks = [_Block.of(model, name, shapes, modules, machine.device, share) for name in block_names]
+    blocks = [_Block.of(model, name, shapes, modules, machine.device, share, dtype) for name in block_names]
     dearest = max(blocks, key=lambda block: block.weights)
     beside = _beside_blocks(model, block_names, machine.device)
     working = {}
@@ -324,8 +324,8 @@ def estimate_on(
     work = count_work(amounts, config, plan.refine, plan.distil, machine.device.type)
     per_place, widened = {"cpu": 0.0, "gpu": 0.0}, 0.0
     for p in model.parameters():
-        per_place["gpu" if p.is_cuda else "cpu"] += p.nbytes
-        widened += p.numel() * (dtype.itemsize - model.dtype.itemsize) if p.dtype == model.dtype else 0
+        per_place["cpu" if _place(p) == "cpu" else "gpu"] += p.nbytes
+        widened += _held_bytes(p, model.dtype, dtype) - p.nbytes
     packed = sum(block.packed for block in blocks)
     return Estimate(
         machine,
@@ -489,6 +489,7 @@ class _Block:
         modules: dict[str, list[int]],
         device: torch.device,
         share: float = 1.0,
+        dtype: torch.dtype | None = None,
     ) -> _Block:
         linears, beside, active = [], {}, 0.0
         for inner, sizes in modules.items():
@@ -502,7 +503,8 @@ class _Block:
         shared = [(width, names[0]) for (_, width), names in beside.items()]
         seen = sum(2.0 * width**2 * (share if _is_expert(first) else 1.0) for width, first in shared)
         own = list(model.get_submodule(name).parameters())
-        given_up = sum(p.nbytes for p in own if p.ndim > 1 and _is_there(p, device))
+        held = (_held_bytes(p, model.dtype, dtype or model.dtype) for p in own if p.ndim > 1 and _is_there(p, device))
+        given_up = sum(held)
         return cls(linears, inputs, _moved(own, device), given_up, active, seen)
 
     @property
@@ -575,7 +577,17 @@ def _moved(parameters: Iterable[nn.Parameter], device: torch.device) -> int:
 
 
 def _is_there(p: nn.Parameter, device: torch.device) -> bool:
-    return p.device.type == device.type
+    return _place(p) == device.type
+
+
+def _place(p: nn.Parameter) -> str:
+    """Return the kind of device that a weight is on: RAM if it is on the meta device, to be loaded or offloaded."""
+    return "cpu" if p.is_meta else p.device.type
+
+
+def _held_bytes(p: nn.Parameter, own: torch.dtype, dtype: torch.dtype) -> int:
+    """Return the bytes of a weight while the run computes in `dtype`, in which it holds what is of the model's `own`."""
+    return p.numel() * (dtype if p.dtype == own else p.dtype).itemsize
 
 
 def _places(states: float, rooms: dict[str, float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import dataclasses
 import gc
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import shapes
 import torch
+from accelerate import cpu_offload
 from helpers import build_llava
 from PIL import Image
 from transformers import AutoModelForImageTextToText
@@ -106,6 +108,34 @@ def test_weights_on_the_device_are_counted_once(monkeypatch):
     assert from_ram["capture"] - on_device["capture"] == beside + sum(p.nbytes for p in block.parameters())
     matrices = sum(p.nbytes for name in plan.roles.blocks for p in model.get_submodule(name).parameters() if p.ndim > 1)
     assert from_ram["distillation"] - on_device["distillation"] == beside + matrices
+
+
+@pytest.mark.parametrize(
+    "place", [lambda model: model.to("meta"), lambda model: cpu_offload(model, torch.device("cpu"))]
+)
+def test_weights_to_be_loaded_count_as_those_that_are_there(place):
+    """A dry run says what the run says, by stage: on a CPU of a model to be loaded and of an offloaded one, on a GPU too."""
+    model, given = small_model(64, 160)
+    options = config(given, refine_steps=None, distil_steps=1)
+    elsewhere = place(copy.deepcopy(model))
+    dry, plan = sab_hf.estimate(elsewhere, None, None, options), make_plan(elsewhere, options)
+    machine = Machine(torch.device("cuda:0"), "a GPU", 8 * GIB, 8 * GIB, {"device": 0.0, "ram": 8 * GIB})
+    on_gpu = (estimate_on(machine, each, plan, options).memory() for each in (elsewhere, model))
+    assert next(on_gpu) == next(on_gpu)
+    run = sab_hf.quantize(model, None, None, options).predicted
+    assert "distillation" in run.memory()
+    assert dry.memory() == run.memory()
+
+
+def test_model_held_in_float32_needs_what_one_in_float32_needs(monkeypatch):
+    """The dense weights that distillation gives up are then those in float32."""
+    monkeypatch.setattr(preflight, "faster_dtype", lambda model, device: torch.float32)
+    model, given = small_model(64, 160)
+    options = config(given, distil_steps=1)
+    whole = sab_hf.estimate(model, None, None, options)
+    half = sab_hf.estimate(model.to(torch.bfloat16), None, None, options)
+    assert half.widened == half.weights / 2
+    assert half.memory() == whole.memory()
 
 
 def test_room_is_checked_without_measuring_rates(monkeypatch):
