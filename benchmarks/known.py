@@ -5,7 +5,7 @@
 
 `--measure` quantizes a few small models on this CPU with one thread, and writes what each stage took and was predicted to take.
 Both are processor time, so other work on the machine hardly changes them. `--gpu` prints the same of the GPU runs that
-`results/quantize_7b.json` holds. `--table` predicts all shapes, whose configs are written out here, with the default settings, on
+`results/quantize_7b.json` holds. `--table` predicts all shapes, from their configs alone, with the default settings, on
 an H200 and on a CPU whose rates are measured now. `--gpus` predicts 7B, 32B and 72B on one to eight H200s (docs/several_gpus.md).
 """
 
@@ -48,53 +48,15 @@ H200 = Rates({torch.bfloat16: 700e12, torch.float32: 50e12}, 4.0e12, 1.2e5)
 """An NVIDIA H200: products that cuBLAS reaches in bfloat16 and in float32 without TF32, a copy in its memory, launches."""
 
 
-def qwen(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vision: int = 3420
-) -> PretrainedConfig:
-    """Return the config of a Qwen2.5-VL."""
-    shape = shapes.Shape(hidden, intermediate, layers, heads, kv_heads, vision_intermediate=vision)
-    return shapes.config(shape, layers)
-
-
-def tied(config: PretrainedConfig) -> PretrainedConfig:
-    """Let embedding and head be one matrix."""
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
-    return config
-
-
-def smolvlm_256m() -> PretrainedConfig:
-    return transformers.Idefics3Config(
-        text_config=transformers.LlamaConfig(
-            hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-            vocab_size=49280, head_dim=64, pad_token_id=2, tie_word_embeddings=False,
-        ),
-        vision_config={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                       "image_size": 512, "patch_size": 16},
-        scale_factor=4, image_token_id=49190, pad_token_id=2, tie_word_embeddings=False,
-    )  # fmt: skip
-
-
-def onevision_05b() -> PretrainedConfig:
-    return transformers.LlavaOnevisionConfig(
-        text_config=transformers.Qwen2Config(
-            hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-            vocab_size=152000, tie_word_embeddings=True,
-        ),
-        vision_config={"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
-                       "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
-                       "vision_use_head": False},
-        image_token_index=151646, tie_word_embeddings=True,
-    )  # fmt: skip
-
-
-SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
-    "SmolVLM-256M": smolvlm_256m,
-    "LLaVA-OneVision-0.5B": onevision_05b,
-    "Qwen2.5-VL-3B": lambda: tied(qwen(2048, 11008, 36, 16, 2)),
-    "Qwen2.5-VL-7B": lambda: qwen(3584, 18944, 28, 28, 4),
-    "Qwen2.5-VL-32B": lambda: qwen(5120, 27648, 64, 40, 8, 3456),
-    "Qwen2.5-VL-72B": lambda: qwen(8192, 29568, 80, 64, 8, 3456),
-}
+NAMES = (
+    "SmolVLM-256M",
+    "LLaVA-OneVision-0.5B",
+    "Qwen2.5-VL-3B",
+    "Qwen2.5-VL-7B",
+    "Qwen2.5-VL-32B",
+    "Qwen2.5-VL-72B",
+)
+"""Of the table: models in `shapes.PUBLISHED`."""
 
 
 def predict(
@@ -141,7 +103,7 @@ def small_qwen(hidden: int, intermediate: int, layers: int, samples: int, text: 
 
 def smolvlm(samples: int, batch: int, text: int = 160):
     """Return SmolVLM-256M's shape with random weights, and batches of which two of three have a picture in one view a sample."""
-    config = smolvlm_256m()
+    config = shapes.PUBLISHED["SmolVLM-256M"]()
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     size, view = config.vision_config.image_size, config.vision_config.image_size // config.vision_config.patch_size
@@ -265,10 +227,12 @@ def table() -> list[str]:
         "| shape | file, GiB | H200: fast | balanced | GPU, GiB | RAM, GiB | 2 CPU cores: fast | balanced | RAM, GiB |",
         "|" + "---|" * 9,
     ]
-    for name, make in SHAPES.items():
+    for name in NAMES:
         cells = [name]
         for device in (CUDA, CPU):
-            fast, balanced = (predict(make(), SABQuantizationConfig(preset=p), device) for p in ("fast", "balanced"))
+            fast, balanced = (
+                predict(shapes.PUBLISHED[name](), SABQuantizationConfig(preset=p), device) for p in ("fast", "balanced")
+            )
             if device is CUDA:
                 cells.append(f"{balanced.file_bytes / GIB:.2f}")
             cells += [duration(fast.all_seconds), duration(balanced.all_seconds)]
@@ -282,7 +246,7 @@ def table_of_gpus() -> list[str]:
     lines = ["| shape | GPUs | windows | all | distillation | GPU, GiB | RAM of each process, GiB |", "|" + "---|" * 7]
     for name in ("Qwen2.5-VL-7B", "Qwen2.5-VL-32B", "Qwen2.5-VL-72B"):
         for gpus in (1, 2, 4, 8):
-            found = predict(SHAPES[name](), SABQuantizationConfig(batch_size=8 // gpus), CUDA, gpus=gpus)
+            found = predict(shapes.PUBLISHED[name](), SABQuantizationConfig(batch_size=8 // gpus), CUDA, gpus=gpus)
             seconds = [duration(size) for size in (found.all_seconds, found.seconds["distillation"])]
             cells = [name, gpus, found.runs["distillation"], *seconds, gib(found.peak_device), gib(found.peak_ram)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")

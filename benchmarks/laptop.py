@@ -10,14 +10,12 @@ laptops multiply bfloat16 in software, as most do, and so hold the model in floa
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
 import shapes
 import torch
 from torch import nn
-from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
@@ -25,6 +23,7 @@ from sab_hf.make.plan import make_plan
 from sab_hf.make.preflight import Estimate
 from sab_hf.make.settings import IMAGE_TOKENS_CPU
 from sab_hf.packed.swap import swap_in_empty
+from sab_hf.publish.inspect import empty_model
 
 GIB = 2**30
 LAPTOPS = (8, 16, 24)  # GiB of RAM
@@ -32,64 +31,14 @@ SYSTEM = 2 * GIB  # for the operating system, Python and PyTorch
 SAMPLES, TEXT_TOKENS = 512, 160
 IMAGE_TOKENS = {"SmolVLM": 64, "Qwen2.5-VL": IMAGE_TOKENS_CPU}
 """Of a calibration picture on a CPU: one view of all of it, and as many as are allowed."""
-QWEN_3B = replace(
-    shapes.SHAPES["7b"], hidden=2048, intermediate=11008, layers=36, heads=16, kv_heads=2, vocabulary=151936
-)
-
-
-def smolvlm(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> nn.Module:
-    """Return SmolVLM-256M or 500M, which are Idefics3 models with the same tower (SigLIP base, patches of 16 in 512 pixels)."""
-    text = {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 64,
-        "vocab_size": 49280,
-        "tie_word_embeddings": False,
-    }
-    vision = {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 512,
-        "patch_size": 16,
-    }
-    config = Idefics3Config(
-        text_config=text, vision_config=vision, scale_factor=4, image_token_id=49190, tie_word_embeddings=False
-    )
-    return Idefics3ForConditionalGeneration(config)
-
-
-def qwen(shape: shapes.Shape, tied: bool) -> nn.Module:
-    """Return a Qwen2.5-VL of a shape; the head of the 3B is its embedding."""
-    config = shapes.config(shape, shape.layers)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
-    return Qwen2_5_VLForConditionalGeneration(config)
-
-
-MODELS = {
-    "SmolVLM-256M": lambda: smolvlm(576, 1536, 30, 9, 3),
-    "SmolVLM-500M": lambda: smolvlm(960, 2560, 32, 15, 5),
-    "Qwen2.5-VL-3B": lambda: qwen(QWEN_3B, tied=True),
-    "Qwen2.5-VL-7B": lambda: qwen(shapes.SHAPES["7b"], tied=False),
-}
+NAMES = "SmolVLM-256M", "SmolVLM-500M", "Qwen2.5-VL-3B", "Qwen2.5-VL-7B"
 
 
 def build(name: str) -> nn.Module:
     """Return a model without storage, in bfloat16."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            model = MODELS[name]().eval()
-            model.tie_weights()
-            return model
-    finally:
-        torch.set_default_dtype(before)
+    config = shapes.PUBLISHED[name]()
+    config.dtype = torch.bfloat16
+    return empty_model(config, name)
 
 
 def batches(model: nn.Module, image_tokens: int) -> list[dict[str, torch.Tensor]]:
@@ -140,7 +89,7 @@ def main() -> None:
     logging.getLogger("sab_hf").setLevel(logging.ERROR)  # the batches hold no pixels, which a run would warn of
     print("| model | weights | 16 bits | packed | packed, `rest_bits=4` | binarizing | without training |")
     print("|---|---|---|---|---|---|---|")
-    for name in MODELS:
+    for name in NAMES:
         model = build(name)
         weights = sum(p.numel() for p in model.parameters())
         sizes = [sum(p.nbytes for p in model.parameters()), packed_bytes(name), packed_bytes(name, rest_bits=4)]

@@ -1,13 +1,22 @@
-"""Qwen2.5-VL models of real and of small sizes with random weights, and processed batches with images for them."""
+"""Configs of published models, and Qwen2.5-VL models of these and of small sizes with random weights and processed batches."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    Idefics3Config,
+    LlamaConfig,
+    LlavaOnevisionConfig,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+)
 
 VISION_START, VISION_END, IMAGE, VIDEO = 151652, 151653, 151655, 151656
 """Token ids of Qwen2.5-VL; a smaller vocabulary has them at its end."""
@@ -28,6 +37,7 @@ class Shape:
     vision_intermediate: int = 3420
     vision_heads: int = 16
     grid: tuple[int, int] = (32, 44)  # patches of 14 pixels; 2 × 2 of them make a token
+    tied: bool = False  # head and embedding are one matrix
 
     @property
     def image_tokens(self) -> int:
@@ -35,7 +45,9 @@ class Shape:
 
 
 SHAPES = {
+    "3b": Shape(2048, 11008, 36, 16, 2, 151936, tied=True),
     "7b": Shape(3584, 18944, 28, 28, 4),
+    "32b": Shape(5120, 27648, 64, 40, 8, vision_intermediate=3456),
     "72b": Shape(8192, 29568, 80, 64, 8, vision_intermediate=3456),
     "tiny": Shape(64, 160, 4, 4, 2, 512, 2, 32, 48, 2, (4, 8)),
 }
@@ -45,7 +57,7 @@ def config(shape: Shape, layers: int) -> Qwen2_5_VLConfig:
     """Return the config of `shape` with only `layers` language blocks."""
     head = shape.hidden // shape.heads
     quarter = head // 8
-    small = shape.vocabulary < 152064
+    small = shape.vocabulary <= VIDEO
     special = [shape.vocabulary - 4 + i if small else (VISION_START, VISION_END, IMAGE, VIDEO)[i] for i in range(4)]
     text = {
         "hidden_size": shape.hidden,
@@ -58,7 +70,7 @@ def config(shape: Shape, layers: int) -> Qwen2_5_VLConfig:
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
         "rope_scaling": {"type": "mrope", "mrope_section": [quarter, 3 * quarter // 2, head // 2 - 5 * quarter // 2]},
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": shape.tied,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -85,8 +97,75 @@ def config(shape: Shape, layers: int) -> Qwen2_5_VLConfig:
         vision_end_token_id=end,
         image_token_id=image,
         video_token_id=video,
+        tie_word_embeddings=shape.tied,
+    )
+
+
+def qwen_config(name: str) -> Qwen2_5_VLConfig:
+    """Return the config of the Qwen2.5-VL of that name in `SHAPES`."""
+    return config(SHAPES[name], SHAPES[name].layers)
+
+
+def smolvlm_config(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Idefics3Config:
+    """Return the config of a SmolVLM: Idefics3 with SigLIP base, patches of 16 in 512 pixels."""
+    text = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=64,
+        vocab_size=49280,
+        pad_token_id=2,
         tie_word_embeddings=False,
     )
+    vision = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    }
+    ids = {"image_token_id": 49190, "pad_token_id": 2}
+    return Idefics3Config(text_config=text, vision_config=vision, scale_factor=4, tie_word_embeddings=False, **ids)
+
+
+def onevision_config() -> LlavaOnevisionConfig:
+    """Return the config of LLaVA-OneVision-0.5B."""
+    text = Qwen2Config(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=152000,
+        tie_word_embeddings=True,
+    )
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    ids = {"image_token_index": 151646}
+    return LlavaOnevisionConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+
+
+PUBLISHED: dict[str, Callable[[], PretrainedConfig]] = {
+    "SmolVLM-256M": lambda: smolvlm_config(576, 1536, 30, 9, 3),
+    "SmolVLM-500M": lambda: smolvlm_config(960, 2560, 32, 15, 5),
+    "LLaVA-OneVision-0.5B": onevision_config,
+    "Qwen2.5-VL-3B": lambda: qwen_config("3b"),
+    "Qwen2.5-VL-7B": lambda: qwen_config("7b"),
+    "Qwen2.5-VL-32B": lambda: qwen_config("32b"),
+    "Qwen2.5-VL-72B": lambda: qwen_config("72b"),
+}
+"""Name → the config of the published checkpoint."""
 
 
 @torch.no_grad()
