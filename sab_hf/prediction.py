@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .config import SABQuantizationConfig
+from .trust import trusting
 
 if TYPE_CHECKING:
     from .calibration import CalibrationSet
@@ -65,7 +66,7 @@ def estimate(
     from .make.preflight import estimate_run
 
     config = SABQuantizationConfig.of(config)
-    code = {"trust_remote_code": True} if trust_remote_code else {}
+    code = trusting(trust_remote_code)
     source = processor or config.processor
     if not isinstance(model, nn.Module):
         source = source or (None if isinstance(model, PretrainedConfig) else model)

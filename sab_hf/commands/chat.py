@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..spelling import did_you_mean
+from ..trust import trusting
 from .shared import (
     add_device_map,
     add_dtype,
@@ -60,7 +61,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..dialogue import Chat
 
-    code = {"trust_remote_code": True} if args.trust_remote_code else {}
+    code = trusting(args.trust_remote_code)
     model = load_model(args.model, args.dtype, device_map(args), **code)
     chat = Chat(model, args.model, args.image, args.max_new_tokens, **code)
     shown = not args.json

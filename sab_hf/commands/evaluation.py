@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..trust import trusting
 from .shared import (
     UsageError,
     add_allow_urls,
@@ -114,7 +115,7 @@ def _tasks(args: argparse.Namespace) -> Any:
 
 def _loading(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that models are loaded with."""
-    code = {"trust_remote_code": True} if args.trust_remote_code else {}
+    code = trusting(args.trust_remote_code)
     return {"dtype": args.dtype, "device_map": device_map(args), **code}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..spelling import did_you_mean
+from ..trust import trusting
 from .shared import (
     UsageError,
     add_allow_urls,
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
         output = check_login(output)  # mistakes show before hours are spent
     else:
         check_target(output)
-    code = {"trust_remote_code": True} if args.trust_remote_code else {}
+    code = trusting(args.trust_remote_code)
     model_config = read_config(args.model, revision=args.revision, **code)
     method = quantization_method(model_config)
     if method is not None:

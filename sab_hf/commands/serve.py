@@ -12,6 +12,7 @@ import time
 import urllib.request
 from typing import Any
 
+from ..trust import trusting
 from .shared import DTYPES, UsageError, add_trust_remote_code, say
 
 SUMMARY = "serve a model over HTTP (OpenAI's interface), with a chat page for the browser"
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..publish.locate import quantization_method, read_config
 
     _check_installed(args)
-    code = {"trust_remote_code": True} if args.trust_remote_code else {}
+    code = trusting(args.trust_remote_code)
     config = read_config(args.model, **code)
     if quantization_method(config) == "sab":
         empty_model(config, args.model, **code)  # mistakes are told here, not in the log of a server

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..trust import trusting
+
 logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MODELS = ("model", "checkpoint", "original")
@@ -104,7 +106,7 @@ def load_model(
     from ..publish.locate import quantization_method, read_config, require_packed
     from ..publish.open import opening_class
 
-    code = {"trust_remote_code": True} if trust_remote_code else {}
+    code = trusting(trust_remote_code)
     config = read_config(name, **code)
     if packed:
         require_packed(config, name)

@@ -20,6 +20,7 @@ from ..packed.checksums import CONFIG, check_checksums, check_files, files_besid
 from ..packed.names import is_packed_name
 from ..packed.swap import swap_in_empty
 from ..packed.verify import check_contents, check_entries, header_entries, naming_stale_files
+from ..trust import trusting
 from .locate import check_name, not_found, read_config, require_packed
 from .open import opening_class
 from .report import Report, report
@@ -129,7 +130,7 @@ def skeleton(
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """Return the packed model of a checkpoint without any weights (on the meta device)."""
-    code = {"trust_remote_code": True} if trust_remote_code else {}
+    code = trusting(trust_remote_code)
     model = empty_model(read_config(path_or_id, revision=revision, **code), path_or_id, **code)
     with torch.device("meta"):
         swap_in_empty(model, quantization.modules, quantization.tied_head, quantization.tied_embeddings)
