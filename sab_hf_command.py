@@ -1,4 +1,4 @@
-"""The console script `sab-hf`: parses the command line before torch and transformers are imported, which takes seconds.
+"""The console script `sab-hf`: parses and checks the command line before torch and transformers are imported: that takes seconds.
 
 Importing any module of `sab_hf` executes the package first, which registers it with transformers. What parses needs none of that.
 """
@@ -9,6 +9,8 @@ import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 INTERRUPTED = 130
@@ -23,13 +25,17 @@ def main() -> int:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # else it is ignored, as a shell has it for jobs in the background
         signal.signal(signal.SIGINT, end_at_once)
-    parser = parsing_part().make_parser()
-    args = parser.parse_args()
+    with parsing_part() as cli:
+        parser = cli.make_parser()
+        args = parser.parse_args()
+        refused = cli.refused(args, parser)
+    if refused is not None:
+        return refused
     wait_asleep_where_busy()
     from sab_hf.cli import execute
 
     signal.signal(signal.SIGINT, before)
-    code = execute(args, parser)
+    code = execute(args, parser, checked=True)
     if code == INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C does not disturb the end of the process
     return code
@@ -50,13 +56,15 @@ def wait_asleep_where_busy() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def parsing_part() -> ModuleType:
-    """Return `sab_hf.cli`, imported without executing `sab_hf`, and forgotten again: the next import is a whole one."""
+@contextmanager
+def parsing_part() -> Iterator[ModuleType]:
+    """Give `sab_hf.cli`, imported without executing `sab_hf`, and forgotten at the end: the next import is a whole one."""
     if "sab_hf" in sys.modules:
-        return importlib.import_module("sab_hf.cli")
+        yield importlib.import_module("sab_hf.cli")
+        return
     sys.modules["sab_hf"] = importlib.util.module_from_spec(importlib.util.find_spec("sab_hf"))
     try:
-        return importlib.import_module("sab_hf.cli")
+        yield importlib.import_module("sab_hf.cli")
     finally:
         for name in [name for name in sys.modules if name.partition(".")[0] == "sab_hf"]:
             del sys.modules[name]

@@ -3,8 +3,8 @@
 Exit codes: 0 done, 1 the task failed (the reason is on stderr), 2 wrong usage, 130 interrupted, 143 terminated. With `--json`,
 stdout holds one JSON document and nothing else; progress bars and warnings go to stderr, less of it with `--quiet`, more with
 `--verbose`. Each command is a file in `commands/`.
-This module and those import nothing heavy until a command runs: the console script (`sab_hf_command.py`) parses with them before
-it imports the package.
+This module and those import nothing heavy until a command runs: the console script (`sab_hf_command.py`) parses and checks the
+command line with them before it imports the package.
 """
 
 from __future__ import annotations
@@ -71,11 +71,29 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         told.add_argument("--verbose", action="store_true", help="log more, and errors with their traceback")
 
 
-def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Run the subcommand that was parsed, and return the exit code."""
+def refused(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int | None:
+    """Say what is wrong with the subcommand that was parsed, as far as nothing heavy is needed to know it.
+
+    Returns:
+        The exit code; None: nothing is wrong so far.
+    """
     if args.sab_command is None:
         parser.print_help(sys.stderr)
         return USAGE
+    try:
+        COMMANDS[args.sab_command].check(args)
+    except UsageError as error:
+        return _report(args, error, USAGE)
+    except (ValueError, OSError, ImportError) as error:
+        return _report(args, error, FAILED)
+    return None
+
+
+def execute(args: argparse.Namespace, parser: argparse.ArgumentParser, checked: bool = False) -> int:
+    """Run the subcommand that was parsed, and return the exit code; `checked`: `refused` has found nothing wrong."""
+    code = None if checked else refused(args, parser)
+    if code is not None:
+        return code
     if args.sab_command == "run":  # another program: its errors and its exit code are its own
         return _exit_code(COMMANDS["run"].run(args))
     command = COMMANDS[args.sab_command]
@@ -86,8 +104,8 @@ def execute(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _execute(args: argparse.Namespace, command: Any, stops: _Stops) -> int:
     try:
         with logging_to_stderr(args.quiet, args.verbose):
-            if hasattr(command, "check"):
-                command.check(args)
+            if hasattr(command, "check_values"):
+                command.check_values(args)
             with once_without_hub(args):
                 plain, text = command.run(args)
         if getattr(args, "json", False):
@@ -114,7 +132,7 @@ def _execute(args: argparse.Namespace, command: Any, stops: _Stops) -> int:
 
 def _report(args: argparse.Namespace, error: Exception, code: int) -> int:
     """Say on stderr what went wrong, and return the exit code."""
-    if args.verbose:
+    if getattr(args, "verbose", False):
         traceback.print_exc()
     say(f"sab-hf {args.sab_command}: error: {str(error) or type(error).__name__}", "error:")
     return code

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TextStreamer
 
+from .paths import check_image
 from .processors import processor_of
 
 
@@ -143,23 +143,3 @@ class _Listener(TextStreamer):
 def _part(image: Any) -> dict[str, Any]:
     kind = "image" if not isinstance(image, str) else "url" if "://" in image else "path"
     return {"type": "image", kind: image}
-
-
-def check_image(image: str) -> None:
-    """Check that `image` is a URL, or a file that is a picture.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no picture.
-    """
-    if "://" in image:
-        return
-    if not Path(image).is_file():
-        raise FileNotFoundError(f"there is no picture `{image}`; name a file or a URL")
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(image) as opened:
-            opened.verify()
-    except (UnidentifiedImageError, SyntaxError) as error:  # of a damaged PNG Pillow says the second
-        raise ValueError(f"`{image}` is no picture that Pillow can read ({error}); name another file") from error

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .spelling import did_you_mean
 
@@ -45,16 +45,10 @@ def main(argv: Sequence[str] | None = None) -> Any:
     Raises:
         SystemExit: as the program raises it; with code 2 if there is no such program.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        (sys.stdout if argv else sys.stderr).write(f"{USAGE}\n")
-        raise SystemExit(0 if argv else 2)
-    as_module = argv[0] == "-m"
-    name, arguments = (argv[1] if len(argv) > 1 else "", argv[2:]) if as_module else (argv[0], argv[1:])
+    as_module, name, arguments = _parse(sys.argv[1:] if argv is None else argv)
     program = _find_module(name) if as_module else _find_file(name) or _find_command(name) or _find_module(name)
     if program is None:
-        sys.stderr.write(f"{_why_not(name)}\n{USAGE}\n")
-        raise SystemExit(2)
+        _refuse(name)
     _register()
     before = sys.argv, sys.path[:]
     sys.argv = [name, *arguments]
@@ -62,6 +56,38 @@ def main(argv: Sequence[str] | None = None) -> Any:
         return program()
     finally:
         sys.argv, sys.path[:] = before
+
+
+def check_program(argv: Sequence[str]) -> None:
+    """Check that there is such a program, as far as nothing of it need be imported to see that.
+
+    Raises:
+        SystemExit: with code 2 if there is none.
+    """
+    as_module, name, _ = _parse(argv)
+    if "." in name or (not as_module and (_find_file(name) or _find_command(name))):
+        return  # to look for a dotted name imports what is before the dot
+    try:
+        found = importlib.util.find_spec(name)
+    except ValueError:  # an empty name
+        found = None
+    if found is None:
+        _refuse(name)
+
+
+def _parse(argv: Sequence[str]) -> tuple[bool, str, list[str]]:
+    """Return whether the program is named as a module, its name, and its arguments; asked for help, print it and exit."""
+    if not argv or argv[0] in ("-h", "--help"):
+        (sys.stdout if argv else sys.stderr).write(f"{USAGE}\n")
+        raise SystemExit(0 if argv else 2)
+    if argv[0] == "-m":
+        return True, argv[1] if len(argv) > 1 else "", list(argv[2:])
+    return False, argv[0], list(argv[1:])
+
+
+def _refuse(name: str) -> NoReturn:
+    sys.stderr.write(f"{_why_not(name)}\n{USAGE}\n")
+    raise SystemExit(2)
 
 
 def _why_not(name: str) -> str:

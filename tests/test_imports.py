@@ -33,7 +33,19 @@ ROOMS = (
     "doors",
 )
 """From the ground up: a room imports only from itself and from rooms before it. Files in no folder are `ground` or doors."""
-GROUND = {"config", "dotted", "notebook", "packing", "planes", "processors", "spelling", "trust", "units", "version"}
+GROUND = {
+    "config",
+    "dotted",
+    "notebook",
+    "packing",
+    "paths",
+    "planes",
+    "processors",
+    "spelling",
+    "trust",
+    "units",
+    "version",
+}
 MAKING = {"calibration", "method", "machine", "passes", "make"}
 """What a packed checkpoint needs nothing of; `evaluate` reads samples and may use it."""
 RUNNING = set(ROOMS) - MAKING - {"evaluate"}

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .pictures import brief, brief_error, check_regular, shortened
+from ..paths import BUILTIN, check_samples
+from .pictures import brief, brief_error, check_regular
 from .samples import ACCEPTED_FORMATS, Sample, parse_sample
 
-BUILTIN = "builtin"
 _SHUFFLE_BUFFER = 1000  # encoded rows of a streamed dataset held while shuffling
 
 
@@ -111,20 +111,11 @@ def _as_sample(row: Any, where: str) -> Sample:
 
 
 def _open_named(name: str) -> Any:
+    check_samples(name)
     path = Path(name).expanduser()
-    if os.path.isdir(path):  # unlike `Path.is_dir`, also for what is too long for a name
+    if os.path.isdir(path):
         return _open_folder(path)
-    if os.path.isfile(path):
-        if path.suffix != ".jsonl":
-            raise ValueError(f"`calibration` must be a .jsonl file or a folder, got the file {path}")
-        return _read_jsonl(path)
-    repository = name.partition(":")[0]
-    if repository.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".jsonl"):
-        return _open_hub(name)
-    raise ValueError(
-        f"`calibration` must be {BUILTIN!r}, a Hub dataset id ('org/name', 'org/name:config' or "
-        f"'org/name:config:split'), an existing folder or .jsonl file, or a list of samples; got {shortened(name)}"
-    )
+    return _read_jsonl(path) if os.path.isfile(path) else _open_hub(name)
 
 
 def _open_folder(folder: Path) -> Any:

@@ -1,8 +1,9 @@
 """The commands of `sab-hf`, one a file: `SUMMARY`, `EXAMPLE`, `add_arguments(parser)` and `run(args)`.
 
-`run` returns the result as plain data, for `--json`, and as text. `check(args)`, where a command has it, finds wrong options
-before the Hub is asked. `kept(args)`, where a command has it, says after an interruption where the finished work lies.
-What a command needs is imported when it runs, so that `--help` is quick.
+`run` returns the result as plain data, for `--json`, and as text. `check(args)` is called before it, and before anything heavy
+is imported: it finds wrong options and files that are not there. `check_values(args)`, where a command has it, finds what takes
+the package to see, before the Hub is asked. `kept(args)`, where a command has it, says after an interruption where the finished
+work lies. What a command needs is imported when it runs, so that `--help` is quick.
 """
 
 from __future__ import annotations

@@ -25,6 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_push(parser)
 
 
+def check(args: argparse.Namespace) -> None:
+    from ..publish.form import read_evaluation
+
+    if not Path(args.folder).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder `{args.folder}`; the card is written into the folder of a checkpoint"
+        )
+    if args.evaluation:
+        read_evaluation(Path(args.evaluation))
+
+
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..publish.card import find_license
     from ..publish.form import read_evaluation
@@ -32,8 +43,6 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..publish.summary import with_evaluation
 
     folder = Path(args.folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder `{folder}`; the card is written into the folder of a checkpoint")
     repo_id = args.repo_id or folder.resolve().name
     if args.push:
         repo_id = check_login(repo_id)

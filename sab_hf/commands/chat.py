@@ -14,6 +14,7 @@ from .shared import (
     add_device_map,
     add_dtype,
     add_trust_remote_code,
+    check_models,
     device_map,
     load_model,
     positive,
@@ -52,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    from ..dialogue import check_image
+    from ..paths import check_image
 
+    check_models(args)
     for image in args.image:
         check_image(image)
 

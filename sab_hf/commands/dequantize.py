@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .shared import add_dtype, add_shard_size, add_trust_remote_code, load_model
+from .shared import add_dtype, add_shard_size, add_trust_remote_code, check_models, load_model
 
 SUMMARY = "write a dense checkpoint that needs no plugin"
 EXAMPLE = "sab-hf dequantize smolvlm-sab smolvlm-dense"
@@ -19,11 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_remote_code(parser)
 
 
+def check(args: argparse.Namespace) -> None:
+    from ..publish.folders import check_target
+
+    check_models(args)
+    check_target(args.output, replace=False)
+
+
 def run(args: argparse.Namespace) -> tuple[Any, str]:
-    from ..publish.folders import atomic_folder, check_target
+    from ..publish.folders import atomic_folder
     from ..publish.save import fresh_processor
 
-    check_target(args.output, replace=False)
     model = load_model(args.checkpoint, args.dtype, "cpu", trust_remote_code=args.trust_remote_code, packed=True)
     processor = fresh_processor(model, args.checkpoint)
     model = model.dequantize()

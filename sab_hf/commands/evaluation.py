@@ -14,6 +14,7 @@ from .shared import (
     add_device_map,
     add_dtype,
     add_trust_remote_code,
+    check_models,
     device_map,
     positive,
 )
@@ -59,8 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
+    from ..paths import check_samples
+
     if args.include_path and not args.tasks:
         raise UsageError("--include-path: it is for --tasks, which names none")
+    if args.include_path and not Path(args.include_path).is_dir():
+        raise FileNotFoundError(f"--include-path: there is no folder `{args.include_path}`; name one with tasks")
+    check_models(args)
+    if args.data and not args.tasks:
+        check_samples(args.data, "data")
     if args.output:
         check_output(args.output)
     if args.picture:

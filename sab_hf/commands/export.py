@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+from .shared import check_models
 
 SUMMARY = "write a portable checkpoint for other runtimes: gguf for llama.cpp and Ollama"
 EXAMPLE = "sab-hf export gguf qwen-sab qwen.gguf"
@@ -26,6 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mmproj", metavar="FILE",
         help="write vision tower and projector there, in F16: Gemma 3 and Qwen2.5-VL; others use the original model's file",
     )  # fmt: skip
+
+
+def check(args: argparse.Namespace) -> None:
+    from ..paths import check_new_file
+
+    check_models(args)
+    if args.like and not Path(args.like).is_file():
+        raise FileNotFoundError(f"--like: there is no file `{args.like}` to take tokenizer and metadata from")
+    for file in filter(None, (args.output, args.mmproj)):
+        check_new_file(file)
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .shared import add_trust_remote_code
+from .shared import add_trust_remote_code, check_models
 
 SUMMARY = "show bits by role, format version and sizes of a packed checkpoint"
 EXAMPLE = "sab-hf inspect smolvlm-sab --verify"
@@ -16,6 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="read everything and check the checksums")
     parser.add_argument("--revision", help="revision of the repository (default: main)")
     add_trust_remote_code(parser)
+
+
+def check(args: argparse.Namespace) -> None:
+    check_models(args)
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from .shared import (
     add_push,
     add_shard_size,
     add_trust_remote_code,
+    check_models,
     device_map,
     positive,
 )
@@ -45,7 +46,6 @@ DEFAULTS = """other fields, by --set FIELD=VALUE, and their defaults:
   offload_dir=null cache_device_gib=null cache_ram_gib=null process_timeout=1800.0
 null: decided by the model or the machine; what each field means: help(sab_hf.SABQuantizationConfig)."""
 """Written out, since `--help` imports nothing heavy; held to the config by a test."""
-_NOT_SET = {"modules", "tied_head", "tied_embeddings", "checksums", "format_version", "processor", "progress"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stored bits per language weight; default: what one plane and a tenth of the columns take",
     )
     parser.add_argument(
-        "--preset",
+        "--preset", choices=("fast", "balanced", "best"),
         help="fast: the fit alone, 128 samples (give it --bits 2.1 or more); balanced: the defaults; best: 1024 samples and 4096 "
         "that the model writes, 100 steps of refinement, 4000 of distillation. Other options and fields override the preset",
     )  # fmt: skip
@@ -99,9 +99,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    quantization_config(args)
+    from ..paths import check_samples
+    from ..publish.folders import check_target
+
     if args.output is None and not args.dry_run:
         raise UsageError("name the folder to write, or add --dry-run for a prediction alone")
+    _set_fields(args)
+    check_models(args)
+    if args.calibration:
+        check_samples(args.calibration)
+    if not args.push and not args.dry_run:
+        check_target(args.output)
+
+
+def check_values(args: argparse.Namespace) -> None:
+    quantization_config(args)
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:
@@ -112,7 +124,6 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..machine.disk import Need, check_disk
     from ..prediction import file_bytes
     from ..processors import processor_of
-    from ..publish.folders import check_target
     from ..publish.inspect import empty_model
     from ..publish.locate import quantization_method, read_config
     from ..publish.open import opening_class
@@ -123,8 +134,6 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     output = args.output
     if args.push:
         output = check_login(output)  # mistakes show before hours are spent
-    else:
-        check_target(output)
     code = trusting(args.trust_remote_code)
     model_config = read_config(args.model, revision=args.revision, **code)
     method = quantization_method(model_config)
@@ -183,7 +192,15 @@ def quantization_config(args: argparse.Namespace) -> Any:
     fields = {name: getattr(args, name) for name in _WITH_OPTIONS if getattr(args, name) is not None}
     if args.allow_urls:
         fields["allow_urls"] = True
-    known = {field.name for field in dataclasses.fields(SABQuantizationConfig) if field.init} - _NOT_SET
+    try:
+        return SABQuantizationConfig(**fields | _set_fields(args))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _set_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Return field → value of what `--set` gives."""
+    known, fields = {*re.findall(r"([a-z_]+)=", DEFAULTS), *_WITH_OPTIONS}, {}
     for entry in args.set:
         name, _, value = entry.partition("=")
         if name not in known:
@@ -195,10 +212,7 @@ def quantization_config(args: argparse.Namespace) -> Any:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
             fields[name] = value
-    try:
-        return SABQuantizationConfig(**fields)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    return fields
 
 
 def kept(args: argparse.Namespace) -> str:

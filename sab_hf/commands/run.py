@@ -17,9 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def check(args: argparse.Namespace) -> None:
+    from ..run import check_program
+
+    check_program(_argv(args))
+
+
 def run(args: argparse.Namespace) -> Any:
     from ..run import main
 
+    return main(_argv(args))
+
+
+def _argv(args: argparse.Namespace) -> list[str]:
     if args.module is not None:
-        return main(["-m", *args.module, *args.program])
-    return main(args.program[1:] if args.program[:1] == ["--"] else args.program)
+        return ["-m", *args.module, *args.program]
+    return args.program[1:] if args.program[:1] == ["--"] else args.program

@@ -13,7 +13,7 @@ import urllib.request
 from typing import Any
 
 from ..trust import trusting
-from .shared import DTYPES, UsageError, add_trust_remote_code, say
+from .shared import DTYPES, UsageError, add_trust_remote_code, check_models, say
 
 SUMMARY = "serve a model over HTTP (OpenAI's interface), with a chat page for the browser"
 EXAMPLE = "sab-hf serve examples/tiny_vlm-sab"
@@ -43,18 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def check(args: argparse.Namespace) -> None:
+    check_models(args)
+    _check_installed(args)
+    if _answers(_address(args)):
+        raise UsageError(f"something else answers at {_address(args)}; choose another --port")
+
+
 def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..publish.inspect import empty_model
     from ..publish.locate import quantization_method, read_config
 
-    _check_installed(args)
     code = trusting(args.trust_remote_code)
     config = read_config(args.model, **code)
     if quantization_method(config) == "sab":
         empty_model(config, args.model, **code)  # mistakes are told here, not in the log of a server
-    address = f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}"
-    if _answers(address):
-        raise UsageError(f"something else answers at {address}; choose another --port")
+    address = _address(args)
     server = subprocess.Popen([sys.executable, "-m", f"{__package__.partition('.')[0]}.run", *command(args)])
     page = None
     try:
@@ -96,6 +100,10 @@ def command(args: argparse.Namespace) -> list[str]:
         dashes = "--force_model" not in found
         found.append("--trust-remote-code" if dashes else "--trust_remote_code")
     return [*found, *args.server_args]
+
+
+def _address(args: argparse.Namespace) -> str:
+    return f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}"
 
 
 def _check_installed(args: argparse.Namespace) -> None:

@@ -115,6 +115,20 @@ def load_model(
     return opening_class(config).from_pretrained(name, dtype=dtype, device_map=device_map, **code).eval()
 
 
+def check_models(args: argparse.Namespace) -> None:
+    """Check, without a network, the names of the checkpoints that a command reads.
+
+    Raises:
+        ValueError, FileNotFoundError: one cannot be that of a checkpoint.
+    """
+    from ..publish.locate import check_name
+
+    for argument in _MODELS:
+        name = getattr(args, argument, None)
+        if name is not None:
+            check_name(name)
+
+
 def say(text: str, alarming: str | None = None) -> None:
     """Write a line for the user to stderr; on a terminal with colours, `alarming` in red (NO_COLOR is respected)."""
     from rich.console import Console

@@ -47,7 +47,10 @@ def read_evaluation(file: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: it holds something else; names file and place.
+        OSError: it is not there, or cannot be read.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file `{file}`; name one that `sab-hf eval --output` wrote")
     try:
         content = read_json(file)
         form = TASKS if isinstance(content, dict) and "scores" in content else EVALUATION

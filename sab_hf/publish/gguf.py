@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 from ..anatomy.folds import GROUP
 from ..anatomy.roles import EMBEDDING, HEAD, LANGUAGE, Roles, find_roles
 from ..packed.linear import SABLinear, SABModule
+from ..paths import check_new_file
 from ..version import __version__
 from .gguf_header import Architecture, add_sizes, add_tokenizer, architecture_of
 from .gguf_mmproj import add_tower_header, image_statistics, require_tower, tower_tensors
@@ -108,7 +109,7 @@ def export_gguf(
     beside = None if mmproj is None else Path(mmproj).absolute()
     outputs = [path for path in (output, beside) if path]
     for path in outputs:
-        _check_new(path)
+        check_new_file(path)
     if beside == output:
         raise ValueError(
             f"the language model and `mmproj` are two files, and both shall be `{output}`; choose another name"
@@ -456,14 +457,6 @@ def _package() -> Any:
     return gguf
 
 
-def _check_new(output: Path) -> None:
-    if os.path.lexists(output):
-        raise ValueError(f"`{output}` exists, and an export replaces nothing; choose another name or remove it")
-    above = output.parent
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OSError(f"`{output}` cannot be made: `{above}` is no folder that can be written")
-
-
 @contextmanager
 def _new_files(*outputs: Path) -> Iterator[list[Path]]:
     """Give names of hidden files beside `outputs` that become them in the end, all or none; on an error they are removed."""
@@ -478,7 +471,7 @@ def _new_files(*outputs: Path) -> Iterator[list[Path]]:
         os.umask(mask)
         for output, partial in zip(outputs, partials, strict=True):
             partial.chmod(0o666 & ~mask)
-            _check_new(output)
+            check_new_file(output)
         for output, partial in zip(outputs, partials, strict=True):
             partial.rename(output)
     finally:

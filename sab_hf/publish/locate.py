@@ -1,13 +1,13 @@
-"""Names of checkpoints, folders or Hub ids, with errors that say which of the two was looked for and what was found."""
+"""Names of checkpoints, folders or Hub ids, with errors that say which of the two was looked for and what was found.
+
+The command line checks names before anything heavy is imported, so transformers is imported here where a config is read.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub.errors import GatedRepoError, HFValidationError
-from transformers import AutoConfig
 
 from ..spelling import did_you_mean
 
@@ -45,6 +45,9 @@ def read_config(path_or_id: str | os.PathLike, **kwargs: Any) -> Any:
         ValueError: the name is that of a file, or transformers does not know the model.
         OSError: there is no such checkpoint.
     """
+    from huggingface_hub.errors import HFValidationError
+    from transformers import AutoConfig
+
     if not kwargs.get("subfolder"):
         check_name(path_or_id)
     try:
@@ -64,6 +67,8 @@ def read_config(path_or_id: str | os.PathLike, **kwargs: Any) -> Any:
 
 def not_found(path_or_id: str | os.PathLike, error: Exception) -> OSError:
     """Return the error for a name that is no folder here and could not be read from the Hub."""
+    from huggingface_hub.errors import GatedRepoError
+
     if any(isinstance(reason, GatedRepoError) for reason in (error, error.__cause__)):
         return OSError(
             f"`{path_or_id}` is gated: accept its conditions on its page on the Hub, then log in with `hf auth login` or set "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,6 +20,7 @@ import torch
 from helpers import QUICK_OPTIONS, file_bytes
 from processes import as_main, forked
 
+import sab_hf
 from sab_hf.cli import main
 from sab_hf.publish import save as hub_module
 
@@ -44,6 +48,66 @@ def fails(capsys, *argv: str | Path) -> str:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# ---- before anything heavy is imported
+
+WRONG = {
+    ("chat", "packed", "--image", "no.png"): "there is no picture `no.png`",
+    ("chat", "packed", "--image", "text.png"): "`text.png` is no picture",
+    ("chat", "empty"): "the folder `empty` holds no checkpoint",
+    ("eval", "packed", "--original", "./no"): "there is no folder `./no`",
+    ("eval", "packed", "--output", "no/a.json"): "there is no folder `no`",
+    ("eval", "packed", "--data", "no.jsonl"): "`data` must be 'builtin', a Hub dataset id",
+    ("eval", "packed", "--tasks", "a", "--include-path", "no"): "there is no folder `no`",
+    ("quantize", "packed"): "name the folder to write",
+    ("quantize", "packed", "full"): "exists and is no checkpoint",
+    ("quantize", "./no", "out"): "there is no folder `./no`",
+    ("quantize", "packed", "out", "--set", "bist=2"): "did you mean `bits`?",
+    ("quantize", "packed", "out", "--preset", "bset"): "did you mean `best`?",
+    ("quantize", "packed", "out", "--calibration", "./no.jsonl"): "`calibration` must be 'builtin'",
+    ("export", "gguf", "packed", "text.png"): "exists, and an export replaces nothing",
+    ("export", "gguf", "packed", "out", "--like", "no.gguf"): "there is no file `no.gguf`",
+    ("dequantize", "packed", "full"): "exists and is not empty",
+    ("card", "no"): "there is no folder `no`",
+    ("card", "packed", "--evaluation", "no.json"): "there is no file `no.json`",
+    ("inspect", "./no"): "there is no folder `./no`",
+    ("serve", "./no"): "there is no folder `./no`",
+    ("run", "no_program"): "'no_program' is no file, no command of an installed package, and no module",
+    (): "usage: sab-hf",
+}
+
+
+def test_what_is_wrong_is_said_before_anything_heavy_is_imported(packed_dir, tmp_path):
+    for name in ("empty", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "packed").symlink_to(packed_dir)
+    for name in ("text.png", "full/text"):
+        (tmp_path / name).write_text("text")
+    script = """
+        import contextlib, io, json, sys
+        import sab_hf_command
+
+        said = []
+        for argv in json.loads(sys.argv[1]):
+            sys.argv[1:] = argv
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                try:
+                    code = sab_hf_command.main()
+                except SystemExit as stop:
+                    code = stop.code
+            heavy = {"torch", "transformers", "huggingface_hub", "sab_hf"} & sys.modules.keys()
+            said.append([code, sorted(heavy), " ".join(err.getvalue().split())])
+        print(json.dumps(said))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), json.dumps(list(WRONG))]
+    environment = os.environ | {"PYTHONPATH": str(Path(sab_hf.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    for (argv, words), (code, heavy, err) in zip(WRONG.items(), json.loads(done.stdout), strict=True):
+        assert words in err, argv
+        assert (code in (1, 2), heavy) == (True, []), argv
+    assert not (tmp_path / "out").exists()
 
 
 # ---- names

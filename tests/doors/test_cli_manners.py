@@ -211,7 +211,7 @@ def test_models_of_tasks_may_bring_code_when_asked(monkeypatch, packed_dir):
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["quantize", "nope", "out", "--preset", "fst"], 2, "did you mean `fast`?"),
+        (["quantize", "nope", "out", "--distil-steps", "-1"], 2, "`distil_steps` must be"),
         (["quantize", "nope", "out", "--set", "bitz=2"], 2, "did you mean `bits`?"),
         (["eval", "nope", "--include-path", "tasks"], 2, "it is for --tasks"),
         (["eval", "nope", "--output", "no/where.json"], 1, "there is no folder `no`"),

@@ -12,7 +12,8 @@ class SABCommand(BaseOptimumCLICommand):
     def parse_args(parser):
         from sab_hf_command import parsing_part  # optimum parses for every command, so nothing heavy is imported here
 
-        parsing_part().add_commands(parser)
+        with parsing_part() as cli:
+            cli.add_commands(parser)
 
     def run(self):
         from sab_hf.cli import execute
