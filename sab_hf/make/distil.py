@@ -58,9 +58,6 @@ HELD_OUT = 16
 STATE_BYTES = {False: 12, True: 6}
 """Latent and two moments of a weight, in float32, and compactly in bfloat16: shared among processes."""
 
-START_BYTES = 28
-"""A weight of one Linear while its latent is made, and 4 for each of its planes."""
-
 WEIGHT_BYTES = 8
 """A weight and its gradient of the step in float32, where each process has them whole; on a GPU they are bfloat16."""
 

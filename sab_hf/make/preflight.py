@@ -54,7 +54,7 @@ from ..passes.gradients import positions_at_once
 from ..passes.tail import BYTES_PER_LOGIT, LOGIT_BYTES
 from ..units import size_in_words
 from .costs import Amounts, Work, count_work, seconds_of
-from .distil import ACTIVATION_SHARE, HELD_OUT, START_BYTES, activation_bytes, blocks_at_once, bytes_of_training
+from .distil import ACTIVATION_SHARE, HELD_OUT, activation_bytes, blocks_at_once, bytes_of_training
 from .plan import Plan
 from .rest import is_tied
 
@@ -62,6 +62,9 @@ logger = logging.getLogger(__name__)
 
 KEPT_BY_ALLOCATOR = 1.2
 """Resident memory over what is in use, on a CPU: freed pieces that the system's allocator has not given back (measured)."""
+
+_START_BYTES = 28
+"""A weight of one Linear while its latent is made for distillation, and 4 for each of its planes."""
 
 _SHORT = 60
 """Seconds of a run for which a quick look at the machine's rates is enough."""
@@ -558,7 +561,7 @@ def _distil(blocks: list[_Block], data: _Data, machine: Machine) -> float:
         activations = max(activation_bytes(own, data.largest) for own in shapes)
     logits = min(LOGIT_BYTES, BYTES_PER_LOGIT * data.largest * data.vocabulary)
     linears = (linear for block in window for linear in block.linears)
-    at_start = max((n * m * (START_BYTES + 4 * (planes + bool(k))) for n, m, planes, k in linears), default=0)
+    at_start = max((n * m * (_START_BYTES + 4 * (planes + bool(k))) for n, m, planes, k in linears), default=0)
     return weights + max(activations + logits, at_start)
 
 
