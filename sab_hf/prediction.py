@@ -102,13 +102,11 @@ def without_weights(
 ) -> nn.Module:
     """Return the model of a config, Hub id or folder on the meta device; arguments and errors as of `estimate`."""
     from .publish.inspect import empty_model
-    from .publish.locate import quantization_method, read_config
+    from .publish.locate import read_config, require_dense
 
     config = source if isinstance(source, PretrainedConfig) else read_config(source, revision=revision, **code)
     name = getattr(config, "_name_or_path", None) or type(config).__name__
-    method = quantization_method(config)
-    if method is not None:
-        raise ValueError(f"`{name}` is quantized already, with {method!r}; name the dense original")
+    require_dense(config, name)
     model = empty_model(config, name, **code)
     return model if dtype == "auto" else model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 

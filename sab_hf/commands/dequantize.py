@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     from ..publish.folders import check_target
 
-    check_models(args)
+    check_models(args, packed=True)
     check_target(args.output, replace=False)
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     from ..paths import check_new_file
 
-    check_models(args)
+    check_models(args, packed=True)
     if args.like and not Path(args.like).is_file():
         raise FileNotFoundError(f"--like: there is no file `{args.like}` to take tokenizer and metadata from")
     for file in filter(None, (args.output, args.mmproj)):

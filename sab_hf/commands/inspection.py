@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    check_models(args)
+    check_models(args, packed=True)
 
 
 def run(args: argparse.Namespace) -> tuple[Any, str]:

@@ -105,7 +105,7 @@ def check(args: argparse.Namespace) -> None:
     if args.output is None and not args.dry_run:
         raise UsageError("name the folder to write, or add --dry-run for a prediction alone")
     _set_fields(args)
-    check_models(args)
+    check_models(args, packed=False)
     if args.calibration:
         check_samples(args.calibration)
     if not args.push and not args.dry_run:
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
     from ..prediction import file_bytes
     from ..processors import processor_of
     from ..publish.inspect import empty_model
-    from ..publish.locate import quantization_method, read_config
+    from ..publish.locate import read_config, require_dense
     from ..publish.open import opening_class
     from ..publish.report import report
     from ..publish.save import check_login, save
@@ -136,9 +136,7 @@ def run(args: argparse.Namespace) -> tuple[Any, str]:
         output = check_login(output)  # mistakes show before hours are spent
     code = trusting(args.trust_remote_code)
     model_config = read_config(args.model, revision=args.revision, **code)
-    method = quantization_method(model_config)
-    if method is not None:
-        raise ValueError(f"`{args.model}` is quantized already, with {method!r}; name the dense original")
+    require_dense(model_config, args.model)
     remedy = "save it beside the weights: `AutoProcessor.from_pretrained(ORIGINAL).save_pretrained(FOLDER)`"
     processor = processor_of(args.model, None, "calibration needs", remedy, revision=args.revision, **code)
     config.processor = processor

@@ -115,18 +115,21 @@ def load_model(
     return opening_class(config).from_pretrained(name, dtype=dtype, device_map=device_map, **code).eval()
 
 
-def check_models(args: argparse.Namespace) -> None:
+def check_models(args: argparse.Namespace, packed: bool | None = None) -> None:
     """Check, without a network, the names of the checkpoints that a command reads.
 
+    Args:
+        packed: whether those in folders here must be packed by this package, or dense; None: they may be either.
     Raises:
-        ValueError, FileNotFoundError: one cannot be that of a checkpoint.
+        ValueError, FileNotFoundError: one cannot be that of a checkpoint, or is not of this kind.
     """
-    from ..publish.locate import check_name
+    from ..publish.locate import check_name, config_here, require_dense, require_packed
 
-    for argument in _MODELS:
-        name = getattr(args, argument, None)
-        if name is not None:
-            check_name(name)
+    for name in (name for argument in _MODELS if (name := getattr(args, argument, None)) is not None):
+        check_name(name)
+        config = config_here(name)
+        if packed is not None and config is not None:
+            (require_packed if packed else require_dense)(config, name)
 
 
 def say(text: str, alarming: str | None = None) -> None:

@@ -5,6 +5,7 @@ The command line checks names before anything heavy is imported, so transformers
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,15 @@ def read_config(path_or_id: str | os.PathLike, **kwargs: Any) -> Any:
         ) from error
 
 
+def config_here(path_or_id: str | os.PathLike) -> dict[str, Any] | None:
+    """Return the data of config.json in a folder here; None if the name is no folder's, or the file is damaged."""
+    try:
+        found = json.loads((Path(path_or_id) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # what is wrong with it, `read_config` says
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def not_found(path_or_id: str | os.PathLike, error: Exception) -> OSError:
     """Return the error for a name that is no folder here and could not be read from the Hub."""
     from huggingface_hub.errors import GatedRepoError
@@ -93,6 +103,13 @@ def quantization_method(config: Any) -> str | None:
         raise ValueError(f"config.json: `quantization_config` must be an object, got {quantization!r:.60}")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     return str(getattr(method, "value", method))
+
+
+def require_dense(config: Any, path_or_id: str | os.PathLike) -> None:
+    """Raise a ValueError if a config is that of a quantized checkpoint."""
+    method = quantization_method(config)
+    if method is not None:
+        raise ValueError(f"`{path_or_id}` is quantized already, with {method!r}; name the dense original")
 
 
 def require_packed(config: Any, path_or_id: str | os.PathLike) -> None:

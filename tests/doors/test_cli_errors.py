@@ -61,11 +61,14 @@ WRONG = {
     ("eval", "packed", "--data", "no.jsonl"): "`data` must be 'builtin', a Hub dataset id",
     ("eval", "packed", "--tasks", "a", "--include-path", "no"): "there is no folder `no`",
     ("quantize", "packed"): "name the folder to write",
-    ("quantize", "packed", "full"): "exists and is no checkpoint",
+    ("quantize", "dense", "full"): "exists and is no checkpoint",
     ("quantize", "./no", "out"): "there is no folder `./no`",
     ("quantize", "packed", "out", "--set", "bist=2"): "did you mean `bits`?",
     ("quantize", "packed", "out", "--preset", "bset"): "did you mean `best`?",
-    ("quantize", "packed", "out", "--calibration", "./no.jsonl"): "`calibration` must be 'builtin'",
+    ("quantize", "dense", "out", "--calibration", "./no.jsonl"): "`calibration` must be 'builtin'",
+    ("quantize", "packed", "out"): "is quantized already, with 'sab'",
+    ("dequantize", "dense", "out"): "`dense` holds dense weights",
+    ("inspect", "dense"): "`dense` holds dense weights",
     ("export", "gguf", "packed", "text.png"): "exists, and an export replaces nothing",
     ("export", "gguf", "packed", "out", "--like", "no.gguf"): "there is no file `no.gguf`",
     ("dequantize", "packed", "full"): "exists and is not empty",
@@ -79,8 +82,9 @@ WRONG = {
 
 
 def test_what_is_wrong_is_said_before_anything_heavy_is_imported(packed_dir, tmp_path):
-    for name in ("empty", "full"):
+    for name in ("empty", "full", "dense"):
         (tmp_path / name).mkdir()
+    (tmp_path / "dense" / "config.json").write_text("{}")
     (tmp_path / "packed").symlink_to(packed_dir)
     for name in ("text.png", "full/text"):
         (tmp_path / name).write_text("text")
