@@ -81,7 +81,9 @@ def open_library(path: Path) -> ctypes.CDLL:
     from .build import sources_digest  # not at module level: `python -m sab_hf.kernels.cpu.build` imports this package
 
     if not path.exists():
-        raise UnusableLibraryError(f"{path} is missing: there was no C compiler when the package was installed")
+        raise UnusableLibraryError(
+            f"{path} is missing: the package was not installed here, or there was no C compiler when it was"
+        )
     try:
         library = ctypes.CDLL(str(path))
         found = library.sab_cpu_abi()
