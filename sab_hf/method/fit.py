@@ -12,6 +12,7 @@ update is exact under H (method §4).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ from ..kernels.cuda.linear import can_fit
 from ..planes import SignPlanes, signs_to
 from .hessian import feedback_factor
 from .levels import nearest_choice, sign_combinations, signs_of
+from .products import signs_times
+
+Columns = slice | Tensor
+"""Columns of a matrix: all, or some by their numbers, so that no mask is counted again on a GPU that then waits."""
 
 _RIDGE = 1e-6
 """Relative ridge of the scale systems. Updates solve for a change, so a ridge only shortens the step: the objective still
@@ -53,7 +58,16 @@ class PlaneState:
 
     def dense(self) -> Tensor:
         """Return Ŵ [out_features, in_features]."""
-        return torch.einsum("kn,knm,km->nm", self.r, self.B, self.c)
+        total = self.r[0][:, None] * self.c[0] * self.B[0]
+        for r, B, c in zip(self.r[1:], self.B[1:], self.c[1:], strict=True):
+            total.addcmul_(r[:, None] * c, B)
+        return total
+
+    @cached_property
+    def covered(self) -> list[Columns]:
+        """The columns that each plane covers; looked up once, `free` must not change afterwards."""
+        whole = self.free.all(1).tolist()
+        return [slice(None) if all_ else own.nonzero()[:, 0] for all_, own in zip(whole, self.free, strict=True)]
 
     def copy(self) -> PlaneState:
         return replace(self, B=self.B.clone(), r=self.r.clone(), c=self.c.clone())
@@ -76,6 +90,7 @@ def fit_planes(
     unit_columns: bool = False,
     alternations: int = 15,
     block_size: int = 128,
+    U: Tensor | None = None,
 ) -> FitResult:
     """Fit sign planes under the output error `tr(diag(w) (W − Ŵ) H (W − Ŵ)ᵀ)`.
 
@@ -90,22 +105,24 @@ def fit_planes(
         alternations: most rounds of sweep and refit; ends earlier when a round gains less than 0.1 %. The best round by
             objective is returned.
         block_size: columns of the sweep between two matrix products.
+        U: [in_features, in_features], `feedback_factor(H)` where it is known.
     """
     w = torch.ones_like(W[:, 0]) if row_weight is None else row_weight / row_weight.mean()
     state = initial_state(W, num_planes, significant_columns, unit_columns)
-    refit_scales(W, H, state, w)
-    best, least = state.copy(), output_error(W - state.dense(), H, w)
-    U = feedback_factor(H)
+    WH = W @ H
+    least = float(refit_scales(W, H, state, w, WH))
+    best = state.copy()
+    U = feedback_factor(H) if U is None else U
     for _ in range(alternations):
         sweep_signs(W, U, state, block_size)
-        refit_scales(W, H, state, w)
-        error = output_error(W - state.dense(), H, w)
+        error = float(refit_scales(W, H, state, w, WH))
         gain = 1 - error / least if least > 0 else 0.0
         if gain > 0:
             best, least = state.copy(), error
         if gain < _LEAST_GAIN:
             break
-    return FitResult(to_sign_planes(best), least / max(output_error(W, H, w), 1e-30))
+    energy = float(w @ (WH * W).sum(1))
+    return FitResult(to_sign_planes(best), max(least, 0.0) / max(energy, 1e-30))
 
 
 def fit_tall_planes(
@@ -200,43 +217,89 @@ def output_error(E: Tensor, H: Tensor, row_weight: Tensor) -> float:
     return float(row_weight @ ((E @ H) * E).sum(1))
 
 
-def refit_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor) -> None:
-    """Minimize the output error over row, column and again row scales, each exactly; it never rises."""
-    update_row_scales(W, H, state)
+def refit_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor, WH: Tensor) -> Tensor:
+    """Minimize the output error over row, column and again row scales, each exactly; it never rises.
+
+    Args:
+        WH: [out_features, in_features], `W H`.
+    Returns:
+        The output error afterwards, a number on the device. It takes no product more: `(W − Ŵ) H` is WH less what the row scales
+        were found from.
+    """
+    products = update_row_scales(W, H, state)
     if not state.unit_columns:
-        update_column_scales(W, H, state, row_weight)
-        update_row_scales(W, H, state)
+        update_column_scales(W, H, state, row_weight, _left_of(WH, state, products))
+        products = update_row_scales(W, H, state)
+    return row_weight @ (_left_of(WH, state, products) * (W - state.dense())).sum(1)
 
 
-def update_row_scales(W: Tensor, H: Tensor, state: PlaneState) -> None:
-    """Minimize the output error over r: one K×K system a row, `(D H Dᵀ) Δr = D H e`, D = B ⊙ c, e the row's error."""
-    D = state.B * state.c[:, None]  # [K, n, m]
-    DH = D @ H  # one product: planes lead, so that rows and planes fold into one dimension
+def _left_of(WH: Tensor, state: PlaneState, products: list[Tensor]) -> Tensor:
+    """Return `(W − Ŵ) H` from `W H` and the products `(B_k ⊙ c_k) H` of `update_row_scales`."""
+    left = WH
+    for r, DH in zip(state.r, products, strict=True):
+        left = torch.addcmul(left, r[:, None], DH, value=-1)
+    return left
+
+
+def update_row_scales(W: Tensor, H: Tensor, state: PlaneState) -> list[Tensor]:
+    """Minimize the output error over r: one K×K system a row, `(D H Dᵀ) Δr = D H e`, D = B ⊙ c, e the row's error.
+
+    Returns:
+        The product `D_k H` [out_features, in_features] of each plane.
+    """
+    D, products, K = [], [], len(state.r)
+    for B, c, at in zip(state.B, state.c, state.covered, strict=True):
+        D.append(B[:, at] * c[at])
+        products.append(signs_times(B[:, at], c[at], H[at]))
     error = W - state.dense()
-    rhs = torch.stack([(DH_k * error).sum(1) for DH_k in DH], 1)  # [n, K]
-    systems = DH.transpose(0, 1) @ D.permute(1, 2, 0)  # [n, K, K]
-    state.r += _solve(systems, rhs).T
+    rhs = torch.stack([(DH * error).sum(1) for DH in products], 1)  # [n, K]
+    entries = {
+        (k, other): (products[k][:, state.covered[other]] * D[other]).sum(1) for k in range(K) for other in range(k, K)
+    }
+    pairs = [entries[min(k, other), max(k, other)] for k in range(K) for other in range(K)]
+    state.r += _solve(torch.stack(pairs, 1).unflatten(1, (K, K)), rhs).T
+    return products
 
 
-def update_column_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor | None = None) -> None:
-    """Minimize the output error over c: `[(A_kᵀ diag(w) A_l) ⊙ H] Δc = Σ_i w_i A_k ⊙ (E H)`, by column blocks if too wide."""
+def update_column_scales(
+    W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor | None = None, gradient: Tensor | None = None
+) -> None:
+    """Minimize the output error over c: `[(A_kᵀ diag(w) A_l) ⊙ H] Δc = Σ_i w_i A_k ⊙ (E H)`, by column blocks if too wide.
+
+    Args:
+        gradient: [out_features, in_features], `E H` where it is known; it is overwritten.
+    """
     K, m = state.c.shape
-    A = state.B * state.r[:, :, None]  # [K, n, m]
     width = max(1, MAX_SYSTEM // K)
-    gradient = (W - state.dense()) @ H
+    gradient = (W - state.dense()) @ H if gradient is None else gradient
+    weighted = state.r if row_weight is None else state.r * row_weight
     for start in range(0, m, width):
-        block = slice(start, min(start + width, m))
-        A_block = A[:, :, block].transpose(0, 1).flatten(1)  # [n, K·width], plane-major
-        free = state.free[:, block].flatten()
-        weighted = A_block if row_weight is None else A_block * row_weight[:, None]
-        system = (A_block.T @ weighted) * H[block, block].repeat(K, K)
-        rhs = (weighted * gradient[:, block].repeat(1, K)).sum(0)
-        change = torch.zeros_like(rhs)
-        change[free] = _solve(system[free][:, free], rhs[free])
-        change = change.unflatten(0, (K, -1))
-        state.c[:, block] += change
-        if block.stop < m:
-            gradient -= torch.einsum("knm,km->nm", A[:, :, block], change) @ H[block]
+        end = min(start + width, m)
+        columns = [_within(at, start, end, m) for at in state.covered]
+        B = [B_k[:, at] for B_k, at in zip(state.B, columns, strict=True)]
+        sizes = [B_k.shape[1] for B_k in B]
+        system, firsts = W.new_empty(sum(sizes), sum(sizes)), [sum(sizes[:k]) for k in range(K)]
+        for k in range(K):
+            for other in range(k, K):
+                part = signs_times(B[k].T, weighted[k] * state.r[other], B[other])
+                part *= H[columns[k]][:, columns[other]]
+                system.narrow(0, firsts[k], sizes[k]).narrow(1, firsts[other], sizes[other]).copy_(part)
+                if other > k:
+                    system.narrow(0, firsts[other], sizes[other]).narrow(1, firsts[k], sizes[k]).copy_(part.T)
+                del part
+        rhs = torch.cat([weighted[k] @ (B[k] * gradient[:, columns[k]]) for k in range(K)])
+        changes = _solve_whole(system, rhs).split(sizes)
+        for k, change in enumerate(changes):
+            state.c[k, columns[k]] += change
+            if end < m:
+                gradient[:, end:] -= state.r[k][:, None] * signs_times(B[k], change, H[columns[k]][:, end:])
+
+
+def _within(at: Columns, start: int, end: int, width: int) -> Columns:
+    """Return the columns of `at`, of a matrix of `width` columns, that are `start` to `end - 1`."""
+    if isinstance(at, slice):
+        return slice(start, end)
+    return at if end - start == width else at[(at >= start) & (at < end)]
 
 
 def sweep_signs(W: Tensor, U: Tensor, state: PlaneState, block_size: int) -> None:
@@ -347,11 +410,31 @@ def _balance(r: Tensor, c: Tensor, all_r: Tensor) -> tuple[Tensor, Tensor]:
     return r * t, c / t
 
 
-def _solve(systems: Tensor, rhs: Tensor) -> Tensor:
-    """Solve symmetric positive semidefinite systems [..., K, K] x = [..., K]; all-zero systems give 0."""
-    diagonal = systems.diagonal(dim1=-2, dim2=-1)
+def _ridge(diagonal: Tensor) -> Tensor:
+    """Return what is added to the diagonal [..., K] of a system; a row of zeros is a plane without effect."""
     mean = diagonal.mean(-1, keepdim=True)
-    ridge = torch.where(
-        diagonal > 0, _RIDGE * mean, torch.where(mean > 0, mean, 1)
-    )  # a zero row is a plane without effect
-    return torch.linalg.solve(systems + torch.diag_embed(ridge), rhs)
+    return torch.where(diagonal > 0, _RIDGE * mean, torch.where(mean > 0, mean, 1))
+
+
+def _solve(systems: Tensor, rhs: Tensor) -> Tensor:
+    """Solve many small symmetric positive semidefinite systems [..., K, K] x = [..., K]; all-zero systems give 0.
+
+    By Gauss-Jordan elimination, each step for all systems at once; the ridge makes pivots positive, so none is exchanged.
+    """
+    ridge = _ridge(systems.diagonal(dim1=-2, dim2=-1))
+    rows = torch.cat([systems + torch.diag_embed(ridge), rhs[..., None]], -1)
+    for k in range(rhs.shape[-1]):
+        pivot = rows[..., k, :] / rows[..., k, k : k + 1]
+        rows = rows - rows[..., k : k + 1] * pivot[..., None, :]
+        rows[..., k, :] = pivot
+    return rows[..., -1]
+
+
+def _solve_whole(system: Tensor, rhs: Tensor) -> Tensor:
+    """Solve one large symmetric positive semidefinite system [K, K] x = [K], which gets a ridge; an all-zero one gives 0."""
+    diagonal = system.diagonal()
+    diagonal += _ridge(diagonal)
+    L, failed = torch.linalg.cholesky_ex(system)
+    if failed:  # by rounding
+        return torch.linalg.solve(system, rhs)
+    return torch.cholesky_solve(rhs[:, None], L)[:, 0]
