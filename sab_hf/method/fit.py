@@ -69,8 +69,14 @@ class PlaneState:
         whole = self.free.all(1).tolist()
         return [slice(None) if all_ else own.nonzero()[:, 0] for all_, own in zip(whole, self.free, strict=True)]
 
+    @cached_property
+    def combinations(self) -> Tensor:
+        """All sign vectors [2^K, K] of the planes."""
+        return sign_combinations(len(self.r), self.r.device)
+
     def copy(self) -> PlaneState:
-        return replace(self, B=self.B.clone(), r=self.r.clone(), c=self.c.clone())
+        """Return the state with scales of its own; signs are never written in place."""
+        return replace(self, r=self.r.clone(), c=self.c.clone())
 
 
 class FitResult(NamedTuple):
@@ -226,39 +232,33 @@ def refit_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor, WH
         The output error afterwards, a number on the device. It takes no product more: `(W − Ŵ) H` is WH less what the row scales
         were found from.
     """
-    products = update_row_scales(W, H, state)
+    DH = update_row_scales(W, H, state)
     if not state.unit_columns:
-        update_column_scales(W, H, state, row_weight, _left_of(WH, state, products))
-        products = update_row_scales(W, H, state)
-    return row_weight @ (_left_of(WH, state, products) * (W - state.dense())).sum(1)
+        update_column_scales(W, H, state, row_weight, _less(WH, state.r, DH))
+        DH = update_row_scales(W, H, state)
+    return row_weight @ (_less(WH, state.r, DH) * (W - state.dense())).sum(1)
 
 
-def _left_of(WH: Tensor, state: PlaneState, products: list[Tensor]) -> Tensor:
-    """Return `(W − Ŵ) H` from `W H` and the products `(B_k ⊙ c_k) H` of `update_row_scales`."""
-    left = WH
-    for r, DH in zip(state.r, products, strict=True):
-        left = torch.addcmul(left, r[:, None], DH, value=-1)
-    return left
+def _less(M: Tensor, r: Tensor, planes: Tensor) -> Tensor:
+    """Return `M − Σ_k diag(r_k) planes_k`, for M [n, m], r [K, n] and planes [K, n, m]."""
+    for r_k, plane in zip(r, planes, strict=True):
+        M = torch.addcmul(M, r_k[:, None], plane, value=-1)
+    return M
 
 
-def update_row_scales(W: Tensor, H: Tensor, state: PlaneState) -> list[Tensor]:
+def update_row_scales(W: Tensor, H: Tensor, state: PlaneState) -> Tensor:
     """Minimize the output error over r: one K×K system a row, `(D H Dᵀ) Δr = D H e`, D = B ⊙ c, e the row's error.
 
     Returns:
-        The product `D_k H` [out_features, in_features] of each plane.
+        D H [K, out_features, in_features].
     """
-    D, products, K = [], [], len(state.r)
-    for B, c, at in zip(state.B, state.c, state.covered, strict=True):
-        D.append(B[:, at] * c[at])
-        products.append(signs_times(B[:, at], c[at], H[at]))
-    error = W - state.dense()
-    rhs = torch.stack([(DH * error).sum(1) for DH in products], 1)  # [n, K]
-    entries = {
-        (k, other): (products[k][:, state.covered[other]] * D[other]).sum(1) for k in range(K) for other in range(k, K)
-    }
-    pairs = [entries[min(k, other), max(k, other)] for k in range(K) for other in range(K)]
-    state.r += _solve(torch.stack(pairs, 1).unflatten(1, (K, K)), rhs).T
-    return products
+    planes = zip(state.B, state.c, state.covered, strict=True)
+    DH = torch.stack([signs_times(B[:, at], c[at], H[at]) for B, c, at in planes])
+    D = state.B * state.c[:, None]
+    rhs = (DH * _less(W, state.r, D)).sum(2).T  # [n, K]
+    systems = DH.transpose(0, 1) @ D.permute(1, 2, 0)  # [n, K, K]
+    state.r += _solve(systems, rhs).T
+    return DH
 
 
 def update_column_scales(
@@ -271,28 +271,27 @@ def update_column_scales(
     """
     K, m = state.c.shape
     width = max(1, MAX_SYSTEM // K)
+    w = torch.ones_like(W[:, 0]) if row_weight is None else row_weight
     gradient = (W - state.dense()) @ H if gradient is None else gradient
-    weighted = state.r if row_weight is None else state.r * row_weight
     for start in range(0, m, width):
         end = min(start + width, m)
         columns = [_within(at, start, end, m) for at in state.covered]
         B = [B_k[:, at] for B_k, at in zip(state.B, columns, strict=True)]
-        sizes = [B_k.shape[1] for B_k in B]
-        system, firsts = W.new_empty(sum(sizes), sum(sizes)), [sum(sizes[:k]) for k in range(K)]
-        for k in range(K):
-            for other in range(k, K):
-                part = signs_times(B[k].T, weighted[k] * state.r[other], B[other])
-                part *= H[columns[k]][:, columns[other]]
-                system.narrow(0, firsts[k], sizes[k]).narrow(1, firsts[other], sizes[other]).copy_(part)
-                if other > k:
-                    system.narrow(0, firsts[other], sizes[other]).narrow(1, firsts[k], sizes[k]).copy_(part.T)
-                del part
-        rhs = torch.cat([weighted[k] @ (B[k] * gradient[:, columns[k]]) for k in range(K)])
-        changes = _solve_whole(system, rhs).split(sizes)
-        for k, change in enumerate(changes):
-            state.c[k, columns[k]] += change
+        A = _joined([r[:, None] * B_k for r, B_k in zip(state.r, B, strict=True)], 1)  # [n, unknowns]
+        system = _joined([signs_times(B_k.T, w * r, A) for r, B_k in zip(state.r, B, strict=True)], 0)
+        system *= _joined([_joined([H[at][:, other] for other in columns], 1) for at in columns], 0)
+        rhs = w @ (A * _joined([gradient[:, at] for at in columns], 1))
+        changes = _solve_whole(system, rhs).split([B_k.shape[1] for B_k in B])
+        del system, A
+        for k, (at, change) in enumerate(zip(columns, changes, strict=True)):
+            state.c[k, at] += change
             if end < m:
-                gradient[:, end:] -= state.r[k][:, None] * signs_times(B[k], change, H[columns[k]][:, end:])
+                gradient[:, end:] -= state.r[k][:, None] * signs_times(B[k], change, H[at][:, end:])
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """Return parts beside each other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _within(at: Columns, start: int, end: int, width: int) -> Columns:
@@ -310,8 +309,7 @@ def sweep_signs(W: Tensor, U: Tensor, state: PlaneState, block_size: int) -> Non
     """
     rest = W.T.clone(memory_format=torch.contiguous_format)  # columns of W as rows, for contiguous access
     m = W.shape[1]
-    combinations = sign_combinations(state.c.shape[0], W.device)  # [2^K, K]
-    choose = _sweep_block
+    choose, chosen = _sweep_block, []
     if can_fit(W):
         from .kernels import sweep as triton_sweep
 
@@ -319,8 +317,11 @@ def sweep_signs(W: Tensor, U: Tensor, state: PlaneState, block_size: int) -> Non
     for start in range(0, m, block_size):
         end = min(start + block_size, m)
         choices, errors = choose(rest, U, state.r, state.c, start, end)
-        state.B[:, :, start:end] = combinations[choices].permute(2, 1, 0)
-        rest[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+        chosen.append(choices)
+        if end < m:
+            rest[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+    del rest
+    state.B = state.combinations[torch.cat(chosen)].permute(2, 1, 0).contiguous()
 
 
 def _sweep_block(rest: Tensor, U: Tensor, r: Tensor, c: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
@@ -410,10 +411,10 @@ def _balance(r: Tensor, c: Tensor, all_r: Tensor) -> tuple[Tensor, Tensor]:
     return r * t, c / t
 
 
-def _ridge(diagonal: Tensor) -> Tensor:
-    """Return what is added to the diagonal [..., K] of a system; a row of zeros is a plane without effect."""
-    mean = diagonal.mean(-1, keepdim=True)
-    return torch.where(diagonal > 0, _RIDGE * mean, torch.where(mean > 0, mean, 1))
+def _add_ridge(diagonal: Tensor) -> None:
+    """Add the ridge to the diagonal [..., K] of a system; a row of zeros is a plane without effect, and gets a 1."""
+    ridge = diagonal.mean(-1, keepdim=True).mul_(_RIDGE).expand_as(diagonal)
+    diagonal += ridge.masked_fill(diagonal == 0, 1)
 
 
 def _solve(systems: Tensor, rhs: Tensor) -> Tensor:
@@ -421,19 +422,18 @@ def _solve(systems: Tensor, rhs: Tensor) -> Tensor:
 
     By Gauss-Jordan elimination, each step for all systems at once; the ridge makes pivots positive, so none is exchanged.
     """
-    ridge = _ridge(systems.diagonal(dim1=-2, dim2=-1))
-    rows = torch.cat([systems + torch.diag_embed(ridge), rhs[..., None]], -1)
+    rows = torch.cat([systems, rhs[..., None]], -1)
+    _add_ridge(rows.diagonal(dim1=-2, dim2=-1))
     for k in range(rhs.shape[-1]):
         pivot = rows[..., k, :] / rows[..., k, k : k + 1]
-        rows = rows - rows[..., k : k + 1] * pivot[..., None, :]
+        rows = torch.addcmul(rows, rows[..., k : k + 1], pivot[..., None, :], value=-1)
         rows[..., k, :] = pivot
     return rows[..., -1]
 
 
 def _solve_whole(system: Tensor, rhs: Tensor) -> Tensor:
     """Solve one large symmetric positive semidefinite system [K, K] x = [K], which gets a ridge; an all-zero one gives 0."""
-    diagonal = system.diagonal()
-    diagonal += _ridge(diagonal)
+    _add_ridge(system.diagonal())
     L, failed = torch.linalg.cholesky_ex(system)
     if failed:  # by rounding
         return torch.linalg.solve(system, rhs)
