@@ -234,7 +234,10 @@ def refit_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor, WH
     """
     DH = update_row_scales(W, H, state)
     if not state.unit_columns:
-        update_column_scales(W, H, state, row_weight, _less(WH, state.r, DH))
+        gradient = _less(WH, state.r, DH)
+        del DH
+        update_column_scales(W, H, state, row_weight, gradient)
+        del gradient
         DH = update_row_scales(W, H, state)
     return row_weight @ (_less(WH, state.r, DH) * (W - state.dense())).sum(1)
 
@@ -278,8 +281,11 @@ def update_column_scales(
         columns = [_within(at, start, end, m) for at in state.covered]
         B = [B_k[:, at] for B_k, at in zip(state.B, columns, strict=True)]
         A = _joined([r[:, None] * B_k for r, B_k in zip(state.r, B, strict=True)], 1)  # [n, unknowns]
-        system = _joined([signs_times(B_k.T, w * r, A) for r, B_k in zip(state.r, B, strict=True)], 0)
-        system *= _joined([_joined([H[at][:, other] for other in columns], 1) for at in columns], 0)
+        parts = []  # of the system, the rows of each plane
+        for r, B_k, at in zip(state.r, B, columns, strict=True):
+            parts.append(signs_times(B_k.T, w * r, A).mul_(_joined([H[at][:, other] for other in columns], 1)))
+        system = _joined(parts, 0)
+        del parts
         rhs = w @ (A * _joined([gradient[:, at] for at in columns], 1))
         changes = _solve_whole(system, rhs).split([B_k.shape[1] for B_k in B])
         del system, A
