@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sab_hf.method.hessian import damp, feedback_factor
+from sab_hf.method.hessian import damp, feedback_factor, own_variance
 from sab_hf.method.significance import significance_map
 
 DAMPING = 0.01  # of the mean diagonal
@@ -467,8 +467,7 @@ def sab_as_published(W: Tensor, moments: Moments, *, block_size: int = 128) -> B
     H_text, *_ = by_modality = moments.present()
     Lambda = significance_map(
         W,
-        dict(enumerate(by_modality)),
-        damping=DAMPING,
+        {m: own_variance(H, DAMPING) for m, H in enumerate(by_modality)},
         salient_top_p=0.05,
         diff_quantile=0.5,
         sparsity_threshold=0.005,

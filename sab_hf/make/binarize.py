@@ -28,6 +28,7 @@ from ..machine.resume import Left, Steps
 from ..machine.threads import free_threads
 from ..machine.weights import iter_weights
 from ..machine.workspace import Workspace
+from ..method.hessian import InputFactors, SecondMoments
 from ..method.recipe import FitRecord, fit_linear
 from ..method.sensitivity import Sensitivity
 from ..packed.experts import split_experts
@@ -326,20 +327,34 @@ def _fit_block(
         check_finite(name, linear.weight)  # weights that were offloaded are seen here for the first time
     with stages.measure("second moments"):
         moments, fallbacks = with_fallback(model, inputs.second_moments(block, index, linears), linears)
-    costs = {
-        name: float(linear.in_features * (linear.in_features + linear.out_features)) for name, linear in linears.items()
-    }
+    names = _by_input(linears, moments)
+    costs = {name: float(linears[name].in_features * sum(linears[name].weight.shape)) for name in names}
+    factors: InputFactors | None = None  # of the input at work, whose Linears come one after the other
 
     def fit(name: str) -> tuple[SignPlanes, FitRecord]:
-        at_linear = sensitivity.linears.get(name)
-        planes, fit_record = fit_linear(name, linears[name], moments.get(name), at_linear, modules[name], config)
+        nonlocal factors
+        at_linear, linear = sensitivity.linears.get(name), linears[name]
+        if factors is None or name not in moments or factors.moments is not moments[name]:
+            device = linear.weight.device
+            factors = InputFactors(
+                moments.get(name), linear.in_features, device, config.modality_balance, config.damping
+            )
+        planes, fit_record = fit_linear(name, linear, factors, at_linear, modules[name], config)
         fit_record.fallback = name in fallbacks
         fitted.update()
         return planes, fit_record
 
     with stages.measure("fit"), inputs.workspace.bar.steps(len(linears)) as fitted:
         results = distributed.divide(costs, fit, inputs.workspace.device)
-    return {name: planes for name, (planes, _) in results.items()}, [record for _, record in results.values()]
+    return {name: results[name][0] for name in linears}, [results[name][1] for name in linears]
+
+
+def _by_input(linears: dict[str, nn.Linear], moments: dict[str, SecondMoments]) -> list[str]:
+    """Return the names of Linears in order, but those with the same input one after the other."""
+    groups: dict[int, list[str]] = {}
+    for name in linears:
+        groups.setdefault(id(moments.get(name, linears[name])), []).append(name)
+    return [name for names in groups.values() for name in names]
 
 
 def _refinement_in_words(result: dict[str, float] | None) -> str:

@@ -12,6 +12,7 @@ update is exact under H (method §4).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ from ..kernels.cuda.linear import can_fit
 from ..planes import SignPlanes, signs_to
 from .hessian import feedback_factor
 from .levels import nearest_choice, sign_combinations, signs_of
+from .products import signs_times
+
+Columns = slice | Tensor
+"""Columns of a matrix: all, or some by their numbers, so that no mask is counted again on a GPU that then waits."""
 
 _RIDGE = 1e-6
 """Relative ridge of the scale systems. Updates solve for a change, so a ridge only shortens the step: the objective still
@@ -53,10 +58,25 @@ class PlaneState:
 
     def dense(self) -> Tensor:
         """Return Ŵ [out_features, in_features]."""
-        return torch.einsum("kn,knm,km->nm", self.r, self.B, self.c)
+        total = self.r[0][:, None] * self.c[0] * self.B[0]
+        for r, B, c in zip(self.r[1:], self.B[1:], self.c[1:], strict=True):
+            total.addcmul_(r[:, None] * c, B)
+        return total
+
+    @cached_property
+    def covered(self) -> list[Columns]:
+        """The columns that each plane covers; looked up once, `free` must not change afterwards."""
+        whole = self.free.all(1).tolist()
+        return [slice(None) if all_ else own.nonzero()[:, 0] for all_, own in zip(whole, self.free, strict=True)]
+
+    @cached_property
+    def combinations(self) -> Tensor:
+        """All sign vectors [2^K, K] of the planes."""
+        return sign_combinations(len(self.r), self.r.device)
 
     def copy(self) -> PlaneState:
-        return replace(self, B=self.B.clone(), r=self.r.clone(), c=self.c.clone())
+        """Return the state with scales of its own; signs are never written in place."""
+        return replace(self, r=self.r.clone(), c=self.c.clone())
 
 
 class FitResult(NamedTuple):
@@ -76,6 +96,7 @@ def fit_planes(
     unit_columns: bool = False,
     alternations: int = 15,
     block_size: int = 128,
+    U: Tensor | None = None,
 ) -> FitResult:
     """Fit sign planes under the output error `tr(diag(w) (W − Ŵ) H (W − Ŵ)ᵀ)`.
 
@@ -90,22 +111,24 @@ def fit_planes(
         alternations: most rounds of sweep and refit; ends earlier when a round gains less than 0.1 %. The best round by
             objective is returned.
         block_size: columns of the sweep between two matrix products.
+        U: [in_features, in_features], `feedback_factor(H)` where it is known.
     """
     w = torch.ones_like(W[:, 0]) if row_weight is None else row_weight / row_weight.mean()
     state = initial_state(W, num_planes, significant_columns, unit_columns)
-    refit_scales(W, H, state, w)
-    best, least = state.copy(), output_error(W - state.dense(), H, w)
-    U = feedback_factor(H)
+    WH = W @ H
+    least = float(refit_scales(W, H, state, w, WH))
+    best = state.copy()
+    U = feedback_factor(H) if U is None else U
     for _ in range(alternations):
         sweep_signs(W, U, state, block_size)
-        refit_scales(W, H, state, w)
-        error = output_error(W - state.dense(), H, w)
+        error = float(refit_scales(W, H, state, w, WH))
         gain = 1 - error / least if least > 0 else 0.0
         if gain > 0:
             best, least = state.copy(), error
         if gain < _LEAST_GAIN:
             break
-    return FitResult(to_sign_planes(best), least / max(output_error(W, H, w), 1e-30))
+    energy = float(w @ (WH * W).sum(1))
+    return FitResult(to_sign_planes(best), max(least, 0.0) / max(energy, 1e-30))
 
 
 def fit_tall_planes(
@@ -200,43 +223,88 @@ def output_error(E: Tensor, H: Tensor, row_weight: Tensor) -> float:
     return float(row_weight @ ((E @ H) * E).sum(1))
 
 
-def refit_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor) -> None:
-    """Minimize the output error over row, column and again row scales, each exactly; it never rises."""
-    update_row_scales(W, H, state)
+def refit_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor, WH: Tensor) -> Tensor:
+    """Minimize the output error over row, column and again row scales, each exactly; it never rises.
+
+    Args:
+        WH: [out_features, in_features], `W H`.
+    Returns:
+        The output error afterwards, a number on the device. It takes no product more: `(W − Ŵ) H` is WH less what the row scales
+        were found from.
+    """
+    DH = update_row_scales(W, H, state)
     if not state.unit_columns:
-        update_column_scales(W, H, state, row_weight)
-        update_row_scales(W, H, state)
+        gradient = _less(WH, state.r, DH)
+        del DH
+        update_column_scales(W, H, state, row_weight, gradient)
+        del gradient
+        DH = update_row_scales(W, H, state)
+    return row_weight @ (_less(WH, state.r, DH) * (W - state.dense())).sum(1)
 
 
-def update_row_scales(W: Tensor, H: Tensor, state: PlaneState) -> None:
-    """Minimize the output error over r: one K×K system a row, `(D H Dᵀ) Δr = D H e`, D = B ⊙ c, e the row's error."""
-    D = state.B * state.c[:, None]  # [K, n, m]
-    DH = D @ H  # one product: planes lead, so that rows and planes fold into one dimension
-    error = W - state.dense()
-    rhs = torch.stack([(DH_k * error).sum(1) for DH_k in DH], 1)  # [n, K]
+def _less(M: Tensor, r: Tensor, planes: Tensor) -> Tensor:
+    """Return `M − Σ_k diag(r_k) planes_k`, for M [n, m], r [K, n] and planes [K, n, m]."""
+    for r_k, plane in zip(r, planes, strict=True):
+        M = torch.addcmul(M, r_k[:, None], plane, value=-1)
+    return M
+
+
+def update_row_scales(W: Tensor, H: Tensor, state: PlaneState) -> Tensor:
+    """Minimize the output error over r: one K×K system a row, `(D H Dᵀ) Δr = D H e`, D = B ⊙ c, e the row's error.
+
+    Returns:
+        D H [K, out_features, in_features].
+    """
+    planes = zip(state.B, state.c, state.covered, strict=True)
+    DH = torch.stack([signs_times(B[:, at], c[at], H[at]) for B, c, at in planes])
+    D = state.B * state.c[:, None]
+    rhs = (DH * _less(W, state.r, D)).sum(2).T  # [n, K]
     systems = DH.transpose(0, 1) @ D.permute(1, 2, 0)  # [n, K, K]
     state.r += _solve(systems, rhs).T
+    return DH
 
 
-def update_column_scales(W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor | None = None) -> None:
-    """Minimize the output error over c: `[(A_kᵀ diag(w) A_l) ⊙ H] Δc = Σ_i w_i A_k ⊙ (E H)`, by column blocks if too wide."""
+def update_column_scales(
+    W: Tensor, H: Tensor, state: PlaneState, row_weight: Tensor | None = None, gradient: Tensor | None = None
+) -> None:
+    """Minimize the output error over c: `[(A_kᵀ diag(w) A_l) ⊙ H] Δc = Σ_i w_i A_k ⊙ (E H)`, by column blocks if too wide.
+
+    Args:
+        gradient: [out_features, in_features], `E H` where it is known; it is overwritten.
+    """
     K, m = state.c.shape
-    A = state.B * state.r[:, :, None]  # [K, n, m]
     width = max(1, MAX_SYSTEM // K)
-    gradient = (W - state.dense()) @ H
+    w = torch.ones_like(W[:, 0]) if row_weight is None else row_weight
+    gradient = (W - state.dense()) @ H if gradient is None else gradient
     for start in range(0, m, width):
-        block = slice(start, min(start + width, m))
-        A_block = A[:, :, block].transpose(0, 1).flatten(1)  # [n, K·width], plane-major
-        free = state.free[:, block].flatten()
-        weighted = A_block if row_weight is None else A_block * row_weight[:, None]
-        system = (A_block.T @ weighted) * H[block, block].repeat(K, K)
-        rhs = (weighted * gradient[:, block].repeat(1, K)).sum(0)
-        change = torch.zeros_like(rhs)
-        change[free] = _solve(system[free][:, free], rhs[free])
-        change = change.unflatten(0, (K, -1))
-        state.c[:, block] += change
-        if block.stop < m:
-            gradient -= torch.einsum("knm,km->nm", A[:, :, block], change) @ H[block]
+        end = min(start + width, m)
+        columns = [_within(at, start, end, m) for at in state.covered]
+        B = [B_k[:, at] for B_k, at in zip(state.B, columns, strict=True)]
+        A = _joined([r[:, None] * B_k for r, B_k in zip(state.r, B, strict=True)], 1)  # [n, unknowns]
+        parts = []  # of the system, the rows of each plane
+        for r, B_k, at in zip(state.r, B, columns, strict=True):
+            parts.append(signs_times(B_k.T, w * r, A).mul_(_joined([H[at][:, other] for other in columns], 1)))
+        system = _joined(parts, 0)
+        del parts
+        rhs = w @ (A * _joined([gradient[:, at] for at in columns], 1))
+        changes = _solve_whole(system, rhs).split([B_k.shape[1] for B_k in B])
+        del system, A
+        for k, (at, change) in enumerate(zip(columns, changes, strict=True)):
+            state.c[k, at] += change
+            if end < m:
+                gradient[:, end:] -= state.r[k][:, None] * signs_times(B[k], change, H[at][:, end:])
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """Return parts beside each other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _within(at: Columns, start: int, end: int, width: int) -> Columns:
+    """Return the columns of `at`, of a matrix of `width` columns, that are `start` to `end - 1`."""
+    if isinstance(at, slice):
+        return slice(start, end)
+    return at if end - start == width else at[(at >= start) & (at < end)]
 
 
 def sweep_signs(W: Tensor, U: Tensor, state: PlaneState, block_size: int) -> None:
@@ -247,8 +315,7 @@ def sweep_signs(W: Tensor, U: Tensor, state: PlaneState, block_size: int) -> Non
     """
     rest = W.T.clone(memory_format=torch.contiguous_format)  # columns of W as rows, for contiguous access
     m = W.shape[1]
-    combinations = sign_combinations(state.c.shape[0], W.device)  # [2^K, K]
-    choose = _sweep_block
+    choose, chosen = _sweep_block, []
     if can_fit(W):
         from .kernels import sweep as triton_sweep
 
@@ -256,8 +323,11 @@ def sweep_signs(W: Tensor, U: Tensor, state: PlaneState, block_size: int) -> Non
     for start in range(0, m, block_size):
         end = min(start + block_size, m)
         choices, errors = choose(rest, U, state.r, state.c, start, end)
-        state.B[:, :, start:end] = combinations[choices].permute(2, 1, 0)
-        rest[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+        chosen.append(choices)
+        if end < m:
+            rest[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+    del rest
+    state.B = state.combinations[torch.cat(chosen)].permute(2, 1, 0).contiguous()
 
 
 def _sweep_block(rest: Tensor, U: Tensor, r: Tensor, c: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
@@ -347,11 +417,30 @@ def _balance(r: Tensor, c: Tensor, all_r: Tensor) -> tuple[Tensor, Tensor]:
     return r * t, c / t
 
 
+def _add_ridge(diagonal: Tensor) -> None:
+    """Add the ridge to the diagonal [..., K] of a system; a row of zeros is a plane without effect, and gets a 1."""
+    ridge = diagonal.mean(-1, keepdim=True).mul_(_RIDGE).expand_as(diagonal)
+    diagonal += ridge.masked_fill(diagonal == 0, 1)
+
+
 def _solve(systems: Tensor, rhs: Tensor) -> Tensor:
-    """Solve symmetric positive semidefinite systems [..., K, K] x = [..., K]; all-zero systems give 0."""
-    diagonal = systems.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1, keepdim=True)
-    ridge = torch.where(
-        diagonal > 0, _RIDGE * mean, torch.where(mean > 0, mean, 1)
-    )  # a zero row is a plane without effect
-    return torch.linalg.solve(systems + torch.diag_embed(ridge), rhs)
+    """Solve many small symmetric positive semidefinite systems [..., K, K] x = [..., K]; all-zero systems give 0.
+
+    By Gauss-Jordan elimination, each step for all systems at once; the ridge makes pivots positive, so none is exchanged.
+    """
+    rows = torch.cat([systems, rhs[..., None]], -1)
+    _add_ridge(rows.diagonal(dim1=-2, dim2=-1))
+    for k in range(rhs.shape[-1]):
+        pivot = rows[..., k, :] / rows[..., k, k : k + 1]
+        rows = torch.addcmul(rows, rows[..., k : k + 1], pivot[..., None, :], value=-1)
+        rows[..., k, :] = pivot
+    return rows[..., -1]
+
+
+def _solve_whole(system: Tensor, rhs: Tensor) -> Tensor:
+    """Solve one large symmetric positive semidefinite system [K, K] x = [K], which gets a ridge; an all-zero one gives 0."""
+    _add_ridge(system.diagonal())
+    L, failed = torch.linalg.cholesky_ex(system)
+    if failed:  # by rounding
+        return torch.linalg.solve(system, rhs)
+    return torch.cholesky_solve(rhs[:, None], L)[:, 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -117,21 +117,71 @@ def damp(H: Tensor, damping: float) -> Tensor:
     return H + damping * mean * torch.eye(H.shape[0], device=H.device, dtype=H.dtype)
 
 
-def inverse(H: Tensor) -> Tensor:
-    """Invert a damped second-moment matrix through its Cholesky factor; float64 where that of float32 does not exist."""
-    L, failed = torch.linalg.cholesky_ex(H)
-    if failed:
-        L = torch.linalg.cholesky(H.double())
-    return torch.cholesky_inverse(L).to(H.dtype)
-
-
 def feedback_factor(H: Tensor) -> Tensor:
     """Return the upper triangular U with `H⁻¹ = UᵀU`, contiguous, whose rows say how an error spreads to later columns.
 
+    With rows and columns in reverse, `H = L Lᵀ`: then U is the inverse of L, in reverse; in float64 where L does not exist in
+    float32.
+
+    Args:
+        H: [in_features, in_features] float32, damped.
+
     Source: GPTQ (arXiv 2210.17323), step 3.
     """
-    H_inv = inverse(H)
-    U, failed = torch.linalg.cholesky_ex(H_inv, upper=True)
+    L, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
     if failed:
-        U = torch.linalg.cholesky(inverse(H.double()), upper=True).to(H.dtype)
-    return U.contiguous()  # LAPACK leaves it by columns, and the sweep reads it by rows
+        L = torch.linalg.cholesky(H.flip(0, 1).double())
+    U = torch.eye(len(L), dtype=L.dtype, device=L.device)
+    U = torch.linalg.solve_triangular(L, U, upper=False)
+    return U.flip(0, 1).triu_().to(H.dtype)
+
+
+def inverse_diagonal(U: Tensor) -> Tensor:
+    """Return `[H⁻¹]_jj` [in_features] from the feedback factor of H."""
+    return torch.linalg.vector_norm(U, dim=0).square()
+
+
+def own_variance(H: Tensor, damping: float) -> Tensor:
+    """Return `1 / [(H + λI)⁻¹]_jj` [in_features], the variance of each feature that the others do not explain.
+
+    Args:
+        damping: λ as a share of the mean diagonal of H.
+    """
+    return 1 / inverse_diagonal(feedback_factor(damp(H, damping)))
+
+
+class InputFactors:
+    """What the fits of all Linears with one input need of its second moments; each is computed once, when it is first read.
+
+    Args:
+        moments: of the input; None if no token came.
+        in_features: width of the input.
+        device: where to compute.
+        balance: how modalities are mixed, as in `mix`.
+        damping: λ as a share of the mean diagonal.
+    """
+
+    def __init__(
+        self, moments: SecondMoments | None, in_features: int, device: torch.device, balance: str, damping: float
+    ):
+        self.moments, self._balance, self._damping = moments, balance, damping
+        self._in_features, self._device = in_features, device
+
+    @cached_property
+    def mixed(self) -> Tensor:
+        """The modalities' second moments [in_features, in_features], mixed and damped."""
+        return damp(mix(self.moments, self._in_features, self._device, self._balance), self._damping)
+
+    @cached_property
+    def feedback(self) -> Tensor:
+        """The feedback factor U [in_features, in_features] of the mixed matrix."""
+        return feedback_factor(self.mixed)
+
+    @cached_property
+    def variances(self) -> dict[int, Tensor]:
+        """Modality → `own_variance` [in_features] of its second moments."""
+        if self.moments is None:
+            return {}
+        if len(self.moments.counts) == 1:  # the mixed matrix is that of the modality
+            return {m: 1 / inverse_diagonal(self.feedback) for m in self.moments.counts}
+        return {m: own_variance(H, self._damping) for m, H in self.moments.matrices().items()}

@@ -36,7 +36,8 @@ class Scales(NamedTuple):
 
 def sign_combinations(K: int, device: torch.device) -> Tensor:
     """Return all sign vectors [2^K, K], all-positive first."""
-    return 1.0 - 2.0 * torch.cartesian_prod(*[torch.tensor([0.0, 1.0], device=device)] * K).reshape(-1, K)
+    places = torch.arange(K - 1, -1, -1, device=device)
+    return 1.0 - 2.0 * (torch.arange(2**K, device=device)[:, None] >> places & 1).float()
 
 
 def nearest_choice(W: Tensor, r: Tensor, c: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..calibration import MODALITY_NAMES
 from ..config import SABQuantizationConfig
 from ..planes import SignPlanes
 from .fit import fit_planes, fit_planes_elementwise
-from .hessian import SecondMoments, damp, mix
+from .hessian import InputFactors, inverse_diagonal
 from .sensitivity import LinearSensitivity
 from .significance import significance_map, significant_columns
 
@@ -44,7 +44,7 @@ class FitRecord:
 def fit_linear(
     name: str,
     linear: nn.Linear,
-    moments: SecondMoments | None,
+    factors: InputFactors,
     sensitivity: LinearSensitivity | None,
     sizes: list[int],
     config: SABQuantizationConfig,
@@ -54,34 +54,32 @@ def fit_linear(
     Args:
         name: name of the Linear, for the record.
         linear: the Linear with its dense weight.
-        moments: second moments of its inputs; None if no token reached it.
+        factors: of the second moments of its inputs; Linears with the same inputs share them.
         sensitivity: sensitivity of the loss to it; None where it was not measured.
         sizes: [full planes, significant columns].
         config: the method's numbers.
     """
     start = time.perf_counter()
     W = linear.weight.detach().float()
-    matrices = moments.matrices() if moments else {}
-    gradient = None
+    moments, gradient = factors.moments, None
     if sensitivity and config.significance == "gradient":
         gradient = {m: g.to(W.device) for m, g in sensitivity.gradient.items()}
     significance = significance_map(
         W,
-        matrices,
+        factors.variances,
         gradient=gradient,
-        damping=config.damping,
         salient_top_p=config.salient_top_p,
         diff_quantile=config.diff_quantile,
         sparsity_threshold=config.sparsity_threshold,
     )
-    H = damp(mix(moments, W.shape[1], W.device, config.modality_balance), config.damping)
-    row_weight = None
+    H, U, row_weight = factors.mixed, factors.feedback, None
     if config.significance != "none":
         Lambda = significance.column_weight
-        H = Lambda[:, None] * H * Lambda
+        H, U = Lambda[:, None] * H * Lambda, U / Lambda  # still the feedback factor of H
     if gradient:
         row_weight = significance.row_weight * torch.stack([_relative(g) for g in gradient.values()]).mean(0)
-    columns = significant_columns(W if row_weight is None else W * row_weight.sqrt()[:, None], H, sizes[1])
+    weighted = W if row_weight is None else W * row_weight.sqrt()[:, None]
+    columns = significant_columns(weighted, 1 / inverse_diagonal(U), sizes[1])
     if config.fit == "elementwise":
         v = torch.ones_like(W) if config.significance == "none" else significance.Lambda.square()
         fit = fit_planes_elementwise(
@@ -97,13 +95,14 @@ def fit_linear(
             unit_columns=config.portable is not None,
             alternations=config.alternations,
             block_size=config.block_size,
+            U=U,
         )
     return fit.planes, FitRecord(
         name,
         fit.error,
         {MODALITY_NAMES[m]: count for m, count in moments.counts.items()} if moments else {},
-        significance.unimodal_share,
-        _column_share(W, sensitivity, columns),
+        float(significance.unimodal_share),
+        _column_share(W, sensitivity, columns) if sizes[1] else {},
         time.perf_counter() - start,
     )
 
@@ -111,13 +110,13 @@ def fit_linear(
 def _relative(gradient: Tensor) -> Tensor:
     """Return a gradient divided by its mean; one that is zero everywhere tells nothing, and counts as even."""
     mean = gradient.mean()
-    return gradient / mean if mean > 0 else torch.ones_like(gradient)
+    return torch.where(mean > 0, gradient / mean, 1)
 
 
 def _column_share(W: Tensor, sensitivity: LinearSensitivity | None, columns: Tensor) -> dict[str, float]:
     """Return, by modality name, its share of the loss at stake in the significant columns."""
-    if sensitivity is None or not columns.any():
+    scores = sensitivity.column_scores(W) if sensitivity else {}
+    if not scores:
         return {}
-    scores = {MODALITY_NAMES[m]: float(s[columns].sum()) for m, s in sensitivity.column_scores(W).items()}
-    total = sum(scores.values())
-    return {name: score / total for name, score in scores.items()} if total else {}
+    sums = torch.stack([s[columns].sum() for s in scores.values()]).tolist()
+    return {MODALITY_NAMES[m]: s / sum(sums) for m, s in zip(scores, sums, strict=True)} if sum(sums) else {}

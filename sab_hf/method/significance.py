@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .hessian import damp, inverse
-
 
 class SignificanceMap(NamedTuple):
     """The map of one weight matrix.
@@ -18,14 +16,14 @@ class SignificanceMap(NamedTuple):
         rho: [out_features, in_features] spatial significance, the Hoyer sparsity across modalities; 1 where a single
             modality uses the weight, 0 where all use it alike.
         unimodal, crossmodal: [out_features, in_features] bool, the partition of the significant weights.
-        unimodal_share: r, the share of the total saliency that lies in unimodal weights.
+        unimodal_share: r, the share of the total saliency that lies in unimodal weights; a number on the device of the rest.
         Lambda: [out_features, in_features] weight of each entry in the objective `‖Λ ⊙ (W − Ŵ)‖²`; its mean is 1.
     """
 
     rho: Tensor
     unimodal: Tensor
     crossmodal: Tensor
-    unimodal_share: float
+    unimodal_share: Tensor
     Lambda: Tensor
 
     @property
@@ -45,10 +43,9 @@ LEAST_WEIGHT = 0.05
 
 def significance_map(
     W: Tensor,
-    H: dict[int, Tensor],
+    variances: dict[int, Tensor],
     *,
     gradient: dict[int, Tensor] | None = None,
-    damping: float,
     salient_top_p: float,
     diff_quantile: float,
     sparsity_threshold: float,
@@ -57,20 +54,21 @@ def significance_map(
 
     Args:
         W: [out_features, in_features] float32.
-        H: second moments [in_features, in_features] by modality. With fewer than two modalities there is nothing to
-            separate: ρ is 0 and Λ is 1 everywhere.
+        variances: `own_variance` [in_features] of the inputs, by modality. With fewer than two modalities
+            there is nothing to separate: ρ is 0 and Λ is 1 everywhere, and no weight counts as significant.
         gradient: g_m [out_features] by modality, the mean squared gradient of the loss at each output feature; then
             `S_m[i,j] *= g_m[i]`, and ρ and Λ vary over rows too. None: the paper's S, whose ρ and Λ are constant down a column.
-        damping: λ as a share of the mean diagonal of each H.
         salient_top_p, diff_quantile, sparsity_threshold: see `SABQuantizationConfig`.
 
     Source: SAB-LVLM, spatial significance map and modality-guided integration (method §3). Deviation: S is normalized
     by its mean before ρ, and ‖s‖₂ = 0 gives ρ = 0, where the published code adds an absolute epsilon; Λ has mean 1 and
     a floor.
     """
-    known = [m for m in H if gradient is None or m in gradient]
-    S = [saliency(W, H[m], damping, None if gradient is None else gradient[m]) for m in known]
-    S = torch.stack(S) if S else W.new_zeros(1, *W.shape)
+    known = [m for m in variances if gradient is None or m in gradient]
+    if len(known) < 2:
+        none = torch.zeros_like(W, dtype=torch.bool)
+        return SignificanceMap(torch.zeros_like(W), none, none, W.new_zeros(()), torch.ones_like(W))
+    S = torch.stack([saliency(W, variances[m], None if gradient is None else gradient[m]) for m in known])
     rho = hoyer_sparsity(S)
     top = max(1, round(salient_top_p * W.numel()))
     significant = torch.stack([S_m >= _smallest(S_m, W.numel() - top + 1) for S_m in S]).any(0)
@@ -78,11 +76,16 @@ def significance_map(
     threshold = _smallest(spread, max(1, math.ceil(diff_quantile * W.numel())))
     unimodal = significant & (spread >= threshold) & (rho >= sparsity_threshold)
     total = S.sum(0)
-    share = float(total[unimodal].sum() / total.sum()) if total.any() else 0.0
+    share = (total * unimodal).sum() / _or_one(total.sum())
     Lambda = share * rho + (1 - share) * (1 - rho)
     mean = Lambda.mean()
-    Lambda = (Lambda / mean).clamp_min(LEAST_WEIGHT) if mean > 0 else torch.ones_like(W)
+    Lambda = torch.where(mean > 0, (Lambda / _or_one(mean)).clamp_min(LEAST_WEIGHT), 1)
     return SignificanceMap(rho, unimodal, significant & ~unimodal, share, Lambda / Lambda.mean())
+
+
+def _or_one(value: Tensor) -> Tensor:
+    """Return what to divide by: a value, or 1 where it is 0. A GPU is not waited for."""
+    return torch.where(value > 0, value, 1)
 
 
 def _smallest(values: Tensor, k: int) -> Tensor:
@@ -92,18 +95,18 @@ def _smallest(values: Tensor, k: int) -> Tensor:
     return values.flatten().kthvalue(k).values
 
 
-def saliency(W: Tensor, H: Tensor, damping: float, gradient: Tensor | None = None) -> Tensor:
+def saliency(W: Tensor, variance: Tensor, gradient: Tensor | None = None) -> Tensor:
     """Return `S[i,j] = g[i] W[i,j]² / [(H + λI)⁻¹]_jj`, divided by its mean; [out_features, in_features].
 
     Args:
+        variance: `1 / [(H + λI)⁻¹]_jj` [in_features].
         gradient: g [out_features]; None for 1.
 
     Source: Optimal Brain Surgeon's saliency, as SAB-LVLM uses it. Deviation: the factor g, where it is given.
     """
-    S = W.square() / inverse(damp(H, damping)).diagonal()
+    S = W.square() * variance
     S = S if gradient is None else S * gradient[:, None]
-    mean = S.mean()
-    return S / mean if mean > 0 else S
+    return S / _or_one(S.mean())
 
 
 def hoyer_sparsity(S: Tensor) -> Tensor:
@@ -124,12 +127,12 @@ def hoyer_sparsity(S: Tensor) -> Tensor:
     return torch.where(peak > 0, (math.sqrt(z) - ratio) / (math.sqrt(z) - 1), 0).clamp(0, 1)
 
 
-def significant_columns(W: Tensor, H: Tensor, num_columns: int) -> Tensor:
+def significant_columns(W: Tensor, variance: Tensor, num_columns: int) -> Tensor:
     """Mark the columns that get a residual plane: the most sensitive ones under H, `‖W[:, j]‖² / [H⁻¹]_jj`.
 
     Args:
         W: [out_features, in_features] float32.
-        H: [in_features, in_features] damped second moments, Λ folded in.
+        variance: [in_features], `1 / [H⁻¹]_jj` for H the damped second moments, Λ folded in.
         num_columns: how many, k.
     Returns:
         [in_features] bool with k entries set.
@@ -137,6 +140,6 @@ def significant_columns(W: Tensor, H: Tensor, num_columns: int) -> Tensor:
     mask = torch.zeros(W.shape[1], dtype=torch.bool, device=W.device)
     if num_columns == 0:
         return mask
-    score = W.square().sum(0) / inverse(H).diagonal()
+    score = W.square().sum(0) * variance
     mask[score.argsort(descending=True, stable=True)[:num_columns]] = True
     return mask

@@ -17,7 +17,7 @@ from ..calibration import PADDING, CalibrationBatch
 from ..machine import distributed
 from ..machine.placement import check_finite
 from ..machine.weights import apart
-from ..method.hessian import SecondMoments, damp, inverse
+from ..method.hessian import SecondMoments, own_variance
 from ..method.sensitivity import LinearSensitivity, Sensitivity, UnmeasurableError
 from .capture import BlockInputs, observing
 from .routing import RowLabels
@@ -131,7 +131,7 @@ def _forward(
 
 
 def _variance(moment: SecondMoments, damping: float) -> Variance:
-    by_modality = {m: (1 / inverse(damp(H, damping)).diagonal()).cpu() for m, H in moment.matrices().items()}
+    by_modality = {m: own_variance(H, damping).cpu() for m, H in moment.matrices().items()}
     return by_modality, dict(moment.counts)
 
 

@@ -31,6 +31,7 @@ from baselines import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sab_hf.method.hessian import own_variance
 from sab_hf.method.significance import significance_map
 
 
@@ -397,8 +398,10 @@ def test_methods_use_the_mean_of_both_moments(name):
 def test_sab_weights_the_fit_by_its_squared_map():
     W, moments = problem(6, 60)
     moments = unlike(moments)
-    settings = {"damping": 0.01, "salient_top_p": 0.05, "diff_quantile": 0.5, "sparsity_threshold": 0.005}
-    Lambda = significance_map(W, {0: moments.text, 1: moments.visual}, **settings).Lambda
+    settings = {"salient_top_p": 0.05, "diff_quantile": 0.5, "sparsity_threshold": 0.005}
+    Lambda = significance_map(
+        W, {m: own_variance(H, 0.01) for m, H in enumerate((moments.text, moments.visual))}, **settings
+    ).Lambda
     assert Lambda.std() > 0.1
     expected = one_block(W, moments.text, ARB_RC_CGB, Lambda**2)
     torch.testing.assert_close(sab_as_published(W, moments).weight, expected)

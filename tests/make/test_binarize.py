@@ -8,6 +8,9 @@ from helpers import build_llama, build_llava
 from torch import nn
 
 from sab_hf import SABLinear, quantize
+from sab_hf.make.binarize import _by_input
+from sab_hf.method import hessian
+from sab_hf.method.hessian import SecondMoments
 
 TEXT = [{"input_ids": torch.arange(40).reshape(2, 20) + 40 * i} for i in range(3)]
 
@@ -127,3 +130,31 @@ def test_inputs_may_be_given_by_name(make_config):
 def test_sensitivity_is_measured_where_something_uses_it(model, make_config, processor):
     config = make_config(significance="none", budget="uniform", refine_loss="gradient", refine_steps=0)
     assert not quantize(model, processor, None, config).measured
+
+
+def test_linears_with_one_input_share_its_factors(make_config, monkeypatch):
+    """Query, key and value, the output, gate and up, and down: four factorizations for seven Linears, and none elsewhere."""
+    model, made, plain = build_llama(), [], hessian.feedback_factor
+
+    def counted(H):
+        made.append(H.shape)
+        return plain(H)
+
+    monkeypatch.setattr(hessian, "feedback_factor", counted)
+    monkeypatch.setattr("sab_hf.method.fit.feedback_factor", None)
+    config = make_config(refine_steps=0, significance="paper", budget="uniform")  # nothing of these measures gradients
+    record = quantize(model, None, TEXT, config)
+    layers = model.model.layers
+    assert [fit.name for fit in record.fits] == [name for name, _ in packed_linears(model)]
+    assert len(record.fits) == 7 * len(layers)
+    assert len(made) == 4 * len(layers)
+
+
+def packed_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SABLinear)]
+
+
+def test_linears_are_fitted_by_input_wherever_they_stand():
+    a, b = SecondMoments(4, torch.device("cpu")), SecondMoments(4, torch.device("cpu"))
+    linears = {name: nn.Linear(4, 4) for name in "uvwxyz"}
+    assert _by_input(linears, {"u": a, "v": b, "w": a, "y": b}) == ["u", "w", "v", "y", "x", "z"]

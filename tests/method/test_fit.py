@@ -1,12 +1,15 @@
 """The alternating fit: every exact step against `lstsq`, the sweep and the closed forms against plain loops."""
 
 import itertools
+from collections import Counter
 from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sab_hf.method import fit
 from sab_hf.method.fit import (
@@ -535,3 +538,67 @@ def test_row_scales_alone_are_the_least_squares_ones():
     B = planes.signs[0].float() * 2 - 1
     wanted = ((B @ H) * W).sum(1) / ((B @ H) * B).sum(1)
     torch.testing.assert_close(planes.row_scale[0], wanted, rtol=1e-3, atol=1e-5)
+
+
+# What a round takes
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations by name: those that wait for the device, and those that factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("residual", [0, 8])
+@pytest.mark.parametrize("K", [1, 2])
+def test_refit_multiplies_and_waits_as_little_as_it_can(K, residual):
+    """Two products with H for each plane, of a residual plane its own columns; one system; one look at its factorization."""
+    n, m, planes, width = 30, 64, K + bool(residual), 64 * K + residual
+    W, H = problem(n, m, 1)
+    state = initial_state(W, K, mask_of(m, *range(residual)))
+    assert [B.shape[1] for B in (state.B[0][:, at] for at in state.covered)] == [m] * K + [residual] * bool(residual)
+    w, WH = torch.rand(n) + 0.5, W @ H
+    with FlopCounterMode(display=False) as flops, Watch() as watch:
+        error = fit.refit_scales(W, H, state, w, WH)
+    with_H, system, rows = 2 * n * m * width, n * width**2, 2 * n * planes**2 * m
+    assert flops.get_total_flops() == pytest.approx(2 * (with_H + system + rows), rel=0.02)
+    assert watch.count["_local_scalar_dense"] == 1
+    assert watch.count["linalg_cholesky_ex"] == 1
+    assert not watch.count.keys() & {"nonzero", "linalg_lu_factor_ex", "_linalg_solve_ex"}
+    E = (W - state.dense()).double()
+    assert float(error) == pytest.approx(float(w.double() @ ((E @ H.double()) * E).sum(1)), rel=1e-4)
+
+
+def test_known_feedback_factor_is_not_made_again(monkeypatch):
+    W, H = problem(10, 17, 8)
+    expected, U = fit_planes(W, H, 1), feedback_factor(H)
+    monkeypatch.setattr(fit, "feedback_factor", None)
+    result = fit_planes(W, H, 1, U=U)
+    assert result.error == expected.error
+    assert torch.equal(result.planes.signs, expected.planes.signs)
+
+
+@pytest.mark.parametrize("K", [1, 2, 5, 9])
+def test_small_systems_are_solved_with_a_ridge(K):
+    A = torch.randn(20, K, 2 * K, generator=torch.Generator().manual_seed(K), dtype=torch.float64)
+    systems, rhs = A @ A.mT, torch.randn(20, K, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    systems[0], rhs[0] = 0, 0
+    systems[1, -1], systems[1, :, -1], rhs[1, -1] = 0, 0, 0  # a plane without effect on a row
+    solution = fit._solve(systems.clone(), rhs.clone())
+    assert not solution[0].any()
+    assert solution[1, -1] == 0
+    ridge = 1e-6 * systems.diagonal(dim1=1, dim2=2).mean(1)
+    damped = systems + ridge[:, None, None] * torch.eye(K)
+    torch.testing.assert_close(solution[2:], torch.linalg.solve(damped[2:], rhs[2:]), rtol=1e-6, atol=1e-9)
+
+
+def test_large_system_that_rounding_made_indefinite_is_solved():
+    system, rhs = torch.tensor([[1.0, 1.01], [1.01, 1.0]]), torch.tensor([1.0, -2.0])
+    expected = torch.linalg.solve(system + 1e-6 * torch.eye(2), rhs)
+    torch.testing.assert_close(fit._solve_whole(system, rhs), expected)

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sab_hf.method.hessian import own_variance
 from sab_hf.method.significance import LEAST_WEIGHT, hoyer_sparsity, saliency, significance_map, significant_columns
 
 TEXT, VISUAL = 0, 1
-PAPER = {"damping": 0.01, "salient_top_p": 0.05, "diff_quantile": 0.5, "sparsity_threshold": 0.005}
+PAPER = {"salient_top_p": 0.05, "diff_quantile": 0.5, "sparsity_threshold": 0.005}
 
 
 def problem(n: int, m: int, z: int = 2, seed: int = 0) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
@@ -23,6 +24,11 @@ def problem(n: int, m: int, z: int = 2, seed: int = 0) -> tuple[torch.Tensor, di
         X = torch.randn(4 * m, m, generator=generator) * torch.randn(m, generator=generator).mul(1.5).exp()
         H[kind] = X.T @ X / len(X)
     return W, H
+
+
+def variances(H: dict[int, torch.Tensor], damping: float = 0.01) -> dict[int, torch.Tensor]:
+    """What the map reads of second moments."""
+    return {kind: own_variance(matrix, damping) for kind, matrix in H.items()}
 
 
 @pytest.mark.parametrize(
@@ -57,8 +63,9 @@ def test_saliency_equals_the_formula():
     inverse = torch.linalg.inv(damped)
     S = [[float(W[i, j]) ** 2 / float(inverse[j, j]) for j in range(6)] for i in range(4)]
     mean = sum(map(sum, S)) / 24
-    torch.testing.assert_close(saliency(W, H, 0.01), torch.tensor(S) / mean, rtol=1e-4, atol=1e-6)
-    assert not saliency(torch.zeros(4, 6), H, 0.01).any()
+    variance = own_variance(H, 0.01)
+    torch.testing.assert_close(saliency(W, variance), torch.tensor(S) / mean, rtol=1e-4, atol=1e-6)
+    assert not saliency(torch.zeros(4, 6), variance).any()
 
 
 def map_in_loops(S: list[torch.Tensor], top_p: float, quantile: float, threshold: float):
@@ -90,8 +97,8 @@ def map_in_loops(S: list[torch.Tensor], top_p: float, quantile: float, threshold
 def test_map_equals_the_method_page(seed, numbers):
     W, H = problem(9, 13, seed=seed)
     names = ("salient_top_p", "diff_quantile", "sparsity_threshold")
-    result = significance_map(W, H, damping=0.01, **dict(zip(names, numbers, strict=True)))
-    S = [saliency(W, H[kind], 0.01) for kind in (TEXT, VISUAL)]
+    result = significance_map(W, variances(H), **dict(zip(names, numbers, strict=True)))
+    S = [saliency(W, variances(H)[kind]) for kind in (TEXT, VISUAL)]
     rho, unimodal, crossmodal, share, Lambda = map_in_loops(S, *numbers)
     assert unimodal
     assert crossmodal or numbers[1] < 0.9
@@ -106,7 +113,7 @@ def test_map_equals_the_method_page(seed, numbers):
 @pytest.mark.parametrize("z", [2, 3])
 def test_map_of_the_paper_s_form_is_constant_down_each_column(z):
     W, H = problem(7, 11, z)
-    result = significance_map(W, H, **PAPER)
+    result = significance_map(W, variances(H), **PAPER)
     for matrix in (result.rho, result.Lambda):
         torch.testing.assert_close(matrix, matrix[:1].expand(7, -1), rtol=1e-3, atol=1e-4)
         assert matrix[0].std() > 0.05
@@ -120,7 +127,7 @@ def test_lambda_has_mean_one_and_no_zero(seed):
     W, _ = problem(8, 12, seed=seed)
     half = (torch.arange(12) < 6).float()
     H = {TEXT: torch.diag(1e-6 + half), VISUAL: torch.diag(torch.ones(12))}
-    Lambda = significance_map(W, H, **PAPER | {"damping": 1e-6, "sparsity_threshold": 1.0}).Lambda
+    Lambda = significance_map(W, variances(H, 1e-6), **PAPER | {"sparsity_threshold": 1.0}).Lambda
     assert float(Lambda.mean()) == pytest.approx(1, abs=1e-5)
     # the floor is set before the mean is made 1 again, which takes up to LEAST_WEIGHT of it
     assert float(Lambda.min()) == pytest.approx(LEAST_WEIGHT / (1 + LEAST_WEIGHT / 2), rel=0.01)
@@ -134,15 +141,16 @@ def test_lambda_has_mean_one_and_no_zero(seed):
 )
 def test_map_of_a_single_modality_is_one(kinds, numbers):
     W, H = problem(6, 10)
-    result = significance_map(W, {kind: H[kind] for kind in kinds}, **PAPER | numbers)
+    result = significance_map(W, variances({kind: H[kind] for kind in kinds}), **PAPER | numbers)
     assert not result.rho.any()
+    assert result.unimodal_share == 0
     torch.testing.assert_close(result.Lambda, torch.ones(6, 10))
     torch.testing.assert_close(result.column_weight, torch.ones(10))
 
 
 def test_map_of_modalities_that_are_alike_is_one():
     W, H = problem(6, 10)
-    result = significance_map(W, {TEXT: H[TEXT], VISUAL: 5 * H[TEXT]}, **PAPER)
+    result = significance_map(W, variances({TEXT: H[TEXT], VISUAL: 5 * H[TEXT]}), **PAPER)
     assert not result.unimodal.any()
     torch.testing.assert_close(result.rho, torch.zeros(6, 10), atol=1e-5, rtol=0)
     torch.testing.assert_close(result.Lambda, torch.ones(6, 10), atol=1e-5, rtol=0)
@@ -158,7 +166,7 @@ def test_map_survives_what_is_dead(dead):
     else:
         for kind in (TEXT, VISUAL) if dead == "inputs" else (TEXT,):
             H[kind].zero_()
-    result = significance_map(W, H, **PAPER)
+    result = significance_map(W, variances(H), **PAPER)
     assert result.rho.isfinite().all()
     assert not result.rho[W == 0].any()
     assert (result.Lambda > 0).all()
@@ -167,10 +175,10 @@ def test_map_survives_what_is_dead(dead):
 
 def test_map_does_not_depend_on_the_size_of_weights_and_inputs():
     W, H = problem(6, 10)
-    expected = significance_map(W, H, **PAPER)
+    expected = significance_map(W, variances(H), **PAPER)
     for result in (
-        significance_map(W * 1e-6, H, **PAPER),
-        significance_map(W, {TEXT: H[TEXT] * 1e-6, VISUAL: H[VISUAL] * 1e6}, **PAPER),
+        significance_map(W * 1e-6, variances(H), **PAPER),
+        significance_map(W, variances({TEXT: H[TEXT] * 1e-6, VISUAL: H[VISUAL] * 1e6}), **PAPER),
     ):
         torch.testing.assert_close(result.Lambda, expected.Lambda, rtol=1e-3, atol=1e-3)
         assert torch.equal(result.unimodal, expected.unimodal)
@@ -183,7 +191,7 @@ def test_significant_columns_of_a_diagonal_hessian(k):
     h = torch.tensor([9.0, 1, 1, 20, 2, 0.5, 50, 0.1, 3])
     score = [float(W[j, j]) ** 2 * float(h[j]) for j in range(9)]  # 81 1 16 20 50 40.5 200 3.6 75
     expected = set(sorted(range(9), key=lambda j: -score[j])[:k])
-    mask = significant_columns(W, torch.diag(h), k)
+    mask = significant_columns(W, h, k)
     assert mask.dtype == torch.bool
     assert set(mask.nonzero().flatten().tolist()) == expected
     assert k != 4 or expected == {6, 0, 8, 4}
@@ -205,4 +213,4 @@ def test_significant_columns_of_a_correlated_hessian():
         )
     )
     assert best != by_size
-    assert set(significant_columns(W, H, 5).nonzero().flatten().tolist()) == best
+    assert set(significant_columns(W, own_variance(H, 0.0), 5).nonzero().flatten().tolist()) == best
