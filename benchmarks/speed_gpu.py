@@ -91,7 +91,7 @@ def joined_us(shapes: list[tuple[int, int]], num_planes: int, part: float, batch
 
 
 def one_launch_us(shapes: list[tuple[int, int]], num_planes: int, part: float, batch: int) -> float:
-    """Return microseconds of the same products by the fused kernel in one launch, which no rule chooses yet."""
+    """Return microseconds of the same products by the fused kernel in one launch, whether a rule chooses it or not."""
     from sab_hf.kernels.cuda.launch import fused_products
     from sab_hf.kernels.cuda.planes import planes
 

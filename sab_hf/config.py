@@ -84,7 +84,8 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         max_length: most tokens of a sample; longer samples are dropped and counted, never truncated.
         batch_size: calibration samples per forward pass; 1 needs least memory and no padding.
         written_samples: samples that the model writes itself, continuing the given ones, beside them for distillation; 0: none.
-            With a few hundred given samples they help; in place of given ones they do not.
+            With a few hundred given samples they help; in place of given ones they do not. None: 2,048 after the built-in samples
+            on an accelerator, else none.
         allow_text_only: permit a calibration set without image tokens for a model that takes images.
         allow_urls: fetch files that calibration samples name by http(s) URL: each at most 64 MiB (video and audio 1 GiB) and
             60 s, from public addresses alone. False: such a sample is an error, since a data set may come from elsewhere.
@@ -174,7 +175,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
     seed: int = 0
     max_length: int = 2048
     batch_size: int = 8
-    written_samples: int = 0
+    written_samples: int | None = None
     allow_text_only: bool = False
     allow_urls: bool = False
     rest_bits: int = DENSE
@@ -243,13 +244,13 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         if self.bits is not None:
             _check_number(self, "bits", 0, MAX_PLANES + 1, open_low=True)
         check_seed(self.seed)
-        for name, low in (("num_samples", 1), ("max_length", 1), ("batch_size", 1), ("written_samples", 0)):
-            _check_integer(self, name, low)
+        for name in ("num_samples", "max_length", "batch_size"):
+            _check_integer(self, name, 1)
         if self.image_tokens is not None:
             _check_integer(self, "image_tokens", 1)
         _check_integer(self, "alternations", 1)
         _check_integer(self, "block_size", 1)
-        for name in ("refine_steps", "distil_steps"):
+        for name in ("refine_steps", "distil_steps", "written_samples"):
             if getattr(self, name) is not None:
                 _check_integer(self, name, 0)
         for name in ("refine_batch", "distil_batch"):

@@ -130,7 +130,7 @@ def from_few_samples(model: nn.Module, processor: Any, config: SABQuantizationCo
     Those are of the local data that the config names, else of the built-in set.
     """
     from .calibration import CalibrationSet, prepare_calibration
-    from .calibration.origins import BUILTIN
+    from .calibration.origins import BUILTIN, is_builtin
     from .machine.placement import compute_device
     from .make.settings import image_tokens
 
@@ -163,7 +163,7 @@ def from_few_samples(model: nn.Module, processor: Any, config: SABQuantizationCo
             break
         taken.append(batch)
         count += len(batch.modality)
-    return CalibrationSet(taken, count, 0, tokens or _modalities(taken)), how
+    return CalibrationSet(taken, count, 0, tokens or _modalities(taken), is_builtin(config.calibration)), how
 
 
 def _assumed(model: nn.Module, config: SABQuantizationConfig, image_tokens: int) -> list[Any]:

@@ -37,7 +37,7 @@ _WITH_OPTIONS = (
     "seed",
 )
 DEFAULTS = """other fields, by --set FIELD=VALUE, and their defaults:
-  portable=null max_length=2048 batch_size=8 written_samples=0 allow_text_only=false allow_urls=false vision_bits=null
+  portable=null max_length=2048 batch_size=8 written_samples=null allow_text_only=false allow_urls=false vision_bits=null
   projector_bits=null embedding_bits=null head_bits=null modules_to_not_convert=null allow_low_coverage=false
   language_blocks=null fit="hessian" modality_balance="equal" significance="gradient" budget="sensitivity"
   sensitivity_samples=64 alternations=15 damping=0.01 block_size=128 salient_top_p=0.05 diff_quantile=0.5

@@ -25,7 +25,8 @@ from .workspace import Workspace
 QUICK, THOROUGH = 0.01, 0.15
 """Seconds for which each rate is measured: at first, and where the run will take more than a minute."""
 
-_MOST = 4096  # rows and columns of the product: larger ones have the same rate, and take long
+_MOST = 4096  # rows and columns of the matrix: larger ones have the same rate, and take long
+_TOKENS = {"cpu": 1024, "cuda": 8192}  # that are multiplied: a GPU must have more to do than launches take
 _ELEMENTS = 1 << 20  # of an elementwise operation: 4 MiB, as a matrix of a small model
 
 
@@ -107,9 +108,10 @@ def _measured(
 
 
 def product_rate(device: torch.device, n: int, m: int, dtype: torch.dtype, seconds: float, threads: int) -> float:
-    """Return the operations in a second of a Linear [n, m] on 1,024 rows, measured for so many seconds."""
-    x, W = (torch.full(size, 0.5, dtype=dtype, device=device) for size in ((1024, m), (n, m)))
-    return 2.0 * 1024 * n * m / _seconds_of(lambda: x @ W.T, device, seconds, threads)
+    """Return the operations in a second of a Linear [n, m] on a batch of tokens, measured for so many seconds."""
+    tokens = _TOKENS[device.type]
+    x, W = (torch.full(size, 0.5, dtype=dtype, device=device) for size in ((tokens, m), (n, m)))
+    return 2.0 * tokens * n * m / _seconds_of(lambda: x @ W.T, device, seconds, threads)
 
 
 def _seconds_of(work: Callable[[], object], device: torch.device, seconds: float, threads: int) -> float:

@@ -79,7 +79,7 @@ def binarize(
     measure, bar = record.stages.measure, workspace.bar
     batches, given = list(plan.calibration.batches), len(plan.calibration.batches)
     plan = replace(plan, roles=in_running_order(model, plan.roles, batches, workspace))
-    if config.written_samples and plan.distil.steps:
+    if plan.distil.written:
         with measure("written samples"):
             batches += _write_samples(model, plan, config, workspace, steps)
     if plan.rest:
@@ -251,8 +251,12 @@ def _open_steps(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wor
     if config.checkpoint_dir is None or distributed.rank() > 0:
         return Steps(workspace, None)
     decided = {"device": workspace.device, "processes": distributed.size()}
-    decided |= {"refine_steps": plan.refine.steps, "distil_steps": plan.distil.steps}
-    return Steps(workspace, RunFolder(config.checkpoint_dir, fingerprint(model, batches, config, **decided)))
+    trained = {
+        "refine_steps": plan.refine.steps,
+        "distil_steps": plan.distil.steps,
+        "written_samples": plan.distil.written,
+    }
+    return Steps(workspace, RunFolder(config.checkpoint_dir, fingerprint(model, batches, config, **decided, **trained)))
 
 
 def _write_samples(
@@ -265,7 +269,7 @@ def _write_samples(
         if distributed.rank() == 0:
             with workspace.placement.visit_rest(()):
                 given, opened = plan.calibration.batches, OPENED_BUILTIN if plan.calibration.builtin else 0.0
-                written = write_samples(model, given, config.written_samples, config.seed, workspace.bar, opened)
+                written = write_samples(model, given, plan.distil.written, config.seed, workspace.bar, opened)
         contents = [{**batch.inputs, _MODALITY: batch.modality} for batch in written]
         tensors = {f"{i}|{key}": v for i, one in enumerate(contents) for key, v in one.items() if torch.is_tensor(v)}
         return tensors, {"others": [{k: v for k, v in one.items() if not torch.is_tensor(v)} for one in contents]}

@@ -31,16 +31,17 @@ Work = dict[str, float]
 ROUNDS = 8
 """Rounds of the alternating fit before one gains less than 0.1 %, with one or two planes; more take all that are allowed."""
 
-TRAINING_BYTES = {"cpu": 110.0, "cuda": 180.0}
+REFINE_BYTES, DISTIL_BYTES = {"cpu": 110.0, "cuda": 180.0}, 110.0
 """Bytes moved in a training step for each weight, as if by elementwise operations: levels, gradients, Adam, in kernels."""
 
 LOGIT_TRAFFIC = 60.0
 """Bytes moved for each logit of a loss and its gradient."""
 
-BLOCK_CALLS, REFINE_CALLS, DISTIL_CALLS = 60, {"cpu": 4000.0, "cuda": 300.0}, {"cpu": 4000.0, "cuda": 40.0}
+BLOCK_CALLS, REFINE_CALLS, DISTIL_CALLS = 60, {"cpu": 4000.0, "cuda": 300.0}, {"cpu": 4000.0, "cuda": 4.0}
 """Small operations of a block: of its forward pass, and of a training step forward, backward and in the optimizer.
 
-On a GPU a step of distillation is a few graphs: SmolLM2-135M took one H200 35 ms a step alone, 2026-11-29 (benchmarks/LOG.md).
+On a GPU a step of distillation is a few graphs: of SmolLM2-135M it takes one H200 20 ms alone, which is busy for 18 of them,
+2026-11-30 (benchmarks/LOG.md).
 """
 
 WRITING_CALLS = 200
@@ -49,6 +50,9 @@ WRITING_CALLS = 200
 
 COLUMN_CALLS = {"cpu": 13.0, "cuda": 0.1}
 """Small operations of the sign sweep for one column; a GPU has a kernel for many columns."""
+
+FIT_CALLS = {"cpu": 0.0, "cuda": 2600.0}
+"""Those of the fit of a Linear beside its sweeps, with what a GPU takes to solve small systems: 22 ms on an H200, 2026-11-30."""
 
 COLUMN_BYTES = {"cpu": 870.0, "cuda": 0.0}
 """Bytes that the sweep moves for one row in one column: of a block of 128 columns, half is read and written."""
@@ -80,9 +84,9 @@ EFFICIENCY: dict[str, dict[str, Efficiency]] = {
         "binarized outputs": Efficiency(1.50),
         "distillation": Efficiency(0.54),
     },
-    # Qwen2.5-VL-7B's and -72B's shapes on an H200, 2026-11-27 and 28; benchmarks/results/quantize_7b.json. Distillation: 0.645 s
-    # a step of 8 x 514 tokens at the 7B shape, blocks run twice, 2026-11-29, benchmarks/LOG.md; its compilation is a guess. The
-    # rest and written samples were not measured at such shapes.
+    # Qwen2.5-VL-7B's and -72B's shapes on an H200, 2026-11-27 and 28; benchmarks/results/quantize_7b.json. Distillation: 0.66 s
+    # a step of 8 x 514 tokens at the 7B shape, blocks run twice; SmolLM2-135M 20 ms a step and 17 s to compile. Fit: Linears of
+    # both shapes. 2026-11-30, benchmarks/LOG.md. The rest and written samples were not measured at such shapes.
     "cuda": {
         "written samples": Efficiency(0.2),
         "towers, embedding, head": Efficiency(0.5),
@@ -90,10 +94,10 @@ EFFICIENCY: dict[str, dict[str, Efficiency]] = {
         "capture": Efficiency(0.5, 8.5),
         "targets": Efficiency(0.75),
         "second moments": Efficiency(0.93),
-        "fit": Efficiency(1.3, 15.0),
+        "fit": Efficiency(2.3, 3.0),
         "refinement": Efficiency(0.59),
         "binarized outputs": Efficiency(0.3, 2.5),
-        "distillation": Efficiency(0.34, 20.0),
+        "distillation": Efficiency(0.53, 17.0),
     },
 }
 """By kind of device and stage."""
@@ -186,7 +190,7 @@ def count_work(
     logits = 2.0 * a.vocabulary * a.width  # of a token
     passes = a.batches * len(a.blocks) * BLOCK_CALLS
     towers = 2.0 * a.towers * a.patches
-    if a.written and distil.steps:
+    if a.written:
         rounds = math.ceil(a.written / most_at_once(device)) * a.length
         made = {"model": a.written * a.length * (through + logits), "bytes": rounds * a.bytes}
         count.add("written samples", **made, calls=rounds * len(a.blocks) * WRITING_CALLS)
@@ -216,8 +220,8 @@ def count_work(
     linears, rounds = [linear for block in a.blocks for linear in block], min(ROUNDS, c.alternations)
     count.add(
         "fit",
-        float32=sum(_fit_operations(n, m, K + bool(k), rounds) for n, m, K, k in linears),
-        calls=sum(rounds * m for _, m, _, _ in linears) * COLUMN_CALLS[device],
+        float32=sum(_fit_operations(n, m, K + k / m, rounds) for n, m, K, k in linears),
+        calls=sum(rounds * m * COLUMN_CALLS[device] + FIT_CALLS[device] for _, m, _, _ in linears),
         bytes=sum(rounds * n * m for n, m, _, _ in linears) * COLUMN_BYTES[device],
     )
     if refine.steps and refined:
@@ -227,7 +231,7 @@ def count_work(
             training=refined
             * through
             * (3 * refine.steps * tokens + 2 * a.tokens),  # the error of all, before and after
-            bytes=refined * refine.steps * a.weights * TRAINING_BYTES[device],
+            bytes=refined * refine.steps * a.weights * REFINE_BYTES[device],
             calls=refined * refine.steps * len(a.blocks) * REFINE_CALLS[device],
         )
     count.add("binarized outputs", model=through * a.tokens, calls=passes)
@@ -241,7 +245,7 @@ def count_work(
                 "distillation",
                 training=distil.steps * tokens * (share * 3 * through + counted * 4 * logits)
                 + (min(distil.steps, MEASUREMENTS) + 1) * a.held * (share * through + counted * 2 * logits),
-                bytes=distil.steps * (share * a.weights * TRAINING_BYTES[device] + text * a.vocabulary * LOGIT_TRAFFIC),
+                bytes=distil.steps * (share * a.weights * DISTIL_BYTES + text * a.vocabulary * LOGIT_TRAFFIC),
                 calls=distil.steps * size * DISTIL_CALLS[device],
             )
     return {stage: dict(work) for stage, work in count.work.items()}
@@ -269,8 +273,8 @@ def seconds_of(work: dict[str, Work], machine: Machine, dtype: torch.dtype, proc
     }
 
 
-def _fit_operations(n: int, m: int, terms: int, rounds: int) -> float:
-    """Return the operations of the alternating fit of an [n, m] matrix by `terms` planes."""
+def _fit_operations(n: int, m: int, terms: float, rounds: int) -> float:
+    """Return the operations of the alternating fit of an [n, m] matrix by `terms` planes, parts of planes for some columns."""
     unknowns = min(terms * m, MAX_SYSTEM)
     systems = math.ceil(terms * m / unknowns)
     scales = 4.0 * terms * n * m * m + 2.0 * n * m * m * (1 + terms * unknowns / m) + systems * unknowns**3 * 2 / 3

@@ -114,7 +114,7 @@ def plan_with(model: nn.Module, config: SABQuantizationConfig, calibrate: Callab
     with plain_torch():
         calibration = calibrate()
     device = compute_device(model, config.compute_device)
-    settings = RefineSettings.of(config, device), DistilSettings.of(config, device)
+    settings = RefineSettings.of(config, device), DistilSettings.of(config, device, calibration.builtin)
     return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered, *settings, folds)
 
 
@@ -125,7 +125,7 @@ def plan_with_weights(model: nn.Module, plan: Plan, config: SABQuantizationConfi
         ValueError: weights are not finite, or cannot be loaded from where they are.
     """
     device = compute_device(model, config.compute_device)
-    refine, distil = RefineSettings.of(config, device), DistilSettings.of(config, device)
+    refine, distil = RefineSettings.of(config, device), DistilSettings.of(config, device, plan.calibration.builtin)
     plan = replace(plan, rest=plan_rest(model, plan.roles, config), refine=refine, distil=distil)
     check_weights(model, plan.modules)
     check_rest(model, plan.rest)

@@ -681,7 +681,7 @@ def _amounts(
         text=text / data.tokens,
         modalities=data.modalities,
         measured=min(config.sensitivity_samples, data.samples) if measured else 0,
-        written=config.written_samples,
+        written=plan.distil.written,
         vocabulary=data.vocabulary,
         width=data.width,
         towers=sum(p.numel() for p in outside.values()),

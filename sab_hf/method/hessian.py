@@ -133,7 +133,7 @@ def feedback_factor(H: Tensor) -> Tensor:
         L = torch.linalg.cholesky(H.flip(0, 1).double())
     U = torch.eye(len(L), dtype=L.dtype, device=L.device)
     U = torch.linalg.solve_triangular(L, U, upper=False)
-    return U.flip(0, 1).triu_().to(H.dtype)
+    return U.flip(0, 1).triu_().to(H.dtype).contiguous()  # the solver leaves columns as rows
 
 
 def inverse_diagonal(U: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ def test_minutes_and_memory_are_those_of_the_runs():
         assert 0.7 < found.peak_device / 2**30 / run["peak_gpu_gib"] < 1.3, name
         long = {stage: s["seconds"] for stage, s in run["stages"].items() if s["seconds"] > 0.05 * run["seconds"]}
         for stage, seconds in long.items():
-            assert 0.7 < found.seconds[stage] / seconds < 1.3, f"{name}, {stage}"
+            if stage in known.FASTER_SINCE:
+                assert found.seconds[stage] < seconds, name
+            else:
+                assert 0.7 < found.seconds[stage] / seconds < 1.3, f"{name}, {stage}"
 
 
 def test_measured_runs_on_a_cpu_are_as_predicted():

@@ -208,6 +208,40 @@ def test_matrices_of_one_input_share_a_fused_launch(sizes, tiles, batch):
     hold_fused_products(sizes, batch, "cpu", FusedTiles(*tiles))
 
 
+@pytest.mark.parametrize(
+    ("batch", "planes", "rows", "residual_words", "joined"),
+    [
+        (8, 1, 4608, 12, False),
+        (16, 1, 4608, 12, True),
+        (256, 1, 4608, 12, True),
+        (257, 1, 4608, 12, False),
+        (64, 1, 37888, 12, False),
+        (128, 1, 37888, 12, True),
+        (128, 1, 4608, 0, False),
+        (128, 2, 4608, 12, False),
+    ],
+)
+def test_matrices_share_a_fused_launch_where_that_was_faster(batch, planes, rows, residual_words, joined):
+    from sab_hf.kernels.cuda.tiles import joins
+
+    assert joins(batch, planes, rows, 112, residual_words) == joined
+
+
+@interpreted
+@pytest.mark.parametrize(("columns", "dtype", "launches"), [(33, "float16", 1), (0, "float16", 0), (33, "float32", 0)])
+def test_linears_share_a_fused_launch(monkeypatch, columns, dtype, launches):
+    made = [problem((n, 300, 1, columns), "cpu") for n in (37, 16, 5)]
+    x, shared = inputs(16, 300, dtype=getattr(torch, dtype)), []
+    together = kernels().fused_products
+    monkeypatch.setattr(
+        kernels(), "fused_products", lambda x, many, *a: shared.append(len(many)) or together(x, many, *a)
+    )
+    results = kernels().linears(x, [planes for planes, _ in made], exact=False)
+    assert shared.count(3) == launches
+    for y, (planes, W) in zip(results, made, strict=True):
+        hold_fused(y, x, W, planes)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [2, 8, 32, 128, 256])
 @pytest.mark.parametrize("scheme", [(1, 358), (1, 0), (2, 0)])
@@ -362,7 +396,8 @@ def sweep_problem(rows, columns, planes, device):
 def compare_sweeps(rows, columns, planes, start, end, device):
     rest, U, r, c = sweep_problem(rows, columns, planes, device)
     kernel = importlib.import_module("sab_hf.method.kernels.sweep")
-    choices, errors = kernel.sweep_block(rest.clone(), U, r, c, start, end)
+    columns_as_rows = U.T.contiguous().T  # as solvers leave it
+    choices, errors = kernel.sweep_block(rest.clone(), columns_as_rows, r, c, start, end)
     expected_choices, expected_errors = fit._sweep_block(rest.clone(), U, r, c, start, end)
     torch.testing.assert_close(errors, expected_errors, rtol=1e-3, atol=1e-3)
     same_level = choices == expected_choices

@@ -165,9 +165,26 @@ def test_given_samples_keep_their_share():
     [(1.1, 100, 0.03), (1.1, 1000, 0.03), (1.1, 4000, 0.015), (3.2, 1000, 0.0125), (2.0, 9000, 0.02 / 3)],
 )
 def test_more_bits_and_longer_runs_have_lower_rates(bits, steps, rate):
-    settings = DistilSettings.of(SABQuantizationConfig(bits=bits, distil_steps=steps), torch.device("cpu"))
+    settings = DistilSettings.of(
+        SABQuantizationConfig(bits=bits, distil_steps=steps), torch.device("cpu"), builtin=False
+    )
     assert settings.latent_rate == pytest.approx(rate)
     assert settings.scale_rate == pytest.approx(min(0.005, rate / 5))
+
+
+@pytest.mark.parametrize(
+    ("device", "builtin", "options", "written"),
+    [
+        ("cuda", True, {}, 2048),
+        ("cuda", False, {}, 0),
+        ("cpu", True, {}, 0),
+        ("cuda", True, {"written_samples": 0}, 0),
+        ("cpu", False, {"written_samples": 7}, 7),
+        ("cuda", True, {"distil_steps": 0}, 0),
+    ],
+)
+def test_models_write_after_the_builtin_samples_on_an_accelerator(device, builtin, options, written):
+    assert DistilSettings.of(SABQuantizationConfig(**options), torch.device(device), builtin).written == written
 
 
 def test_interrupted_training_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):

@@ -162,6 +162,7 @@ def singular(m: int, rank: int, dead: int, seed: int = 0) -> torch.Tensor:
 def test_feedback_factor_factors_the_inverse(m, rank, dead, size):
     H = damp(singular(m, rank, dead) * size, 0.01)
     U = feedback_factor(H)
+    assert U.is_contiguous()  # kernels read its rows
     assert torch.equal(U, U.triu())
     assert (U.diagonal() > 0).all()
     expected = torch.linalg.inv(H.double())

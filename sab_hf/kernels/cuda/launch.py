@@ -37,7 +37,7 @@ def linear(x: Tensor, planes: Planes, exact: bool) -> Tensor:
 
 
 def linears(x: Tensor, matrices: Sequence[Planes], exact: bool, around: Around | None = None) -> list[Tensor]:
-    """Return the results of `linear` for several matrices; those for which `joined.py` has a kernel share launches.
+    """Return the results of `linear` for several matrices, which share launches where `joined.py` or `fused.py` can.
 
     Args:
         around: what stands before and after the products, which these kernels do too.
@@ -58,10 +58,19 @@ def linears(x: Tensor, matrices: Sequence[Planes], exact: bool, around: Around |
             results |= zip(members, products(x, [matrices[i] for i in members], some), strict=True)
     left = [i for i in range(len(matrices)) if i not in results]
     if left:
-        given = x if around is None else around.before(x)
-        alone = [linear(given, matrices[i], exact) for i in left]
-        results |= zip(left, alone if around is None else around.of(left).after(alone), strict=True)
+        given, others = x if around is None else around.before(x), [matrices[i] for i in left]
+        products = fused_products(given, others) if _joins(x, others) else [linear(given, one, exact) for one in others]
+        results |= zip(left, products if around is None else around.of(left).after(products), strict=True)
     return [results[i] for i in range(len(matrices))]
+
+
+def _joins(x: Tensor, matrices: Sequence[Planes]) -> bool:
+    """Tell whether one launch of `fused.py` multiplies an input by these matrices, and does it sooner than one by one."""
+    forms = {(planes.num_planes, planes.num_words, planes.words.shape[-1]) for planes in matrices}
+    if len(matrices) < 2 or len(forms) > 1 or x.element_size() != 2 or _capability(x)[0] != 9:
+        return False
+    rows, residual = sum(planes.rows for planes in matrices), min(planes.num_residual_words for planes in matrices)
+    return cuda_tiles.joins(x.shape[0], matrices[0].num_planes, rows, matrices[0].num_words, residual)
 
 
 def folds(x: Tensor, matrices: Sequence[Planes], exact: bool) -> bool:

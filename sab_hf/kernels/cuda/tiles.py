@@ -162,6 +162,24 @@ def _fused_batch(planes: int, rows: int, words: int, residual_words: int) -> int
     return 512 if planes == 1 else 256
 
 
+def joins(batch: int, planes: int, rows: int, words: int, residual_words: int) -> bool:
+    """Tell whether `fused.py` multiplies matrices of one input sooner in one launch for all than one by one, on 9.x.
+
+    Measured with one plane and a residual one of a tenth of the columns, on an H200, 2026-11-30
+    (`benchmarks/results/speed_gpu_served.json`): 4,608 rows of 3,584 gain from 16 to 256 inputs, 37,888 rows at 128 and 256.
+
+    Args:
+        rows: of all matrices together.
+        residual_words: the least of a row of them; 0 where one has no residual plane.
+    """
+    least = 128 if rows >= MANY_ROWS else 16
+    return (
+        planes == 1
+        and residual_words > 0
+        and least <= batch <= min(256, _fused_batch(planes, rows, words, residual_words))
+    )
+
+
 def shares(tiles: int, steps: int, programs: int, shared: bool) -> tuple[int, int]:
     """Return how many programs `fused.py` has, at most `programs`, and how many whole tiles each makes; the rest is shared.
 

@@ -62,7 +62,7 @@ def sweep_block(rest: Tensor, U: Tensor, r: Tensor, c: Tensor, start: int, end: 
 
     Args:
         rest: [in_features, out_features] float32 contiguous, the weights that are left, columns as rows.
-        U: [in_features, in_features] float32 contiguous, upper triangular.
+        U: [in_features, in_features] float32, upper triangular.
         r, c: [K, out_features] and [K, in_features] float32, scales.
     Returns:
         Choices [end - start, out_features] int64, and the errors to push on, the same shape.
@@ -72,7 +72,7 @@ def sweep_block(rest: Tensor, U: Tensor, r: Tensor, c: Tensor, start: int, end: 
     choices = torch.empty(end - start, rows, dtype=torch.long, device=rest.device)
     with torch.cuda.device_of(rest):  # Triton launches on the current device
         sweep_kernel[(triton.cdiv(rows, _ROWS),)](
-            rest, U, r.contiguous(), c.contiguous(), errors, choices, start, end - start, rows, columns,
+            rest, U.contiguous(), r.contiguous(), c.contiguous(), errors, choices, start, end - start, rows, columns,
             PLANES=r.shape[0], WIDTH=MAX_COLUMNS, ROWS=_ROWS, num_warps=1,
         )  # fmt: skip
     return choices, errors
