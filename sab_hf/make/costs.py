@@ -37,11 +37,11 @@ REFINE_BYTES, DISTIL_BYTES = {"cpu": 110.0, "cuda": 180.0}, 110.0
 LOGIT_TRAFFIC = 60.0
 """Bytes moved for each logit of a loss and its gradient."""
 
-BLOCK_CALLS, REFINE_CALLS, DISTIL_CALLS = 60, {"cpu": 4000.0, "cuda": 300.0}, {"cpu": 4000.0, "cuda": 4.0}
+BLOCK_CALLS, REFINE_CALLS, DISTIL_CALLS = 60, {"cpu": 4000.0, "cuda": 2500.0}, {"cpu": 4000.0, "cuda": 4.0}
 """Small operations of a block: of its forward pass, and of a training step forward, backward and in the optimizer.
 
 On a GPU a step of distillation is a few graphs: of SmolLM2-135M it takes one H200 20 ms alone, which is busy for 18 of them,
-2026-11-30 (benchmarks/LOG.md).
+2026-11-30 (benchmarks/LOG.md). A step of its block refinement takes 21 ms, by the launches.
 """
 
 WRITING_CALLS = 200
@@ -252,8 +252,12 @@ def count_work(
 
 
 def seconds_of(work: dict[str, Work], machine: Machine, dtype: torch.dtype, processes: int = 1) -> dict[str, float]:
-    """Return the seconds of each stage on a machine, shared among processes that each have one like it."""
+    """Return the seconds of each stage on a machine, shared among processes that each have one like it.
+
+    A GPU works while the host calls, so that the longer of both counts.
+    """
     device, rates = machine.device.type, machine.rates
+    together = max if device == "cuda" else lambda work, calls: work + calls
     speed = {
         MODEL: rates.products[dtype],
         FLOAT32: rates.products[torch.float32],
@@ -264,10 +268,10 @@ def seconds_of(work: dict[str, Work], machine: Machine, dtype: torch.dtype, proc
         stage: known[stage].start
         + machine.crowded
         / processes
-        * (
+        * together(
             sum(amounts.get(kind, 0.0) / (rate * known[stage].part) for kind, rate in speed.items())
-            + amounts.get(BYTES, 0.0) / rates.bandwidth
-            + amounts.get(CALLS, 0.0) / rates.calls
+            + amounts.get(BYTES, 0.0) / rates.bandwidth,
+            amounts.get(CALLS, 0.0) / rates.calls,
         )
         for stage, amounts in work.items()
     }
