@@ -15,7 +15,7 @@ from helpers import inputs, level_problem, operands, random_planes
 
 from sab_hf.method import fit, levels
 from sab_hf.method.divergence import divergence
-from sab_hf.method.hessian import feedback_factor
+from sab_hf.method.hessian import damp, feedback_factor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -402,6 +402,19 @@ def compare_sweeps(rows, columns, planes, start, end, device):
     torch.testing.assert_close(errors, expected_errors, rtol=1e-3, atol=1e-3)
     same_level = choices == expected_choices
     assert same_level.float().mean() > 0.999  # a tie may go either way by rounding
+
+
+@interpreted
+@pytest.mark.parametrize("planes", [1, 2])
+def test_fit_with_the_kernel_is_the_fit_without(monkeypatch, planes):
+    generator = torch.Generator().manual_seed(planes)
+    W = torch.randn(20, 40, generator=generator)
+    x = torch.randn(120, 40, generator=generator) @ torch.randn(40, 40, generator=generator)
+    H = damp(x.T @ x / len(x), 0.01)
+    expected = fit.fit_planes(W, H, planes, block_size=16)
+    monkeypatch.setattr(fit, "can_fit", lambda W: True)
+    found = fit.fit_planes(W, H, planes, block_size=16)
+    assert found.error == pytest.approx(expected.error, rel=1e-2)  # a tie may go either way by rounding
 
 
 @interpreted
