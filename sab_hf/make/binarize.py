@@ -98,7 +98,7 @@ def binarize(
             more = batches[given:] if windows[0].trained else []  # what the model wrote is for distillation only
             written = BlockInputs(model, blocks, more, workspace, later, all_run=False, first_number=given)
         for window in windows:
-            entering = inputs.fork() if window.trained else None
+            entering = (inputs.fork(), written.fork(dense=True)) if window.trained else ()
             weights: dict[str, Tensor] = {}
             for index, name in enumerate(window.names, window.first):
                 own, number = plan.linears_of(name), plan.roles.blocks.index(name) + 1
@@ -111,7 +111,7 @@ def binarize(
                     if refine.steps or window.trained:
                         with measure("targets"):
                             inputs.advance_targets(block, index)
-                            written.advance_targets(block, index)
+                            written.advance(block, index)
                     if name in plan.folds:
                         folded = fold_block(model, name, index, plan.folds[name], inputs)
                         changed = {key: distributed.own_rows(folded[key]) for key in folded.keys() & weights.keys()}
@@ -130,8 +130,9 @@ def binarize(
             bar.in_block(0, 0)
             if window.trained:
                 with measure("distillation"):
-                    entering.take_targets(inputs)
-                    inputs = entering
+                    for own, ahead in zip(entering, (inputs, written), strict=True):
+                        own.take_targets(ahead)
+                    inputs, written = entering
                     result = distil_window(model, plan, window, weights, (inputs, written), batches, steps)
                     record.distillations.append(result)
         inputs.close()

@@ -18,7 +18,7 @@ vocabulary, E bytes of an activation):
                    refinement, distillation) + states, both as far as they are kept there + the model's weights that are there
     RAM          = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a
                    fifth of it for what the allocator keeps)
-    states       = hidden_size E T_all (3 with distillation, 2 with refinement, else 1) + masks and positions
+    states       = hidden_size E (T_all (3 with distillation, 2 with refinement, else 1) + 2 T_written) + masks and positions
     further      = hidden_size E T_s (blocks + 1) + masks and positions − states, if more: while sensitivity is measured
 
 Of several processes, all of this is for each; states are those of its share of the samples.
@@ -303,7 +303,8 @@ def estimate_on(
     copies = (
         3 if plan.distil.steps else 2 if refine_steps else 1
     )  # of the hidden states: entering, running ahead, wanted
-    data = _Data.of(calibration, model, dtype, len(block_names), copies, config.sensitivity_samples if measured else 0)
+    first = config.sensitivity_samples if measured else 0
+    data = _Data.of(calibration, model, dtype, len(block_names), copies, first, plan.distil.written)
     share = _share_of_an_expert(model, modules)
     blocks = [_Block.of(model, name, shapes, modules, machine.device, share, dtype) for name in block_names]
     dearest = max(blocks, key=lambda block: block.weights)
@@ -408,7 +409,7 @@ def _with_single_samples(plan: Plan) -> Plan:
 
 
 def _without_training(plan: Plan) -> Plan:
-    return replace(plan, refine=replace(plan.refine, steps=0), distil=replace(plan.distil, steps=0))
+    return replace(plan, refine=replace(plan.refine, steps=0), distil=replace(plan.distil, steps=0, written=0))
 
 
 @dataclass(frozen=True)
@@ -440,6 +441,7 @@ class _Data:
         num_blocks: int,
         copies: int,
         measured: int,
+        written: int,
     ) -> _Data:
         shapes = [tuple(batch.modality.shape) for batch in calibration.batches]
         tokens = sum(rows * length for rows, length in shapes)
@@ -449,7 +451,11 @@ class _Data:
         arguments = sum(batch * length * (length + 512 * size) for batch, length in shapes)  # mask, rotary factors
         first = calibration.batches[: count_first((batch for batch, _ in shapes), measured)]
         kept = sum(batch.modality.numel() for batch in first) * (num_blocks + 1)
-        states = width * size * tokens * copies + arguments
+        samples = sum(batch for batch, _ in shapes)
+        more = (
+            written / samples
+        )  # a written sample is as long as a given one; entering and wanted states are kept of it
+        states = width * size * tokens * (copies + 2 * more) + arguments * (1 + more)
         most = max(states, width * size * kept + arguments)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         logits = max(
@@ -457,7 +463,6 @@ class _Data:
             default=0,
         )
         longest = max(length for _, length in shapes)
-        samples = sum(batch for batch, _ in shapes)
         return cls(
             tokens, largest, longest, samples, len(calibration.tokens), size, states, most, logits, vocabulary, width
         )

@@ -20,7 +20,7 @@ from .fit import PlaneState, from_sign_planes, nearest_signs, to_sign_planes
 from .levels import BETAS, EPSILON, Scales, descend, nearest_level, unit_of
 
 LATENT_START = 0.5
-"""How far, at most, a latent weight starts from its level, towards the dense weight, in halves of a level's distance."""
+"""How far, at most, a latent weight starts from its level, towards the dense weight, in its unit."""
 
 
 class Share(NamedTuple):
@@ -104,7 +104,7 @@ class TrainablePlanes(nn.Module):
         state = from_sign_planes(planes.take_rows(self.rows))
         self.free, self.has_residual, self.unit_columns = state.free, state.has_residual, state.unit_columns
         self.scales = Scales(state.r, state.c, state.r.clone(), state.c.clone())
-        self.latent = _latent_start(W, state).to(torch.bfloat16 if compact else torch.float32)
+        self.latent = _latent_start(W, state, self.scales, torch.bfloat16 if compact else torch.float32)
         self.moments = torch.zeros_like(self.latent), torch.zeros_like(self.latent)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
         dtype = pass_dtype(W.device)
@@ -186,15 +186,22 @@ def _product(x: Tensor, anchor: Tensor, module: TrainablePlanes) -> Tensor:
     return _Product.apply(x, anchor, module)
 
 
-def _latent_start(W: Tensor, state: PlaneState) -> Tensor:
-    """Return where the latent weights start, in their unit: between their level and the dense weight."""
+def _latent_start(W: Tensor, state: PlaneState, scales: Scales, dtype: torch.dtype) -> Tensor:
+    """Return where the latent weights start, in their unit: between their level and the dense weight.
+
+    Where levels lie so near to each other that another one would be the nearest there, that is at their level.
+    """
     unit = unit_of(state.r, state.c)
     largest = (state.r[:, :, None] * state.c[:, None]).abs().sum(0)
     level = torch.where(unit > 0, state.dense() / unit, 0)
-    pull = torch.where(unit > 0, W / unit, 0) - level
-    start = level + pull.clamp(-LATENT_START, LATENT_START)
+    start = level + (torch.where(unit > 0, W / unit, 0) - level).clamp_(-LATENT_START, LATENT_START)
     bound = torch.where(unit > 0, largest / unit, 1)
-    return start.clamp(-bound, bound)
+    level, start = level.to(dtype), start.clamp(-bound, bound).to(dtype)
+    if not len(start):
+        return start
+    del unit, largest, bound
+    own, nearest = (nearest_level(latent, scales, torch.empty_like(W)) for latent in (level, start))
+    return torch.where(nearest == own, start, level)
 
 
 class PlanesAdam:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration import CalibrationBatch, media_modality
 from ..machine import distributed
+from ..machine.store import tensors_in
 from ..machine.workspace import Workspace
 from ..method.hessian import SecondMoments
 from ..packed.linear import SABLinear, replace_module
@@ -97,20 +98,33 @@ class BlockInputs:
         part.states = [copy.copy(state) for state in self.states if state.number in chosen]
         return part
 
-    def fork(self) -> BlockInputs:
-        """Return the same inputs, which stay here while these advance; `take_targets` gives them what became of the targets."""
+    def fork(self, dense: bool = False) -> BlockInputs:
+        """Return the same inputs, which stay here while these advance; `take_targets` gives them what became of the targets.
+
+        Args:
+            dense: full-precision blocks advance these inputs, which begin with the targets; else binarized blocks do, and the
+                targets beside them.
+        """
         part = copy.copy(self)
         part.states = [copy.copy(state) for state in self.states]
         for state in self.states:
-            state.shared = True
+            if dense and state.target is not None:
+                state.hidden, state.left, state.target, state.target_left = state.target, state.target_left, None, {}
+            else:
+                state.shared = True
         return part
 
     def take_targets(self, ahead: BlockInputs) -> None:
         """Have the targets of inputs that ran ahead, which are read no more."""
         for state, other in zip(self.states, ahead.states, strict=True):
-            if other.hidden is not state.hidden:
-                self.workspace.store.forget(other.hidden)
-            state.target, state.target_left = other.target, other.target_left
+            if other.target is None:
+                state.target = None if other.hidden is state.hidden else other.hidden
+                state.target_left = other.left
+            else:
+                kept = {id(tensor) for tensor in tensors_in((state.hidden, state.left))}
+                read = tensors_in((other.hidden, other.left))
+                self.workspace.store.forget([tensor for tensor in read if id(tensor) not in kept])
+                state.target, state.target_left = other.target, other.target_left
 
     def close(self) -> None:
         """Give up the room that the batches take; nobody reads them any more."""

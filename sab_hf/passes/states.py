@@ -30,7 +30,7 @@ class BatchState:
         foreign: the modality of what blocks read beside them (image features through cross-attention).
         hidden: [..., batch, length, hidden_size], the input of the next block, from the binarized blocks before it. Some
             models have several streams of hidden states, on a first axis. None if the model ran no block for the batch.
-        target: hidden states from the full-precision blocks, like `hidden`; None where it is not needed.
+        target: hidden states from the full-precision blocks, like `hidden`; None where that is both, or it is not needed.
         calls: for each block, the other arguments that the model gives it (masks, rotary positions, …); None for a block
             that the model leaves out for this batch (cross-attention without an image).
         injections: for each block, what the model adds to the hidden states before it (as deep visual features), or None.

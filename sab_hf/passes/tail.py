@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..calibration import CalibrationBatch
+from ..calibration import TEXT, CalibrationBatch
 from .states import BatchState
 from .tracing import makes_some_logits, output_of_last_block
 
@@ -47,12 +47,14 @@ class Tail:
         hidden = state.hidden.to(state.workspace.device)
         self.dtype = hidden.dtype
         self.chunks = makes_some_logits(model, batch.inputs)
-        part = slice(0, min(8, hidden.shape[-2]))
+        start = int((state.modality > TEXT).any(0).int().argmax())  # of an image, whose features a model may add
+        part = slice(start, min(start + 8, hidden.shape[-2]))
         with torch.no_grad():
             with _called_after(model, blocks[-1]) as called:
                 whole = self.logits(batch, state, hidden, part)
             self.width = whole.shape[-1]
-            self.chain = self._same_by_modules(called, hidden[..., part, :], whole)
+            given = whole if self.chunks else whole[:, part]
+            self.chain = self._same_by_modules(called, hidden[..., part, :], given)
             if not self.chain:
                 ids_alone = not batch.inputs.keys() - set(_TEXT)
                 self.by_ids = ids_alone or self._same_by_ids(batch, state, hidden, part, whole)
@@ -92,7 +94,7 @@ class Tail:
     def _same_by_modules(self, called: list[nn.Module], hidden: Tensor, expected: Tensor) -> list[nn.Module]:
         """Return the modules if they give the expected logits one after the other, else none."""
         try:
-            return called if torch.equal(_through(called, hidden), expected[:, : hidden.shape[-2]]) else []
+            return called if torch.equal(_through(called, hidden), expected) else []
         except Exception:  # whatever a module raises that was called with something else
             return []
 

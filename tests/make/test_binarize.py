@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from family_zoo import FAMILIES
 from helpers import build_llama, build_llava
 from torch import nn
 
-from sab_hf import SABLinear, quantize
+from sab_hf import SABLinear, SABQuantizationConfig, quantize
+from sab_hf.anatomy.roles import find_roles
+from sab_hf.calibration import PADDING
+from sab_hf.machine.store import tensors_in
 from sab_hf.make.binarize import _by_input
+from sab_hf.make.distil import distil_window
 from sab_hf.method import hessian
 from sab_hf.method.hessian import SecondMoments
 
@@ -125,6 +130,55 @@ def test_inputs_may_be_given_by_name(make_config):
     with torch.no_grad():
         first, second = (model(input_ids=TEXT[0]["input_ids"]).logits for model in models)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "mllama", "gemma3n"])
+def test_windows_are_held_to_the_states_of_the_full_precision_model(monkeypatch, family):
+    """For given and for written samples, at the end of each of several windows.
+
+    Deep visual features, which the model adds between blocks; blocks that run for images only; keys and values of earlier blocks.
+    """
+    if family not in FAMILIES:
+        pytest.skip("not in this version of transformers")
+    made, dense, ends = FAMILIES[family](), FAMILIES[family]().model, []
+
+    def note(model, plan, window, weights, inputs, batches, steps):
+        states = [state for each in inputs for state in each.states]
+        kept = [(s.hidden, s.target, s.calls, s.injections, s.left, s.target_left) for s in states]
+        sizes = sum(tensor.nbytes for tensor in tensors_in(kept)), sum(inputs[0].workspace.store.used.values())
+        last = window.first + len(window.names) - 1
+        targets = [(batches[s.number], s.hidden if s.target is None else s.target.clone()) for s in states]
+        ends.append((last, targets, len(inputs[0].states), sizes))
+        return distil_window(model, plan, window, weights, inputs, batches, steps)
+
+    monkeypatch.setattr("sab_hf.make.binarize.distil_window", note)
+    monkeypatch.setattr("sab_hf.make.distil.free_memory", lambda device: 1)
+    options = {"alternations": 1, "budget": "uniform", "significance": "none", "distil_steps": 1}
+    options |= {"num_samples": 8, "batch_size": 1, "written_samples": 5, "refine_steps": 0}
+    quantize(made.model, None, made.batches, SABQuantizationConfig(**options))
+    blocks = [dense.get_submodule(name) for name in find_roles(dense).blocks]
+    assert [last for last, *_ in ends] == list(range(len(blocks)))
+    passed: list[tuple[int, torch.Tensor]] = []  # what enters each block that runs, and at last what the last one gives
+
+    def note_passed(block, args, kwargs, output):
+        entered, given = (
+            args[0] if args else kwargs["hidden_states"],
+            output[0] if isinstance(output, tuple) else output,
+        )
+        passed[-1:] = [(blocks.index(block), entered.clone()), (len(blocks), given.clone())]
+
+    for block in blocks:
+        block.register_forward_hook(note_passed, with_kwargs=True)
+    for last, targets, given, (kept, used) in ends:
+        for batch, target in targets:
+            passed.clear()
+            with torch.no_grad():
+                dense(**batch.inputs, use_cache=False)
+            expected = next(hidden for index, hidden in passed if index > last)
+            real = batch.modality != PADDING
+            torch.testing.assert_close(target[..., real, :], expected[..., real, :], rtol=1e-4, atol=1e-5)
+        assert any("pixel_values" in batch.inputs for batch, _ in targets[given:]) == (family != "gemma3n")
+        assert used == kept
 
 
 def test_sensitivity_is_measured_where_something_uses_it(model, make_config, processor):

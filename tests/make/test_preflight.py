@@ -22,7 +22,9 @@ from transformers import AutoModelForImageTextToText
 import sab_hf
 from sab_hf import SABQuantizationConfig
 from sab_hf.machine.rates import Machine
+from sab_hf.machine.workspace import Workspace
 from sab_hf.make import preflight
+from sab_hf.make.distil import distil_window
 from sab_hf.make.plan import make_plan
 from sab_hf.make.preflight import check_room, estimate_on
 from sab_hf.make.settings import IMAGE_TOKENS_CPU, image_tokens
@@ -159,6 +161,28 @@ def test_estimate_counts_weights_packed_bytes_and_states():
     assert "RAM peak" in str(estimate)
     sab_hf.quantize(model, None, None, config(given))
     assert estimate.packed == sum(module.stored_bytes for module in sab_hf.report(model).modules)
+
+
+def test_states_of_written_samples_are_counted(monkeypatch):
+    """What enters a window and what is wanted after it, and masks and positions; a run without training writes none."""
+    used, predicted, untrained = [], [], []
+
+    def note(model, plan, window, weights, inputs, *others):
+        used.append(inputs[0].workspace.store.used["ram"])
+        return distil_window(model, plan, window, weights, inputs, *others)
+
+    monkeypatch.setattr("sab_hf.make.binarize.distil_window", note)
+    for written in (0, 8):
+        model, given = small_model(64, 160)
+        options = config(
+            given, significance="none", budget="uniform", refine_steps=0, distil_steps=1, written_samples=written
+        )
+        plan, machine = make_plan(model, options), Machine.here(Workspace.of(model, options))
+        untrained.append(estimate_on(machine, model, preflight._without_training(plan), options).states)
+        predicted.append(sab_hf.quantize(model, None, None, options).predicted.states["ram"])
+    more = used[1] - used[0]
+    assert 0 < more < predicted[1] - predicted[0] < 3 * more
+    assert untrained[0] == untrained[1]
 
 
 def test_estimate_follows_the_settings():

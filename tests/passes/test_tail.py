@@ -2,20 +2,20 @@
 
 import pytest
 import torch
-from family_zoo import FAMILIES
+from family_zoo import FAMILIES, grids
 from helpers import build_llama, logits
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from sab_hf.anatomy.roles import find_roles
-from sab_hf.calibration import CalibrationBatch, token_modality
+from sab_hf.calibration import TEXT, CalibrationBatch, token_modality
 from sab_hf.passes.capture import BlockInputs
 from sab_hf.passes.tail import Tail
 
 IDS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def tail_of(model, batch):
-    """Return the tail, and the logits that it gives for positions 3 to 7 of the output of the full-precision blocks."""
+def tail_of(model, batch, part=slice(3, 8)):
+    """Return the tail, and the logits that it gives for some positions of the output of the full-precision blocks."""
     blocks = find_roles(model).stacks[-1]
     modules = [model.get_submodule(name) for name in blocks]
     inputs = BlockInputs(model, blocks, [batch])
@@ -24,7 +24,7 @@ def tail_of(model, batch):
     for index, module in enumerate(modules):
         inputs.advance(module, index)
     with torch.no_grad():
-        return tail, tail.logits(batch, state, state.hidden, slice(3, 8))
+        return tail, tail.logits(batch, state, state.hidden, part)
 
 
 def text_batch(model):
@@ -69,3 +69,16 @@ def test_pictures_do_not_matter_after_the_blocks(family):
     tail, given = tail_of(made.model, batch)
     assert tail.chain
     torch.testing.assert_close(given, logits(made.model, batch.inputs)[:, 3:8], rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_images_that_are_added_after_the_last_block_come_from_the_model(monkeypatch):
+    """Positions of images tell that, which begin after ten of text here."""
+    monkeypatch.setitem(grids.QWEN3_VISION, "deepstack_visual_indexes", [0, 1])
+    made = FAMILIES["qwen3_vl"]()
+    batch = CalibrationBatch(made.batches[0], token_modality(made.batches[0], made.model.config))
+    first = int((batch.modality[0] > TEXT).nonzero()[0])
+    assert first >= 8
+    part = slice(first - 1, first + 3)
+    tail, given = tail_of(made.model, batch, part)
+    assert not tail.chain
+    torch.testing.assert_close(given, logits(made.model, batch.inputs)[:, part], rtol=1e-4, atol=1e-4)
