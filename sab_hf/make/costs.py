@@ -211,11 +211,14 @@ def count_work(
             bytes=part * a.tokens * a.vocabulary * LOGIT_TRAFFIC,
             calls=4 * part * passes,
         )
-    count.add("capture", model=towers + 4 * through * a.tokens / a.batches, calls=2 * a.batches * BLOCK_CALLS)
+    more = a.written * a.length / a.tokens  # tokens of written samples, for one of the calibration set
+    recorded = 2 * a.batches * (1 + more) * BLOCK_CALLS
+    count.add("capture", model=towers + 4 * through * a.tokens / a.batches, calls=recorded)
     trained = bool(distil.steps)
     refined = 1.0 if refine.beside(trained).steps else 1.0 - a.distilled  # part of the blocks
     if refine.steps or trained:
-        count.add("targets", model=through * a.tokens, calls=passes)
+        all_seen = 1 + a.distilled * more
+        count.add("targets", model=all_seen * through * a.tokens, calls=all_seen * passes)
     count.add("second moments", model=through * a.tokens, float32=a.seen * a.tokens, calls=2 * passes)
     linears, rounds = [linear for block in a.blocks for linear in block], min(ROUNDS, c.alternations)
     count.add(

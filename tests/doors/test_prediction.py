@@ -125,7 +125,9 @@ def test_stages_follow_the_settings(without_weights, monkeypatch):
     assert "refinement" in stages(distil_steps=0)
     assert "refinement" not in balanced
     assert "towers, embedding, head" in stages(rest_bits=4)
-    assert "written samples" in stages(written_samples=64)
+    written = stages(written_samples=64)
+    assert "written samples" in written
+    assert all(written[stage] > balanced[stage] for stage in ("capture", "targets"))
     assert sum(fast.values()) < sum(balanced.values()) < sum(best.values())
     assert stages(distil_steps=200)["distillation"] == pytest.approx(
         2 * stages(distil_steps=100)["distillation"], rel=0.05
