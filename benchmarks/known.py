@@ -78,7 +78,7 @@ def predict(
     model = empty_model(model_config, "config")
     found = calibration or from_few_samples(model, None, config)[0]
     plan = plan_with(model, config, lambda: found)
-    settings = DistilSettings.of(config, device, builtin=False)
+    settings = DistilSettings.of(config, device, writes=False)
     plan = dataclasses.replace(plan, refine=RefineSettings.of(config, device), distil=settings)
     if machine is None and device.type == "cuda":
         room = {"device": 35.0 * GIB, "ram": 64.0 * GIB}

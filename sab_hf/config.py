@@ -85,7 +85,7 @@ class SABQuantizationConfig(QuantizationConfigMixin):
         batch_size: calibration samples per forward pass; 1 needs least memory and no padding.
         written_samples: samples that the model writes itself, continuing the given ones, beside them for distillation; 0: none.
             With a few hundred given samples they help; in place of given ones they do not. None: 2,048 after the built-in samples
-            on an accelerator, else none.
+            where an accelerator has room for the whole model twice, else none.
         allow_text_only: permit a calibration set without image tokens for a model that takes images.
         allow_urls: fetch files that calibration samples name by http(s) URL: each at most 64 MiB (video and audio 1 GiB) and
             60 s, from public addresses alone. False: such a sample is an error, since a data set may come from elsewhere.

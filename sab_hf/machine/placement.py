@@ -75,8 +75,20 @@ class Placement:
             for name in _beside(self.model, without):
                 if not any(_align_hooks(m) for m in self.model.get_submodule(name).modules()):
                     stack.enter_context(self.visit(name))
-            with _own_tensors(self.model, without, self.device):
+            holders = {parent for name in without for parent in _parents(name)}
+            with _own_tensors([self.model.get_submodule(holder) for holder in holders], self.device):
                 yield
+
+    @contextmanager
+    def visit_whole(self) -> Iterator[None]:
+        """Bring the whole model to the compute device, if it fits there; else it stays where it is."""
+        with ExitStack() as stack:
+            if fits_whole(self.model, self.device):
+                for name, child in self.model.named_children():
+                    if not any(_align_hooks(m) for m in child.modules()):
+                        stack.enter_context(self.visit(name))
+                stack.enter_context(_own_tensors([self.model], self.device))
+            yield
 
     @property
     def input_device(self) -> torch.device:
@@ -114,6 +126,13 @@ def check_readable(model: nn.Module, name: str) -> Mapping[str, Tensor]:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def fits_whole(model: nn.Module, device: torch.device) -> bool:
+    """Tell whether a device has the whole model, or room for what it has not and as much again; hooks must not load weights."""
+    if any(hook.offload for module in model.modules() for hook in _align_hooks(module)):
+        return False
+    return 2 * sum(p.nbytes for p in model.parameters() if p.device.type != device.type) <= free_memory(device)
 
 
 def check_finite(name: str, weight: Tensor) -> None:
@@ -259,9 +278,8 @@ def _beside(model: nn.Module, without: tuple[str, ...]) -> list[str]:
 
 
 @contextmanager
-def _own_tensors(model: nn.Module, without: tuple[str, ...], device: torch.device) -> Iterator[None]:
-    """Move the tensors that parents of the blocks hold themselves (such as an image separator) for a while."""
-    holders = [model.get_submodule(name) for name in {parent for name in without for parent in _parents(name)}]
+def _own_tensors(holders: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Move the tensors that modules hold themselves (such as an image separator), not in their parts, for a while."""
     holders = [holder for holder in holders if not _align_hooks(holder)]
     own = [t for h in holders for t in [*h.parameters(recurse=False), *h.buffers(recurse=False)] if not t.is_meta]
     kept = {tensor: tensor.data for tensor in own}

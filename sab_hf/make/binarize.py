@@ -244,6 +244,7 @@ def _open_steps(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wor
             {
                 "config": config.to_dict(),
                 "modules": plan.modules,
+                "written samples": plan.distil.written,
                 "calibration data": data,
                 "pictures and masks of the calibration data": others,
                 "model, by some of its weights": glance(model.named_parameters()),
@@ -268,7 +269,7 @@ def _write_samples(
     def write() -> Left:
         written = []
         if distributed.rank() == 0:
-            with workspace.placement.visit_rest(()):
+            with workspace.placement.visit_whole():
                 given, opened = plan.calibration.batches, OPENED_BUILTIN if plan.calibration.builtin else 0.0
                 written = write_samples(model, given, plan.distil.written, config.seed, workspace.bar, opened)
         contents = [{**batch.inputs, _MODALITY: batch.modality} for batch in written]

@@ -25,6 +25,7 @@ from ..packed.linear import SABModule
 from ..processors import processor_of
 from .rest import check_rest, plan_rest, rest_names
 from .settings import DistilSettings, RefineSettings, image_tokens
+from .written import writes_well
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +114,7 @@ def plan_with(model: nn.Module, config: SABQuantizationConfig, calibrate: Callab
     modules = {name: [1, 0] for name in shapes} if config.portable else allocate(shapes, config.bits)
     with plain_torch():
         calibration = calibrate()
-    device = compute_device(model, config.compute_device)
-    settings = RefineSettings.of(config, device), DistilSettings.of(config, device, calibration.builtin)
+    settings = _settings(model, config, calibration)
     return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered, *settings, folds)
 
 
@@ -124,12 +124,20 @@ def plan_with_weights(model: nn.Module, plan: Plan, config: SABQuantizationConfi
     Raises:
         ValueError: weights are not finite, or cannot be loaded from where they are.
     """
-    device = compute_device(model, config.compute_device)
-    refine, distil = RefineSettings.of(config, device), DistilSettings.of(config, device, plan.calibration.builtin)
+    refine, distil = _settings(model, config, plan.calibration)
     plan = replace(plan, rest=plan_rest(model, plan.roles, config), refine=refine, distil=distil)
     check_weights(model, plan.modules)
     check_rest(model, plan.rest)
     return plan
+
+
+def _settings(
+    model: nn.Module, config: SABQuantizationConfig, calibration: CalibrationSet
+) -> tuple[RefineSettings, DistilSettings]:
+    """Return the numbers of training for the device that computes."""
+    device = compute_device(model, config.compute_device)
+    writes = calibration.builtin and writes_well(model, device)
+    return RefineSettings.of(config, device), DistilSettings.of(config, device, writes)
 
 
 def _calibration(model: nn.Module, config: SABQuantizationConfig, processor: Any, samples: Any) -> CalibrationSet:

@@ -16,7 +16,7 @@ DISTIL_STEPS, DISTIL_STEPS_CPU = 1000, 150
 """Steps of distillation on an accelerator and on a CPU."""
 
 WRITTEN_BUILTIN = 2048
-"""Samples that the model writes after the built-in ones, on an accelerator: these alone are about too few subjects.
+"""Samples that the model writes after the built-in ones, where it can do so quickly: these alone are about too few subjects.
 
 SmolLM2-135M at 1.1 bits chooses its own next token in a chat 51 % of the time with them, 29 % without (`benchmarks/ACCURACY.md`).
 """
@@ -70,8 +70,12 @@ class DistilSettings:
     written: int
 
     @classmethod
-    def of(cls, config: SABQuantizationConfig, device: torch.device, builtin: bool) -> DistilSettings:
-        """Return the numbers that a config means on a compute device; builtin: whether the given samples are built-in ones."""
+    def of(cls, config: SABQuantizationConfig, device: torch.device, writes: bool) -> DistilSettings:
+        """Return the numbers that a config means on a compute device.
+
+        Args:
+            writes: whether the model is to write samples where the config leaves it open.
+        """
         steps = config.distil_steps
         if steps is None:
             steps = DISTIL_STEPS_CPU if device.type == "cpu" else DISTIL_STEPS
@@ -79,7 +83,7 @@ class DistilSettings:
         scale_rate = config.distil_scale_rate or min(5e-3, latent_rate / 5)
         written = config.written_samples
         if written is None:
-            written = WRITTEN_BUILTIN if builtin and device.type != "cpu" else 0
+            written = WRITTEN_BUILTIN if writes else 0
         return cls(steps, config.distil_batch, scale_rate, latent_rate, config.seed, written if steps else 0)
 
 

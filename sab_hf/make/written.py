@@ -32,7 +32,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ..calibration import PADDING, TEXT, CalibrationBatch, media_modality
 from ..machine.bar import Bar
 from ..machine.limits import SampleLimit
-from ..machine.placement import Placement
+from ..machine.placement import Placement, fits_whole
 from ..passes.tracing import model_inputs
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,11 @@ def why_not_written(model: nn.Module) -> str | None:
     if not callable(getattr(model, "generate", None)) or not model.can_generate():
         return f"{name} cannot generate text (it has no language model head)"
     return None
+
+
+def writes_well(model: nn.Module, device: torch.device) -> bool:
+    """Tell whether a model can write many samples in little time: an accelerator has all of it, or room for it."""
+    return device.type != "cpu" and why_not_written(model) is None and fits_whole(model, device)
 
 
 def most_at_once(device: str) -> int:

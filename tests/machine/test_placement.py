@@ -204,3 +204,28 @@ def test_store_keeps_values_and_shared_arguments(tmp_path):
     assert torch.equal(store.replace(old, new), new)
     assert store.replace(old, new).data_ptr() == old.data_ptr()
     store.close()
+
+
+def test_whole_model_visits_the_compute_device_where_it_fits(monkeypatch):
+    model = build_llava()
+    size = sum(p.nbytes for p in model.parameters())
+    before = {name: (p, p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+    whole = Placement(model)
+    whole.device = torch.device("meta")  # a device that has no model of it yet
+    for room, there in ((2 * size, True), (2 * size - 1, False)):
+        monkeypatch.setattr(placement, "free_memory", lambda _, room=room: room)
+        with whole.visit_whole():
+            assert {p.is_meta for p in model.parameters()} == {there}
+        for name, p in model.named_parameters():
+            kept, address, values = before[name]
+            assert p is kept
+            assert p.data_ptr() == address
+            assert torch.equal(p, values)
+
+
+def test_model_that_hooks_load_does_not_fit_whole(monkeypatch):
+    model = build_llava()
+    monkeypatch.setattr(placement, "free_memory", lambda _: 2**50)
+    assert placement.fits_whole(model, torch.device("meta"))
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert not placement.fits_whole(model, torch.device("meta"))

@@ -50,6 +50,16 @@ def shared(a: Tensor, b: Tensor) -> int:
     return int(different[0]) if len(different) else size
 
 
+def test_only_models_on_an_accelerator_that_generate_write_by_default(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("sab_hf.machine.placement.free_memory", lambda _: 2**50)
+    assert written.writes_well(build_llama(), gpu)
+    assert not written.writes_well(build_llama(), torch.device("cpu"))
+    assert not written.writes_well(LlamaModel(build_llama().config), gpu)
+    monkeypatch.setattr("sab_hf.machine.placement.free_memory", lambda _: 1000)
+    assert not written.writes_well(build_llama(), gpu)
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_text_keeps_its_beginning_its_length_and_its_padding(side):
     given = text_batch([150, 90, 40, 5], side)
