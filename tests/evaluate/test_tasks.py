@@ -155,17 +155,17 @@ def test_model_without_pictures_is_refused(lmms, data):
 
 def test_missing_program_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
-    assert cli.main(["eval", "/nowhere", "--tasks", "chartqa"]) == 1
+    assert cli.main(["eval", "some/model", "--tasks", "chartqa"]) == 1
     assert 'install it: pip install "sab_hf[tasks]"' in capsys.readouterr().err
 
 
 def test_wrong_options_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
         evaluate_tasks("/nowhere", ["chartqa"], num_samples=0)
-    assert cli.main(["eval", "/nowhere", "--include-path", str(tmp_path)]) == 2
+    assert cli.main(["eval", "some/model", "--include-path", str(tmp_path)]) == 2
     assert "--include-path: it is for --tasks" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("mine")
-    assert cli.main(["eval", "/nowhere", "--picture", str(tmp_path / "mine.txt")]) == 1
+    assert cli.main(["eval", "some/model", "--picture", str(tmp_path / "mine.txt")]) == 1
     assert "that is no SVG picture, so it is not replaced" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main(["eval", "/nowhere", "--tasks", ","])
