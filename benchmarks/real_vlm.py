@@ -21,7 +21,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -277,7 +277,7 @@ def do(job: Job, settings: MixedSettings) -> dict[str, Any]:
     row = compress(model, processor, job, settings, partial(mixed_samples, processor, settings))
     model.eval()
     row |= measure(model, processor, settings.questions, settings.eval_batch)
-    return row | {"perplexity": perplexity(model, test, settings)}
+    return row | {"perplexity": perplexity(model, test, replace(settings, eval_batch=settings.text_batch))}
 
 
 def run(args: argparse.Namespace) -> list[dict]:

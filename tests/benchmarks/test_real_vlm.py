@@ -170,6 +170,19 @@ def test_rows_have_measures_of_both_modalities(rows):
     assert errors[0] < errors[1]
 
 
+def test_text_has_batches_of_its_own(language, trained, monkeypatch):
+    """A batch of questions as long as windows of text has logits of many GiB."""
+    sizes = []
+    monkeypatch.setattr(real_vlm, "measure", lambda *args: {})
+    monkeypatch.setattr(
+        real_vlm, "perplexity", lambda model, ids, settings: float(sizes.append(settings.eval_batch) or 1)
+    )
+    counts = {"questions": 2, "samples": 2, "batch_size": 2, "eval_batch": 99, "threads": 1}
+    settings = real_vlm.MixedSettings(str(trained), "cpu", **counts, text=str(language), text_batch=3)
+    real_vlm.do(Job("full precision", "full precision"), settings)
+    assert sizes == [3]
+
+
 def test_calibration_mixes_pictures_exercises_and_text(language, trained):
     _, processor = measure.load(str(trained), "cpu")
     settings = real_vlm.MixedSettings(
