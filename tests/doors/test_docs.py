@@ -19,7 +19,7 @@ import task_data
 import torch
 from docs_reader import ALL_PAGES, DOCS, PAGES, ROOT, Block, anchors, links, read_page
 from gguf_files import as_converted, write
-from helpers import build_llama, build_llava, build_tokenizer, save_dense, text_config
+from helpers import IMAGE, build_llama, build_llava, build_tokenizer, save_dense, text_config
 from tiny_vlm import world
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -78,6 +78,9 @@ def materials(tmp_path_factory) -> Path:
         hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8
     )
     dense.generation_config.eos_token_id = list(range(128, 256))  # half of all tokens end an answer
+    dense.generation_config.suppress_tokens = [
+        IMAGE
+    ]  # a random model would say it, and stand for a picture that is not there
     folder = tmp_path_factory.mktemp("materials")
     write_materials(folder, save_dense(dense, tmp_path_factory.mktemp("dense")))
     if find_spec("gguf"):
