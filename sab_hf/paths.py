@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .brief import shortened
+
 BUILTIN = "builtin"
 """Name of the samples that the package draws and writes itself."""
-
-_LONGEST_SHOWN = 200
 
 
 def check_image(image: str) -> None:
@@ -49,10 +49,9 @@ def check_samples(name: str, field: str = "calibration") -> None:
         return
     repository = name.partition(":")[0]
     if repository.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".jsonl"):
-        shown = repr(name) if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]!r}..."
         raise ValueError(
             f"`{field}` must be {BUILTIN!r}, a Hub dataset id ('org/name', 'org/name:config' or 'org/name:config:split'), an "
-            f"existing folder or .jsonl file, or a list of samples; got {shown}"
+            f"existing folder or .jsonl file, or a list of samples; got {shortened(name)}"
         )
 
 

@@ -34,6 +34,7 @@ ROOMS = (
 )
 """From the ground up: a room imports only from itself and from rooms before it. Files in no folder are `ground` or doors."""
 GROUND = {
+    "brief",
     "config",
     "dotted",
     "notebook",

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..brief import brief, brief_error
 from ..paths import BUILTIN, check_samples
-from .pictures import brief, brief_error, check_regular
+from .pictures import check_regular
 from .samples import ACCEPTED_FORMATS, Sample, parse_sample
 
 _SHUFFLE_BUFFER = 1000  # encoded rows of a streamed dataset held while shuffling

@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from ..brief import brief_error
 from .chat import ChatEncoder
 from .modality import IMAGE, takes_images, token_modality
-from .pictures import brief_error
 from .samples import Sample
 
 logger = logging.getLogger(__name__)

@@ -17,13 +17,13 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
+from ..brief import LONGEST_SHOWN, brief, brief_error, shortened
 from .urls import fetch
 
 REMOTE = ("http://", "https://")
 
 _DATA, _FILE = "data:", "file://"
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{60,}={0,2}\s*")
-_LONGEST_SHOWN = 200
 
 
 def open_picture(value: Any, folder: Path | None, max_pixels: int | None, allow_urls: bool) -> Any:
@@ -80,28 +80,9 @@ def check_regular(path: str | os.PathLike) -> None:
         raise OSError("it is no regular file")
 
 
-def brief(value: Any) -> str:
-    """Return type and content of a value for a message, cut where it is long."""
-    return f"{type(value).__name__} {shortened(value, 60)}"
-
-
-def shortened(value: Any, limit: int = _LONGEST_SHOWN) -> str:
-    """Return `repr(value)`, cut to `limit` characters."""
-    return _cut(repr(value[:limit] if isinstance(value, (str, bytes)) and len(value) > limit else value), limit)
-
-
-def brief_error(error: Exception) -> str:
-    """Return an error in words, cut where it is long: some hold the file that they are about."""
-    return _cut(str(error) or type(error).__name__, _LONGEST_SHOWN)
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
 def _named(value: Any, folder: Path | None) -> Any:
     """Return what a message calls a picture: the path that was opened, or else what was given."""
-    if isinstance(value, (str, Path)) and len(str(value)) < _LONGEST_SHOWN:
+    if isinstance(value, (str, Path)) and len(str(value)) < LONGEST_SHOWN:
         with suppress(ValueError):
             return resolve(value, folder)
     return value

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..brief import brief_error
 from ..config import check_seed
 from .chat import ChatEncoder, borrowed
 from .checks import (
@@ -23,7 +24,6 @@ from .checks import (
 from .modality import IMAGE, MODALITY_NAMES, PADDING, token_modality
 from .origins import is_builtin, read_samples, shuffled_order
 from .picture_tokens import with_image_tokens
-from .pictures import brief_error
 from .samples import ACCEPTED_FORMATS, Sample
 
 logger = logging.getLogger(__name__)

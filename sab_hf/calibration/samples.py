@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .pictures import REMOTE, brief, brief_error, check_regular, open_picture, require_allowed, resolve, shortened
+from ..brief import brief, brief_error, shortened
+from .pictures import REMOTE, check_regular, open_picture, require_allowed, resolve
 from .urls import MAX_MEDIA_BYTES, fetch
 
 ACCEPTED_FORMATS = """A sample is one of
