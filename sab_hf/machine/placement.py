@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import psutil
@@ -69,25 +69,21 @@ class Placement:
     def visit_rest(self, without: tuple[str, ...]) -> Iterator[None]:
         """Bring all modules beside those called `without` (the blocks) to the compute device; they are not changed.
 
+        With none called, that is the whole model.
+
         Modules with accelerate's hooks are left alone: their hooks bring them where they run.
         """
         with ExitStack() as stack:
             for name in _beside(self.model, without):
                 if not any(_align_hooks(m) for m in self.model.get_submodule(name).modules()):
                     stack.enter_context(self.visit(name))
-            holders = {parent for name in without for parent in _parents(name)}
-            with _own_tensors([self.model.get_submodule(holder) for holder in holders], self.device):
+            with _own_tensors(self.model, without, self.device):
                 yield
 
     @contextmanager
     def visit_whole(self) -> Iterator[None]:
         """Bring the whole model to the compute device, if it fits there; else it stays where it is."""
-        with ExitStack() as stack:
-            if fits_whole(self.model, self.device):
-                for name, child in self.model.named_children():
-                    if not any(_align_hooks(m) for m in child.modules()):
-                        stack.enter_context(self.visit(name))
-                stack.enter_context(_own_tensors([self.model], self.device))
+        with self.visit_rest(()) if fits_whole(self.model, self.device) else nullcontext():
             yield
 
     @property
@@ -266,9 +262,14 @@ def _parents(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts))]
 
 
+def _holders(names: tuple[str, ...]) -> set[str]:
+    """Return the modules that hold some of `names`; the model itself is always one."""
+    return {"", *(parent for name in names for parent in _parents(name))}
+
+
 def _beside(model: nn.Module, without: tuple[str, ...]) -> list[str]:
     """Return the outermost modules that hold none of `without`."""
-    holders = {parent for name in without for parent in _parents(name)} | set(without)
+    holders = _holders(without) | set(without)
     return [
         f"{holder}.{child}".lstrip(".")
         for holder in sorted(holders - set(without))
@@ -278,8 +279,9 @@ def _beside(model: nn.Module, without: tuple[str, ...]) -> list[str]:
 
 
 @contextmanager
-def _own_tensors(holders: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Move the tensors that modules hold themselves (such as an image separator), not in their parts, for a while."""
+def _own_tensors(model: nn.Module, without: tuple[str, ...], device: torch.device) -> Iterator[None]:
+    """Move the tensors that parents of the blocks hold themselves (such as an image separator) for a while."""
+    holders = [model.get_submodule(name) for name in _holders(without)]
     holders = [holder for holder in holders if not _align_hooks(holder)]
     own = [t for h in holders for t in [*h.parameters(recurse=False), *h.buffers(recurse=False)] if not t.is_meta]
     kept = {tensor: tensor.data for tensor in own}
