@@ -149,8 +149,8 @@ def fit_tall_planes(
     if n <= rows:
         return fit_planes(W.to(H).float(), H, num_planes, alternations=alternations, block_size=block_size)
     some = W[torch.linspace(0, n - 1, rows, device=W.device).long()].to(H.device).float()
-    shared = fit_planes(some, H, num_planes, alternations=alternations, block_size=block_size).planes
     U, w = feedback_factor(H), torch.ones(rows, device=H.device)
+    shared = fit_planes(some, H, num_planes, alternations=alternations, block_size=block_size, U=U).planes
     signs, scales, error, energy = [], [], 0.0, 0.0
     for part in W.split(rows):
         part = part.to(H.device).float()
