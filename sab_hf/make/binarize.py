@@ -252,13 +252,14 @@ def _open_steps(model: nn.Module, plan: Plan, config: SABQuantizationConfig, wor
         )
     if config.checkpoint_dir is None or distributed.rank() > 0:
         return Steps(workspace, None)
-    decided = {"device": workspace.device, "processes": distributed.size()}
-    trained = {
+    decided = {
+        "device": workspace.device,
+        "processes": distributed.size(),
         "refine_steps": plan.refine.steps,
         "distil_steps": plan.distil.steps,
         "written_samples": plan.distil.written,
     }
-    return Steps(workspace, RunFolder(config.checkpoint_dir, fingerprint(model, batches, config, **decided, **trained)))
+    return Steps(workspace, RunFolder(config.checkpoint_dir, fingerprint(model, batches, config, **decided)))
 
 
 def _write_samples(

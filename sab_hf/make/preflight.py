@@ -306,7 +306,7 @@ def estimate_on(
     first = config.sensitivity_samples if measured else 0
     data = _Data.of(calibration, model, dtype, len(block_names), copies, first, plan.distil.written)
     share = _share_of_an_expert(model, modules)
-    blocks = [_Block.of(model, name, shapes, modules, machine.device, share, dtype) for name in block_names]
+    blocks = [_Block.of(model, name, shapes, modules, machine.device, dtype, share) for name in block_names]
     dearest = max(blocks, key=lambda block: block.weights)
     beside = _beside_blocks(model, block_names, machine.device)
     working = {}
@@ -452,9 +452,7 @@ class _Data:
         first = calibration.batches[: count_first((batch for batch, _ in shapes), measured)]
         kept = sum(batch.modality.numel() for batch in first) * (num_blocks + 1)
         samples = sum(batch for batch, _ in shapes)
-        more = (
-            written / samples
-        )  # a written sample is as long as a given one; entering and wanted states are kept of it
+        more = written / samples  # a written sample is as long as a given one; two sets of states are kept of it
         states = width * size * tokens * (copies + 2 * more) + arguments * (1 + more)
         most = max(states, width * size * kept + arguments)
         vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -496,8 +494,8 @@ class _Block:
         shapes: dict[str, tuple[int, int]],
         modules: dict[str, list[int]],
         device: torch.device,
+        dtype: torch.dtype,
         share: float = 1.0,
-        dtype: torch.dtype | None = None,
     ) -> _Block:
         linears, beside, active = [], {}, 0.0
         for inner, sizes in modules.items():
@@ -511,7 +509,7 @@ class _Block:
         shared = [(width, names[0]) for (_, width), names in beside.items()]
         seen = sum(2.0 * width**2 * (share if _is_expert(first) else 1.0) for width, first in shared)
         own = list(model.get_submodule(name).parameters())
-        held = (_held_bytes(p, model.dtype, dtype or model.dtype) for p in own if p.ndim > 1 and _is_there(p, device))
+        held = (_held_bytes(p, model.dtype, dtype) for p in own if p.ndim > 1 and _is_there(p, device))
         given_up = sum(held)
         return cls(linears, inputs, _moved(own, device), given_up, active, seen)
 

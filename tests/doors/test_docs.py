@@ -78,9 +78,7 @@ def materials(tmp_path_factory) -> Path:
         hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8
     )
     dense.generation_config.eos_token_id = list(range(128, 256))  # half of all tokens end an answer
-    dense.generation_config.suppress_tokens = [
-        IMAGE
-    ]  # a random model would say it, and stand for a picture that is not there
+    dense.generation_config.suppress_tokens = [IMAGE]  # else a random model may say it, where no picture is
     folder = tmp_path_factory.mktemp("materials")
     write_materials(folder, save_dense(dense, tmp_path_factory.mktemp("dense")))
     if find_spec("gguf"):

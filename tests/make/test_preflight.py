@@ -275,7 +275,7 @@ def test_experts_have_moments_of_their_own():
     model = FAMILIES["qwen3_vl_moe"]().model
     roles = find_roles(model)
     shapes_ = {n: (m.out_features, m.in_features) for n, m in language_linears(model, roles, []).items()}
-    block = _Block.of(model, roles.blocks[0], shapes_, {n: [1, 0] for n in shapes_}, torch.device("cpu"))
+    block = _Block.of(model, roles.blocks[0], shapes_, {n: [1, 0] for n in shapes_}, torch.device("cpu"), model.dtype)
     experts = [n for n in shapes_ if n.startswith(roles.blocks[0]) and "experts" in n]
     attention = [n for n in shapes_ if n.startswith(roles.blocks[0]) and "self_attn" in n]
     assert len(experts) == 8
