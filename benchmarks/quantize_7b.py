@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 benchmarks/quantize_7b.py --shape 7b --blocks 2 --output quantize.json
 
 Weights are random with the spread of trained ones: times, memory and sizes are those of the real model, errors are not. With
-fewer blocks than the shape has, each of the others is taken to cost what the last one did, and the result is marked so. Runs are
-added to what the JSON holds; of several processes, the first one's are.
+fewer blocks than the shape has, each of the others is taken to cost what the last one did, and the result is marked so. What no
+option says is as a user has it; no samples are written by the model. Runs are added to what the JSON holds; of several processes,
+the first one's are.
 """
 
 from __future__ import annotations
@@ -28,26 +29,23 @@ import sab_hf
 from sab_hf.machine.clock import peak_ram_mib
 
 GIB = 2**30
+FIELDS = "preset", "num_samples", "refine_steps", "distil_steps", "bits"
+"""Fields of `SABQuantizationConfig` that are options."""
 ONCE = "capture", "sensitivity"
 """Stages that come once for all blocks. The first hardly grows with their number; the second does, see `extrapolate`."""
 REFINEMENT = "targets", "refinement"
 """The stages that `refine_steps=0` leaves out."""
 
 
-def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_steps: int) -> dict[str, Any]:
+def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace) -> dict[str, Any]:
     """Quantize `layers` blocks of `shape` and return what it took, by stage."""
     device, dtype = torch.device(args.device), torch.float32 if args.device == "cpu" else torch.bfloat16
+    chosen = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    config = sab_hf.SABQuantizationConfig(compute_device=args.device, **chosen)
     model = shapes.build(shape, layers, device, dtype)
-    given = shapes.batches(model, shape, args.samples, args.batch_size)
+    given = shapes.batches(model, shape, config.num_samples, args.batch_size)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    config = sab_hf.SABQuantizationConfig(
-        calibration=given,
-        num_samples=args.samples,
-        refine_steps=refine_steps,
-        compute_device=args.device,
-        bits=args.bits,
-    )
     record = sab_hf.quantize(model, None, given, config)
     report = sab_hf.report(model)
     stages = {name: asdict(stage) for name, stage in record.stages.stages.items()}
@@ -55,8 +53,10 @@ def measure(shape: shapes.Shape, layers: int, args: argparse.Namespace, refine_s
     return {
         "layers": layers,
         "of_layers": shape.layers,
-        "refine_steps": refine_steps,
-        "samples": args.samples,
+        "preset": config.preset,
+        "refine_steps": config.refine_steps,
+        "distil_steps": config.distil_steps,
+        "samples": config.num_samples,
         "batch_size": args.batch_size,
         "tokens": sum(batch["input_ids"].numel() for batch in given),
         "seconds": record.seconds,
@@ -105,10 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="7b", choices=sorted(shapes.SHAPES))
     parser.add_argument("--blocks", type=int, help="language blocks to build and quantize; all by default")
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--preset", choices=sorted(sab_hf.config.PRESETS))
+    parser.add_argument("--samples", type=int, dest="num_samples")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--refine-steps", type=int, default=400)
-    parser.add_argument("--bits", type=float, default=None)
+    parser.add_argument("--refine-steps", type=int)
+    parser.add_argument("--distil-steps", type=int)
+    parser.add_argument("--bits", type=float)
     own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     parser.add_argument("--device", default=own_gpu if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("quantize_7b.json"))
@@ -118,12 +120,13 @@ def main() -> None:
     shape = shapes.SHAPES[args.shape]
     blocks = min(args.blocks or shape.layers, shape.layers)
     runs = json.loads(args.output.read_text())["runs"] if args.output.exists() else {}
-    row = measure(shape, blocks, args, args.refine_steps)
+    row = measure(shape, blocks, args)
     if sab_hf.machine.distributed.rank() > 0:
         return
     row["all_layers"] = extrapolate(row)
     several = f", {row['processes']} processes" if row["processes"] > 1 else ""
-    runs[f"{args.shape}, {blocks} blocks, {args.refine_steps} steps{several}"] = row | {"machine": machine(args)}
+    chosen = ", ".join(f"{name} {getattr(args, name)}" for name in FIELDS if getattr(args, name) is not None)
+    runs[f"{args.shape}, {blocks} blocks, {chosen or 'defaults'}{several}"] = row | {"machine": machine(args)}
     args.output.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     print(json.dumps(row["all_layers"], indent=1))
     expected = row["predicted"]["stages"]
