@@ -5,8 +5,9 @@
 
 `--measure` quantizes a few small models on this CPU with one thread, and writes what each stage took and was predicted to take.
 Both are processor time, so other work on the machine hardly changes them. `--gpu` prints the same of the GPU runs that
-`results/quantize_7b.json` holds. `--table` predicts all shapes, from their configs alone, with the default settings, on
-an H200 and on a CPU whose rates are measured now. `--gpus` predicts 7B, 32B and 72B on one to eight H200s (docs/several_gpus.md).
+`results/quantize_7b.json` and `quantize_7b_h200.json` hold. `--table` predicts all shapes, from their configs alone, with the
+default settings, on an H200 and on a CPU whose rates are measured now. `--gpus` predicts 7B, 32B and 72B on one to eight H200s
+(docs/several_gpus.md).
 """
 
 from __future__ import annotations
@@ -188,32 +189,39 @@ def measure_all(path: Path, names: list[str]) -> None:
 
 # ---- measured on a GPU
 
-FASTER_SINCE = ("fit",)
-"""Stages that took longer in these runs than they would now; `costs.py` counts them as they are."""
+FASTER_SINCE = {
+    "quantize_7b.json": ("sensitivity", "second moments", "fit", "binarized outputs"),
+    "quantize_7b_h200.json": (),
+}
+"""Results of `quantize_7b.py` → stages that took longer in them than they would now; `costs.py` counts them as they are."""
 
 
-def gpu_runs() -> dict[str, tuple[Estimate, dict[str, Any]]]:
-    """Return name → (prediction, measurement) of the runs in `results/quantize_7b.json` that one H200 made."""
-    runs = json.loads((ROOT / "benchmarks" / "results" / "quantize_7b.json").read_text())["runs"]
+def gpu_runs() -> dict[str, tuple[Estimate, dict[str, Any], tuple[str, ...]]]:
+    """Return name → (prediction, measurement, stages that are faster since) of the runs of `quantize_7b.py` on one H200."""
     found = {}
-    for name, run in runs.items():
-        if run.get("processes") != 1:  # other machines, and several GPUs
-            continue
-        shape = shapes.SHAPES[name.partition(",")[0]]
-        modality = torch.full((run["batch_size"], run["tokens"] // run["samples"]), TEXT, dtype=torch.int8)
-        modality[:, : shape.image_tokens] = IMAGE
-        batches = [CalibrationBatch({}, modality)] * (run["samples"] // run["batch_size"])
-        calibration = CalibrationSet(batches, run["samples"], 0, {TEXT: 1, IMAGE: 1})
-        steps = {"refine_steps": run["refine_steps"], "distil_steps": run.get("distil_steps", 0)}
-        config = SABQuantizationConfig(num_samples=run["samples"], **steps)
-        found[name] = predict(shapes.config(shape, run["layers"]), config, CUDA, calibration), run
+    for file, faster in FASTER_SINCE.items():
+        runs = json.loads((ROOT / "benchmarks" / "results" / file).read_text())["runs"]
+        # other machines, and several GPUs, are left out
+        found |= {name: (*_predicted(name, run), faster) for name, run in runs.items() if run.get("processes") == 1}
     return found
+
+
+def _predicted(name: str, run: dict[str, Any]) -> tuple[Estimate, dict[str, Any]]:
+    """Return what is predicted now for a run, and the run."""
+    shape = shapes.SHAPES[name.partition(",")[0]]
+    modality = torch.full((run["batch_size"], run["tokens"] // run["samples"]), TEXT, dtype=torch.int8)
+    modality[:, : shape.image_tokens] = IMAGE
+    batches = [CalibrationBatch({}, modality)] * (run["samples"] // run["batch_size"])
+    calibration = CalibrationSet(batches, run["samples"], 0, {TEXT: 1, IMAGE: 1})
+    steps = {"refine_steps": run["refine_steps"], "distil_steps": run.get("distil_steps", 0)}
+    config = SABQuantizationConfig(num_samples=run["samples"], **steps)
+    return predict(shapes.config(shape, run["layers"]), config, CUDA, calibration), run
 
 
 def gpu_rows() -> list[str]:
     """Return these runs as Markdown, by stage."""
     lines = ["| run | stage | predicted | measured |", "|---|---|---|---|"]
-    for name, (found, run) in gpu_runs().items():
+    for name, (found, run, _) in gpu_runs().items():
         for stage, seconds in found.seconds.items():
             measured = run["stages"].get(stage, {"seconds": 0.0})["seconds"]
             lines.append(f"| {name} | {stage} | {seconds:.1f} s | {measured:.1f} s |")

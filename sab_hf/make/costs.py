@@ -84,20 +84,20 @@ EFFICIENCY: dict[str, dict[str, Efficiency]] = {
         "binarized outputs": Efficiency(1.50),
         "distillation": Efficiency(0.54),
     },
-    # Qwen2.5-VL-7B's and -72B's shapes on an H200, 2026-11-27 and 28; benchmarks/results/quantize_7b.json. Distillation: 0.66 s
-    # a step of 8 x 514 tokens at the 7B shape, blocks run twice; SmolLM2-135M 20 ms a step and 17 s to compile. Fit: Linears of
-    # both shapes. 2026-11-30, benchmarks/LOG.md. The rest and written samples were not measured at such shapes.
+    # Qwen2.5-VL-7B's shape on an H200, 2026-11-30 (refinement: 2026-11-27); benchmarks/results/quantize_7b_h200.json.
+    # SmolLM2-135M takes 20 ms a step of distillation, and 17 s to compile: benchmarks/LOG.md. The rest and written samples were
+    # not measured.
     "cuda": {
         "written samples": Efficiency(0.2),
         "towers, embedding, head": Efficiency(0.5),
-        "sensitivity": Efficiency(0.51, 7.7),
+        "sensitivity": Efficiency(0.80, 7.7),
         "capture": Efficiency(0.5, 8.5),
         "targets": Efficiency(0.75),
-        "second moments": Efficiency(0.93),
-        "fit": Efficiency(2.3, 3.0),
+        "second moments": Efficiency(5.3),
+        "fit": Efficiency(2.0, 3.0),
         "refinement": Efficiency(0.59),
-        "binarized outputs": Efficiency(0.3, 2.5),
-        "distillation": Efficiency(0.53, 17.0),
+        "binarized outputs": Efficiency(0.7, 0.3),
+        "distillation": Efficiency(0.62, 17.0),
     },
 }
 """By kind of device and stage."""

@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -66,6 +66,9 @@ MEMORY_SHARE = 0.7
 
 COMPILE_FROM = 300
 """Steps from which on compiling the blocks pays: it takes some 20 s, and then a step of a small model about half the time."""
+
+COMPILED_FORMS = 64
+"""Forms of batches and kinds of blocks for which the code of a block is compiled, at most; others run as they are."""
 
 ACTIVATION_SHARE = 0.25
 """Part of the free memory that activations may take; where they take more, blocks run again on the way back."""
@@ -295,9 +298,9 @@ def distil(
     shapes = [(linear.out_features, linear.in_features) for linear in linears]
     trainees = Trainees(model, blocks, None, weights, window.compact, window.lent, distributed.own_share())
     try:
-        loss = _Loss(blocks, window, inputs, batches, shapes)
+        loss = _Loss(blocks, window, inputs, batches, shapes, settings.steps)
         given = distributed.merge({state.number: True for state in inputs[0].states})
-        with loss.replay.running(), _compiled(blocks, inputs[0].workspace.device, settings.steps):
+        with loss.replay.running(), _compiled(blocks) if loss.compiled else nullcontext():
             result, best = _train(trainees, loss, set(given), settings, progress)
     except BaseException:
         trainees.give_back()
@@ -415,13 +418,15 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def compiling_pays(device: torch.device, steps: int) -> bool:
+    """Tell whether blocks are to be compiled for so many steps."""
+    return device.type == "cuda" and steps >= COMPILE_FROM
+
+
 @contextmanager
-def _compiled(blocks: list[nn.Module], device: torch.device, steps: int) -> Iterator[None]:
-    """Have the blocks compiled for a while, on a GPU and for so many steps that it pays; what cannot be runs as it is."""
-    if device.type != "cuda" or steps < COMPILE_FROM:
-        yield
-        return
-    with torch._dynamo.config.patch(suppress_errors=True):
+def _compiled(blocks: list[nn.Module]) -> Iterator[None]:
+    """Have the blocks compiled for a while; what cannot be runs as it is."""
+    with torch._dynamo.config.patch(suppress_errors=True, cache_size_limit=COMPILED_FORMS):
         for block in blocks:
             block.compile()
         try:
@@ -434,9 +439,14 @@ def _compiled(blocks: list[nn.Module], device: torch.device, steps: int) -> Iter
 class _Loss:
     """The loss of a window of blocks on batches of the calibration set.
 
+    Args:
+        steps: of the training.
+
     Attributes:
         dtype: of products.
         replay: does the passes of a step.
+        compiled: whether the blocks are compiled. All passes are then of one kind, so that it is done once: those that measure
+            could go back too, and what enters the first block has a gradient.
         exchange: with other processes.
     """
 
@@ -449,6 +459,7 @@ class _Loss:
         inputs: tuple[BlockInputs, ...],
         batches: list[CalibrationBatch],
         shapes: list[tuple[int, int]],
+        steps: int,
     ):
         self.blocks, self.first, self.last = blocks, window.first, window.last
         self.tail = window.tail if window.last else None
@@ -461,6 +472,7 @@ class _Loss:
         self.limit, device = self.workspace.limit, self.workspace.device
         self.dtype = pass_dtype(device)
         self.replay = Replay(device)
+        self.compiled = compiling_pays(device, steps)
         self._ready: dict[int, tuple[BatchState, tuple, list[Tensor]]] = {}
         self._sum, self._factor = torch.zeros((), device=device), torch.ones((), device=device)
         self._step, self._never = torch.zeros((), device=device), torch.full((), math.inf, device=device)
@@ -483,14 +495,14 @@ class _Loss:
         self._step.fill_(step)
         self._together("distilling", numbers, True, adam.clear)
 
-    @torch.no_grad()
     def measure(self, numbers: set[int]) -> float:
         """Return the mean loss over the tokens of some batches.
 
         Raises:
             RuntimeError: it is not finite on some processes and finite on others.
         """
-        own = self._together("measuring the loss", sorted(numbers), False)
+        with torch.set_grad_enabled(self.compiled):
+            own = self._together("measuring the loss", sorted(numbers), False)
         by_process = distributed.merge({distributed.rank(): own})
         wrong = [process for process, value in by_process.items() if not math.isfinite(value)]
         others = [p for p, value in by_process.items() if value and math.isfinite(value)]
@@ -600,7 +612,8 @@ class _Loss:
         if tensors is not own:
             piece = piece.with_tensors(tensors)
         output = self._output(piece)
-        gradient = self._loss(state, output.detach(), piece.target, piece.modality, train)
+        with torch.set_grad_enabled(train):
+            gradient = self._loss(state, output.detach(), piece.target, piece.modality, train)
         if train:
             self._go_back(output, gradient)
 
@@ -608,7 +621,8 @@ class _Loss:
         self.exchange.enter()
         with self._autocast():
             run = _checkpointed if self.saves_memory and torch.is_grad_enabled() else block_output
-            return window_output(self.blocks, self.first, piece, piece.hidden.float(), run)
+            hidden = piece.hidden.float().detach().requires_grad_(self.compiled and torch.is_grad_enabled())
+            return window_output(self.blocks, self.first, piece, hidden, run)
 
     def _autocast(self) -> torch.autocast:
         device = self.workspace.device.type

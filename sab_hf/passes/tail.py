@@ -14,7 +14,7 @@ from .tracing import makes_some_logits, output_of_last_block
 
 _TEXT = ("input_ids", "attention_mask")
 
-LOGIT_BYTES = 4 * 2**30
+LOGIT_BYTES = 2 * 2**30
 """Most memory that logits, their probabilities and their gradients take at once, where a model can be asked for some of them."""
 
 BYTES_PER_LOGIT = 24

@@ -10,6 +10,7 @@ import pytest
 import torch
 from family_zoo import FAMILIES
 from helpers import build_llama, build_llava, build_processor, build_samples, logits, packed_linears
+from torch import nn
 
 import sab_hf
 from sab_hf import SABQuantizationConfig
@@ -95,6 +96,25 @@ def test_pictures_are_not_needed_for_the_head_of_a_llava(monkeypatch):
     again.get_submodule("model.vision_tower").register_forward_hook(lambda *_: runs.append(1))
     sab_hf.quantize(again, build_processor(), samples, config(num_samples=8, batch_size=2, distil_steps=6))
     assert len(runs) == few
+
+
+def test_a_block_is_compiled_once_for_each_form_of_batch(monkeypatch):
+    """Passes that train and passes that measure, of the first block and of all others; the result is the same."""
+    ids = IDS[:30]
+    batches = [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(4)
+    ]  # the last one of 2 samples
+    options = config(num_samples=30, batch_size=4, distil_batch=4, distil_steps=12)
+    ordinary = sab_hf.quantize(build_llama(), None, batches, options)
+    compiled, graphs = nn.Module.compile, torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(distil, "compiling_pays", lambda device, steps: True)
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled(module, backend="eager"))
+    torch.compiler.reset()
+    graphs.clear()
+    quick = sab_hf.quantize(build_llama(), None, batches, options)
+    assert graphs["unique_graphs"] == 2
+    assert quick.distillations[0].steps == 12
+    assert list(quick.distillations[0]) == pytest.approx(list(ordinary.distillations[0]), rel=1e-5)
 
 
 def test_windows_are_trained_one_after_the_other(monkeypatch):
