@@ -170,8 +170,17 @@ def _name_of(name: str) -> str:
 
 def build(gguf_file: Path, output: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as a folder for `from_pretrained`."""
-    read_model(gguf_file).save_pretrained(output)
-    AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name).save_pretrained(output)
+    model = read_model(gguf_file)
+    model.save_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name)
+    for name in (
+        "bos_token",
+        "eos_token",
+        "pad_token",
+    ):  # some versions of transformers leave out or mix up those of the file
+        if (number := getattr(model.config, f"{name}_id")) is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+    tokenizer.save_pretrained(output)
 
 
 # ---- texts and measures
