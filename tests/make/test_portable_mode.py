@@ -95,7 +95,9 @@ def test_the_default_fit_and_budget_keep_one_plane_with_row_scales():
 def test_rows_that_128_does_not_divide_are_refused_before_the_work(changes, name, width, monkeypatch):
     model = build_portable("llama", **changes)
     monkeypatch.setattr(binarize, "run_plan", None)  # is not reached
-    with pytest.raises(ValueError, match=rf"rows of a multiple of 128 weights, and `model.layers.0.{name}` has {width};"):
+    with pytest.raises(
+        ValueError, match=rf"rows of a multiple of 128 weights, and `model.layers.0.{name}` has {width};"
+    ):
         quantize(model)
     with pytest.raises(ValueError, match="rows of a multiple of 128 weights"):
         sab_hf.estimate(model, None, SAMPLES, SABQuantizationConfig(portable="gguf"))
