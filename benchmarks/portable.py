@@ -4,9 +4,9 @@
     python benchmarks/portable.py examples/tiny_vlm/checkpoint --group 128 --output portable_tiny.json
 
 `smollm2` is what `real_lm.py build` makes; a model without `--text` is one that `examples/tiny_vlm/train.py` wrote, asked about
-its generated world. Rows of smollm2 have 576 and 1,536 weights, and Q1_0 takes multiples of 128: that rule is waived here, and
-only here. Bits are those of Q1_0, one float16 scale for 128 weights; "scales by group" has groups of `--group` weights, a width
-that divides all rows.
+its generated world. "row scales alone" is `portable="gguf"`. Rows of smollm2 have 576 and 1,536 weights, and Q1_0 takes multiples
+of 128: that rule is waived here, and only here. Bits are those of Q1_0, one float16 scale for 128 weights; "scales by group" has
+groups of `--group` weights, a width that divides all rows.
 """
 
 import argparse
@@ -26,22 +26,20 @@ import fidelity  # noqa: E402
 import methods  # noqa: E402
 import real_lm  # noqa: E402
 import tables  # noqa: E402
-import torch  # noqa: E402
 from methods import OURS, floor_bits  # noqa: E402
 from runner import Job  # noqa: E402
 from tables import FULL_PRECISION  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import sab_hf  # noqa: E402
-from sab_hf.anatomy import folds  # noqa: E402
+from sab_hf.anatomy.llama_cpp import GROUP  # noqa: E402
 from sab_hf.anatomy.roles import find_roles  # noqa: E402
 from sab_hf.anatomy.selection import language_linears  # noqa: E402
-from sab_hf.make import fold, plan  # noqa: E402
+from sab_hf.make import plan  # noqa: E402
 from sab_hf.packed.linear import replace_module  # noqa: E402
 
-OWN, FOLDED, ROWS, GROUPS = "our own format", "folded columns", "row scales alone", "folded columns, scales by group"
-DESIGNS = (OWN, FOLDED, ROWS, GROUPS)
-Q1_0_BITS = 1 + 16 / folds.GROUP
+OWN, ROWS, GROUPS = DESIGNS = ("our own format", "row scales alone", "scales by group")
+Q1_0_BITS = 1 + 16 / GROUP
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class DesignSettings(real_lm.TextSettings):
     group: weights of a row that share a scale, where scales go by group
     """
 
-    group: int = folds.GROUP
+    group: int = GROUP
 
 
 class GroupedLinear(nn.Module):
@@ -72,14 +70,9 @@ class GroupedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-@torch.no_grad()
-def fold_and_group(model: nn.Module, group: int) -> None:
-    """Fold the column scales of a model and take its language Linears apart, in place."""
-    roles = find_roles(model)
-    linears = language_linears(model, roles, [])
-    for one in (one for own in folds.find_folds(model, roles, linears).values() for one in own):
-        fold.fold_columns(model, one)
-    for name, linear in linears.items():
+def take_apart(model: nn.Module, group: int) -> None:
+    """Replace the language Linears of a model by sums of Linears of `group` columns each, in place."""
+    for name, linear in language_linears(model, find_roles(model), []).items():
         if linear.in_features % group:
             raise ValueError(f"`--group` must divide {linear.in_features}, the columns of `{name}`, got {group}")
         replace_module(model, name, GroupedLinear(linear, group))
@@ -87,21 +80,17 @@ def fold_and_group(model: nn.Module, group: int) -> None:
 
 @contextmanager
 def design(name: str, group: int) -> Iterator[None]:
-    """Have `sab_hf.quantize` make models of a design for a while."""
+    """Have `sab_hf.quantize` make models of a design for a while, of rows of any width."""
     quantize = sab_hf.quantize
 
-    def grouped(model: nn.Module, *args: Any) -> Any:
-        fold_and_group(model, group)
-        with patch.object(plan, "find_folds", lambda *_: {}):
-            return quantize(model, *args)
+    def apart(model: nn.Module, *args: Any) -> Any:
+        take_apart(model, group)
+        return quantize(model, *args)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(folds, "GROUP", 1))
-        if name == ROWS:
-            ones = lambda weights, one: torch.ones_like(one.gather(weights[0][0].float()))  # noqa: E731
-            stack.enter_context(patch.object(fold, "column_scales", ones))
-        elif name == GROUPS:
-            stack.enter_context(patch.object(sab_hf, "quantize", grouped, create=True))
+        stack.enter_context(patch.object(plan, "check_rows", lambda shapes: None))
+        if name == GROUPS:
+            stack.enter_context(patch.object(sab_hf, "quantize", apart, create=True))
         yield
 
 

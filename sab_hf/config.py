@@ -94,9 +94,9 @@ class SABQuantizationConfig(QuantizationConfigMixin):
             the whole checkpoint small, and costs a little accuracy (benchmarks/ACCURACY.md).
         vision_bits, projector_bits, embedding_bits, head_bits: the same for one of them; None: `rest_bits`. Tied embeddings
             are one matrix and are stored once.
-        portable: `"gguf"` makes a model that llama.cpp and Ollama run after `sab-hf export gguf`: one plane, whose column scales
-            are folded into the norms and projections before it, 1.125 bits there. `bits` and the bits of other parts are left
-            out then (docs/gguf.md). None: what transformers runs best.
+        portable: `"gguf"` makes a model that llama.cpp and Ollama run after `sab-hf export gguf`: one plane with row scales
+            alone, 1.125 bits there, and less accurate than as many bits of our own format. Rows must have a multiple of 128
+            weights; `bits` and the bits of other parts are left out (docs/gguf.md). None: what transformers runs best.
         modules_to_not_convert: modules that stay dense: each entry is a module name, or a part of one between
             dots (`"layers.0"`, `"down_proj"`). An entry that matches nothing is an error.
         allow_low_coverage: permit that less than 90 % of the language weights are quantized.

@@ -18,14 +18,17 @@ TENSORS = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_qkv": "self_attn.qkv_proj",
 }
 """Names in a file → in a block."""
 OTHER_NORMS = {"ffn_norm": "post_attention_layernorm"}
-GEMMA_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+NORMS_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+OWN_NAMES = {
+    "gemma3_text": NORMS_AFTER | {"ffn_norm": "pre_feedforward_layernorm"},
+    "olmo2": NORMS_AFTER,
+    "phi3": OTHER_NORMS | {"ffn_up": "mlp.gate_up_proj"},
 }
+"""Names that a kind of model has instead of `OTHER_NORMS`."""
 
 
 def as_converted(model: nn.Module, prefix: str = "model.") -> dict[str, np.ndarray]:
@@ -40,7 +43,7 @@ def as_converted(model: nn.Module, prefix: str = "model.") -> dict[str, np.ndarr
     if not config.tie_word_embeddings:
         tensors["output.weight"] = state["lm_head.weight"]
     for i in range(config.num_hidden_layers):
-        for name, inner in (TENSORS | (GEMMA_NORMS if gemma else OTHER_NORMS)).items():
+        for name, inner in (TENSORS | OWN_NAMES.get(config.model_type, OTHER_NORMS)).items():
             for kind in ("weight", "bias"):
                 value = state.get(f"{prefix}layers.{i}.{inner}.{kind}")
                 if value is None:

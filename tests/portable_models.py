@@ -1,4 +1,4 @@
-"""Small random models of the families that can be made portable, with tokenizers of the kinds that llama.cpp knows."""
+"""Small random models of portable widths, with tokenizers of the kinds that llama.cpp knows."""
 
 from __future__ import annotations
 
@@ -41,13 +41,23 @@ FAMILIES = {
     "qwen2": {},  # biases of query, key and value alone
     "qwen3": {},  # norms after query and key
     "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window": 64, "tie_word_embeddings": True},
+    "olmo2": {},  # norms after attention and feed-forward network, none before them
+    "phi3": {"sliding_window": 64},  # fused projections
 }
+"""Families that `sab-hf export gguf` writes."""
+OTHER_FAMILIES = {
+    "gemma2": {},
+    "mixtral": {"num_local_experts": 2},
+    "olmo": {},  # norms without gains
+    "gpt_neox": {},  # one norm before both parts, a network without a gate
+}
+"""Families that it does not write."""
 
 
 def build_portable(family: str, seed: int = 0, **changes) -> nn.Module:
     """Return a random model, float32, with gains and biases that are not all alike."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **_SIZES | FAMILIES.get(family, {}) | changes)
+    config = AutoConfig.for_model(family, **_SIZES | (FAMILIES | OTHER_FAMILIES).get(family, {}) | changes)
     model = AutoModelForCausalLM.from_config(config).eval()
     return _with_uneven_gains(model)
 

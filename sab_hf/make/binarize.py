@@ -39,7 +39,6 @@ from ..passes.order import in_running_order
 from ..passes.routing import with_fallback
 from ..planes import SignPlanes
 from .distil import distil_window, plan_windows
-from .fold import fold_block
 from .plan import Plan, make_plan, plan_with_weights
 from .preflight import Estimate, check_room, duration, estimate_run, log_estimate
 from .records import QuantizationRecord
@@ -112,10 +111,6 @@ def binarize(
                         with measure("targets"):
                             inputs.advance_targets(block, index)
                             written.advance(block, index)
-                    if name in plan.folds:
-                        folded = fold_block(model, name, index, plan.folds[name], inputs)
-                        changed = {key: distributed.own_rows(folded[key]) for key in folded.keys() & weights.keys()}
-                        weights |= {key: W.to(weights[key].device) for key, W in changed.items()}
                     work = partial(
                         _binarize_block, model, block, name, index, inputs, own, sensitivity, refine, config, record
                     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..anatomy.adapters import refuse_adapters
-from ..anatomy.folds import Fold, find_folds
+from ..anatomy.llama_cpp import ARCHITECTURES, check_rows
 from ..anatomy.roles import Roles, find_roles
 from ..anatomy.selection import Coverage, coverage, language_linears
 from ..calibration import CalibrationSet, holds_batches, prepare_calibration
@@ -48,7 +48,6 @@ class Plan:
         coverage: the share of the language weights that `modules` is.
         refine: numbers of block refinement.
         distil: numbers of distillation.
-        folds: name of a block → where the column scales of its Linears go; empty unless the model is to be portable.
     """
 
     roles: Roles
@@ -59,7 +58,6 @@ class Plan:
     coverage: Coverage
     refine: RefineSettings
     distil: DistilSettings
-    folds: dict[str, tuple[Fold, ...]] = field(default_factory=dict)
 
     def linears_of(self, block: str) -> dict[str, list[int]]:
         """Return `modules`, those in one block."""
@@ -82,6 +80,14 @@ def make_plan(model: nn.Module, config: SABQuantizationConfig, processor: Any = 
             "nothing is trained (`refine_steps=0`, `distil_steps=0`): at so few bits a model with real weights forgets most of "
             "what it knew; leave `distil_steps` at its default%s",
             "" if config.portable else f", or set `bits` to {BITS_UNTRAINED} or more",
+        )
+    kind = model.config.get_text_config().model_type
+    if config.portable and kind not in ARCHITECTURES:
+        logger.warning(
+            'portable="gguf": this text model is of the type %r, and a GGUF file can be written for the types %s: the packed '
+            "model will run in transformers, and `sab-hf export gguf` will refuse it",
+            kind,
+            sorted(ARCHITECTURES),
         )
     return plan
 
@@ -110,12 +116,15 @@ def plan_with(model: nn.Module, config: SABQuantizationConfig, calibrate: Callab
     covered = coverage(model, roles, linears, skipped)
     covered.check(config.allow_low_coverage)
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-    folds = find_folds(model, roles, linears) if config.portable else {}
-    modules = {name: [1, 0] for name in shapes} if config.portable else allocate(shapes, config.bits)
+    if config.portable:
+        check_rows(shapes)
+        modules = {name: [1, 0] for name in shapes}
+    else:
+        modules = allocate(shapes, config.bits)
     with plain_torch():
         calibration = calibrate()
     settings = _settings(model, config, calibration)
-    return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered, *settings, folds)
+    return Plan(roles, shapes, modules, plan_rest(model, roles, config), calibration, covered, *settings)
 
 
 def plan_with_weights(model: nn.Module, plan: Plan, config: SABQuantizationConfig) -> Plan:

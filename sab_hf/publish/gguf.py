@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from ..anatomy.folds import GROUP
+from ..anatomy.llama_cpp import GROUP, Architecture, architecture_of
 from ..anatomy.roles import EMBEDDING, HEAD, LANGUAGE, Roles, find_roles
 from ..packed.linear import SABLinear, SABModule
 from ..paths import check_new_file
 from ..version import __version__
-from .gguf_header import Architecture, add_sizes, add_tokenizer, architecture_of
+from .gguf_header import add_sizes, add_tokenizer
 from .gguf_mmproj import add_tower_header, image_statistics, require_tower, tower_tensors
 from .locate import read_config, require_packed
 from .open import opening_class

@@ -7,12 +7,13 @@ model says it (`export_gguf(..., like=...)`). The keys are those of llama.cpp's 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
+
+from ..anatomy.llama_cpp import architecture_of
 
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,50 +29,6 @@ _SLIDING_PATTERN = 6
 """Of so many blocks of Gemma 3, the last sees everything; llama.cpp knows it by heart."""
 _LARGEST_GEMMA = 62
 """Blocks of Gemma 3 27B, whose attention llama.cpp scales in a way of its own."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How llama.cpp names and stores a kind of text model.
-
-    Attributes:
-        name: of the architecture.
-        rotated: whether rows of query and key projections come in another order (both halves of a rotary pair together).
-        gain_offset: what is added to the weights of norms.
-        activation: of the feed-forward network, as configs name it.
-    """
-
-    name: str
-    rotated: bool = False
-    gain_offset: float = 0.0
-    activation: str = "silu"
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", rotated=True),
-    "mistral": Architecture("llama", rotated=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen2_vl_text": Architecture("qwen2vl"),
-    "qwen2_5_vl_text": Architecture("qwen2vl"),
-    "qwen3": Architecture("qwen3"),
-    "gemma3_text": Architecture("gemma3", gain_offset=1.0, activation="gelu_pytorch_tanh"),
-}
-"""`model_type` of a text config → its architecture."""
-
-
-def architecture_of(config: Any) -> Architecture:
-    """Return the architecture of a text config.
-
-    Raises:
-        ValueError: it is none of those that can be exported.
-    """
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
-        raise ValueError(
-            f"a GGUF file can be written for text models of the types {sorted(ARCHITECTURES)}, and this one is "
-            f"{config.model_type!r}; use the checkpoint in transformers"
-        )
-    return found
 
 
 def add_sizes(writer: Any, config: Any, rotary: nn.Module) -> None:
@@ -90,7 +47,7 @@ def add_sizes(writer: Any, config: Any, rotary: nn.Module) -> None:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     context = config.max_position_embeddings
-    if config.model_type == "mistral" and config.sliding_window:
+    if config.model_type in ("mistral", "phi3") and config.sliding_window:
         context = min(
             context, config.sliding_window
         )  # llama.cpp sees all positions; within one window that is the same
@@ -160,7 +117,10 @@ def _rotary_of(config: Any, layer_type: str) -> tuple[float, str, dict[str, Any]
         if layer_type == "sliding_attention":
             details, theta = {}, config.rope_local_base_freq
     kind = details.get("rope_type", details.get("type", "default"))
-    if kind not in _ROTARY or details.get("partial_rotary_factor", 1) != 1:
+    share = details.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1)
+    if share != 1:
+        raise _unknown(f"rotary positions on {share:g} of each head")
+    if kind not in _ROTARY:
         raise _unknown(f"rotary positions of the kind {kind!r}")
     return theta, kind, details
 

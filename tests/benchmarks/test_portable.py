@@ -13,7 +13,7 @@ from runner import Job
 from torch import nn
 
 import sab_hf
-from sab_hf.anatomy import folds
+from sab_hf.make import plan
 
 OPTIONS = {"alternations": 1, "refine_steps": 0, "distil_steps": 0, "fit": "elementwise", "significance": "none"}
 
@@ -52,7 +52,8 @@ def test_every_design_runs_where_128_divides_no_row(name, settings, monkeypatch)
     if name != portable.OWN:
         assert row["bits"] == 1 + 16 / (24 if grouped else 128)
         assert all((m.col_scale.view(torch.float16) == 1).all() for m in packed.values())
-    assert folds.GROUP == 128
+    with pytest.raises(ValueError, match="a multiple of 128"):  # as before
+        plan.check_rows({"a": (1, 64)})
 
 
 def test_a_linear_taken_apart_computes_the_same():

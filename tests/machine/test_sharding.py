@@ -26,7 +26,7 @@ from sab_hf.method.trainable import Share, TrainablePlanes
 
 IDS = torch.randint(0, 256, (24, 14), generator=torch.Generator().manual_seed(0))
 PORTABLE = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 1, "num_hidden_layers": 1}
-"""Widths of a model whose column scales are folded away, and stay 1."""
+"""Widths that Q1_0 can hold; column scales of a portable model stay 1."""
 State = dict[str, torch.Tensor]
 
 
