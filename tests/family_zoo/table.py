@@ -46,16 +46,19 @@ NOT_BUILT = {
 
 HEAD = """# Families
 
-Which model families can be quantized, found out by doing it. For each, a tiny random model of its real class is saved as a
-dense checkpoint, quantized while it loads (one step each of refinement and distillation, a few processed batches with the
-family's placeholder tokens), made to generate, saved, and loaded again: logits must be those of the dense model on the weights
-that the planes make, logits and generated tokens after reloading bitwise those of the saved model, and no language Linear and
-no expert may stay dense, except routers and Linears too small to shrink. Random weights say nothing about accuracy, and tiny
-ones nothing about speed; processors are not part of this check.
+This page lists the model families that were tested. For each family, a tiny random model of its real class is saved as a dense
+checkpoint, quantized while it loads (one step each of refinement and distillation, a few processed batches with the family's
+placeholder tokens), run with `generate`, saved, and loaded again. A family passes if
 
-Each version has two answers: with towers, projector, embedding and head dense (the defaults of `SABQuantizationConfig`), and with
-`rest_bits=4`. Families are those of `AutoModelForImageTextToText` and `AutoModelForMultimodalLM`, a few text models, and parts of
-both.
+- the logits are those of the dense model with the weights that the planes stand for,
+- after reloading, logits and generated tokens have the same bits as before saving, and
+- no language Linear and no expert stays dense, except routers and Linears too small to shrink.
+
+The test says nothing about accuracy (the weights are random) or speed (the models are tiny), and does not cover processors.
+
+Each version of transformers was tested twice: with towers, projector, embedding and head dense (the defaults), and with
+`rest_bits=4`. Families are those of `AutoModelForImageTextToText` and `AutoModelForMultimodalLM`, a few text models, and
+parts of both.
 
 No code of the package knows a family by name. "Language weights covered" is `report(model).coverage`: the rest are routers,
 low-rank side paths and gates.
@@ -65,17 +68,17 @@ low-rank side paths and gates.
 TAIL = """
 ## What is quantized
 
-- **Blocks**: every `nn.Linear` of the language blocks that is worth it. A Linear of which one sign plane would take more than 4
-  bits per weight (a gate of one row, a 4×4 mixing matrix) stays dense.
-- **Experts**: each one has planes of its own, also where the model keeps all in one 3-D parameter; such an expert is called
+- **Blocks**: every `nn.Linear` of the language blocks, except those of which one sign plane would take more than 4 bits per weight
+  (a gate of one row, a 4×4 mixing matrix).
+- **Experts**: each expert has separate planes, even if the model keeps all experts in one 3-D parameter; such an expert is called
   `….experts.split.gate_up_proj.3`. Its second moments are those of the tokens that the router sent it. An expert that saw fewer
   tokens than it has inputs is fitted to the tokens of all experts of its layer; `report(model)` and the log count these.
 - **Routers** stay dense.
 - **Encoder-decoders**: the encoder's blocks, then the decoder's on what the quantized encoder gives.
 - **Cross-attention**: keys and values of image features are calibrated on those features, as the image's modality.
-- **Bits** go where the measured sensitivity of the loss asks for them. Where it cannot be measured (an encoder's blocks, which
-  the loss reaches only through the decoder), they are spread evenly and a warning says so. Blocks that share keys and values
-  with later ones (Gemma 3n, Gemma 4) are measured by their own use of them.
+- **Bits** go where the measured sensitivity of the loss is highest. If it cannot be measured (an encoder's blocks, which the loss
+  reaches only through the decoder), they are spread evenly, with a warning. Blocks that share keys and values with later ones
+  (Gemma 3n, Gemma 4) are measured by their own use of them.
 - **Coverage**: below 90 % of the language weights, quantizing is refused with a list of what stays dense and why;
   `allow_low_coverage=True` permits it.
 
@@ -119,7 +122,8 @@ def write_table(outcomes: list[Mapping[str, Any]]) -> None:
         lines.append(f"| {family} | {covered} | {media} | {_kinds(shown)} | {' | '.join(cells)} | {remark} |")
     lines += [f"| {family} |  |  |  |{' – |' * len(versions)} {why} |" for family, why in NOT_BUILT.items()]
     legend = (
-        '\n"yes": dense and with `rest_bits=4`; else "dense, `rest_bits=4`". "–": this version has no such class.\n'
+        '\n"yes": both tests passed. "–": this version of transformers has no such class. Where the two tests differ, '
+        "dense comes first.\n"
     )
     if reasons:
         legend += "\nWhy not:\n\n" + "".join(
