@@ -68,8 +68,8 @@ low-rank side paths and gates.
 TAIL = """
 ## What is quantized
 
-- **Blocks**: every `nn.Linear` of the language blocks, except those of which one sign plane would take more than 4 bits per weight
-  (a gate of one row, a 4×4 mixing matrix).
+- **Blocks**: every `nn.Linear` of the language blocks, except those of which one sign plane would take more than 4 bits per
+  weight (a gate of one row, a 4×4 mixing matrix).
 - **Experts**: each expert has separate planes, even if the model keeps all experts in one 3-D parameter; such an expert is called
   `….experts.split.gate_up_proj.3`. Its second moments are those of the tokens that the router sent it. An expert that saw fewer
   tokens than it has inputs is fitted to the tokens of all experts of its layer; `report(model)` and the log count these.
@@ -91,9 +91,9 @@ TAIL = """
   text model can name it: `SABQuantizationConfig(language_blocks=["decoder.stack"])`.
 - Models without one forward pass over tokens (Qwen2.5-Omni as a whole) are quantized by their part that reads tokens: load the
   thinker's class.
-- Models that read no tokens before their decoder (Donut, TrOCR, Pix2Struct: image encoders) are refused, and so are those whose
-  hidden states hold positions that no token stands for (GIT, UDOP: image features beside the text) or several streams on the
-  third axis (GLM-5-Next): the modality of their positions is not known.
+- These models are refused, since the modality of their positions is not known: those that read no tokens before their decoder
+  (Donut, TrOCR, Pix2Struct: image encoders), those whose hidden states hold positions without a token (GIT, UDOP: image features
+  beside the text), and those with several streams on the third axis (GLM-5-Next).
 - Where the embedding is tied and does more than look rows up and multiply them by a number, or where the model's code reads
   `tie_word_embeddings` (T5 of transformers 4), embedding and head stay dense with `rest_bits`; naming their bits is an error.
 - Blocks that run twice, out of order, or never for the calibration samples are refused.
