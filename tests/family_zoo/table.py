@@ -46,16 +46,19 @@ NOT_BUILT = {
 
 HEAD = """# Families
 
-Which model families can be quantized, found out by doing it. For each, a tiny random model of its real class is saved as a
-dense checkpoint, quantized while it loads (one step each of refinement and distillation, a few processed batches with the
-family's placeholder tokens), made to generate, saved, and loaded again: logits must be those of the dense model on the weights
-that the planes make, logits and generated tokens after reloading bitwise those of the saved model, and no language Linear and
-no expert may stay dense, except routers and Linears too small to shrink. Random weights say nothing about accuracy, and tiny
-ones nothing about speed; processors are not part of this check.
+This page lists the model families that were tested. For each family, a tiny random model of its real class is saved as a dense
+checkpoint, quantized while it loads (one step each of refinement and distillation, a few processed batches with the family's
+placeholder tokens), run with `generate`, saved, and loaded again. A family passes if
 
-Each version has two answers: with towers, projector, embedding and head dense (the defaults of `SABQuantizationConfig`), and with
-`rest_bits=4`. Families are those of `AutoModelForImageTextToText` and `AutoModelForMultimodalLM`, a few text models, and parts of
-both.
+- the logits are those of the dense model with the weights that the planes stand for,
+- after reloading, logits and generated tokens have the same bits as before saving, and
+- no language Linear and no expert stays dense, except routers and Linears too small to shrink.
+
+The test says nothing about accuracy (the weights are random) or speed (the models are tiny), and does not cover processors.
+
+Each version of transformers was tested twice: with towers, projector, embedding and head dense (the defaults), and with
+`rest_bits=4`. Families are those of `AutoModelForImageTextToText` and `AutoModelForMultimodalLM`, a few text models, and
+parts of both.
 
 No code of the package knows a family by name. "Language weights covered" is `report(model).coverage`: the rest are routers,
 low-rank side paths and gates.
@@ -65,17 +68,17 @@ low-rank side paths and gates.
 TAIL = """
 ## What is quantized
 
-- **Blocks**: every `nn.Linear` of the language blocks that is worth it. A Linear of which one sign plane would take more than 4
-  bits per weight (a gate of one row, a 4×4 mixing matrix) stays dense.
-- **Experts**: each one has planes of its own, also where the model keeps all in one 3-D parameter; such an expert is called
+- **Blocks**: every `nn.Linear` of the language blocks, except those of which one sign plane would take more than 4 bits per
+  weight (a gate of one row, a 4×4 mixing matrix).
+- **Experts**: each expert has separate planes, even if the model keeps all experts in one 3-D parameter; such an expert is called
   `….experts.split.gate_up_proj.3`. Its second moments are those of the tokens that the router sent it. An expert that saw fewer
   tokens than it has inputs is fitted to the tokens of all experts of its layer; `report(model)` and the log count these.
 - **Routers** stay dense.
 - **Encoder-decoders**: the encoder's blocks, then the decoder's on what the quantized encoder gives.
 - **Cross-attention**: keys and values of image features are calibrated on those features, as the image's modality.
-- **Bits** go where the measured sensitivity of the loss asks for them. Where it cannot be measured (an encoder's blocks, which
-  the loss reaches only through the decoder), they are spread evenly and a warning says so. Blocks that share keys and values
-  with later ones (Gemma 3n, Gemma 4) are measured by their own use of them.
+- **Bits** go where the measured sensitivity of the loss is highest. If it cannot be measured (an encoder's blocks, which the loss
+  reaches only through the decoder), they are spread evenly, with a warning. Blocks that share keys and values with later ones
+  (Gemma 3n, Gemma 4) are measured by their own use of them.
 - **Coverage**: below 90 % of the language weights, quantizing is refused with a list of what stays dense and why;
   `allow_low_coverage=True` permits it.
 
@@ -88,9 +91,9 @@ TAIL = """
   text model can name it: `SABQuantizationConfig(language_blocks=["decoder.stack"])`.
 - Models without one forward pass over tokens (Qwen2.5-Omni as a whole) are quantized by their part that reads tokens: load the
   thinker's class.
-- Models that read no tokens before their decoder (Donut, TrOCR, Pix2Struct: image encoders) are refused, and so are those whose
-  hidden states hold positions that no token stands for (GIT, UDOP: image features beside the text) or several streams on the
-  third axis (GLM-5-Next): the modality of their positions is not known.
+- These models are refused, since the modality of their positions is not known: those that read no tokens before their decoder
+  (Donut, TrOCR, Pix2Struct: image encoders), those whose hidden states hold positions without a token (GIT, UDOP: image features
+  beside the text), and those with several streams on the third axis (GLM-5-Next).
 - Where the embedding is tied and does more than look rows up and multiply them by a number, or where the model's code reads
   `tie_word_embeddings` (T5 of transformers 4), embedding and head stay dense with `rest_bits`; naming their bits is an error.
 - Blocks that run twice, out of order, or never for the calibration samples are refused.
@@ -119,7 +122,8 @@ def write_table(outcomes: list[Mapping[str, Any]]) -> None:
         lines.append(f"| {family} | {covered} | {media} | {_kinds(shown)} | {' | '.join(cells)} | {remark} |")
     lines += [f"| {family} |  |  |  |{' – |' * len(versions)} {why} |" for family, why in NOT_BUILT.items()]
     legend = (
-        '\n"yes": dense and with `rest_bits=4`; else "dense, `rest_bits=4`". "–": this version has no such class.\n'
+        '\n"yes": both tests passed. "–": this version of transformers has no such class. Where the two tests differ, '
+        "dense comes first.\n"
     )
     if reasons:
         legend += "\nWhy not:\n\n" + "".join(
