@@ -26,12 +26,13 @@ DENSE = 16
 """Bits of a role that is left as it is."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"num_samples": 128, "refine_steps": 0, "distil_steps": 0},
+    "fast": {"num_samples": 128, "sensitivity_samples": 16, "refine_steps": 0, "distil_steps": 0},
     "balanced": {},
     "best": {"num_samples": 1024, "written_samples": 4096, "refine_steps": 100, "distil_steps": 4000},
 }
-"""What a preset means: the fields that it sets. Fast: the fit alone; 128 samples are enough for it. Best: more samples, of
-which the model writes most, refined blocks and more steps; each of these lowers the loss (benchmarks/ACCURACY.md)."""
+"""What a preset means: the fields that it sets. Fast: the fit alone; 128 samples are enough for it, and 16 of them for the
+sensitivity. Best: more samples, of which the model writes most, refined blocks and more steps; each of these lowers the loss
+(benchmarks/ACCURACY.md)."""
 
 _NOT_SERIALIZED = ("calibration", "processor", "progress")
 _ONLY_FOR_THE_RUN = ("preset",)

@@ -270,7 +270,7 @@ def test_deepcopy_shares_samples_and_processor_only():
 def test_preset_sets_its_fields_and_given_ones_win():
     defaults = SABQuantizationConfig()
     fast = SABQuantizationConfig(preset="fast")
-    assert (fast.refine_steps, fast.distil_steps, fast.num_samples) == (0, 0, 128)
+    assert (fast.refine_steps, fast.distil_steps, fast.num_samples, fast.sensitivity_samples) == (0, 0, 128, 16)
     mine = SABQuantizationConfig(preset="fast", num_samples=512, distil_steps=None, bits=1.2)
     assert (mine.refine_steps, mine.distil_steps, mine.num_samples, mine.bits) == (0, None, 512, 1.2)
     assert SABQuantizationConfig(preset="balanced").to_dict() == defaults.to_dict()
