@@ -82,7 +82,7 @@ def opening_class(config: Any) -> Any:
     if saver:
         return saver
     for name, mapping in _BY_CONFIG.items():
-        if type(config) in (getattr(modeling_auto, mapping, None) or ()):
+        if type(config) in getattr(modeling_auto, mapping, ()):  # a mapping's length or truth would import every config
             return getattr(modeling_auto, name)
     named = f"no class {saved_by!r}" if saved_by else "no generating model"
     raise ValueError(
