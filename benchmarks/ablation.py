@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict] = {
     "refinement 800 steps": {"refine_steps": 800},
 }
 """Name → fields that differ from `DEFAULTS`."""
-DEFAULTS = {"refine_steps": 400}
+DEFAULTS = {"refine_steps": 400, "distil_steps": 0}
 MANY_BITS = 3.1
 MANY_BITS_VARIANTS: dict[str, dict] = {
     "3.1 bits, refinement 800 steps": {"refine_steps": 800},
@@ -57,7 +57,7 @@ def list_jobs(model: str, bits: float, seeds: Sequence[int]) -> list[Job]:
     for seed in seeds:
         variants = [Job(name, OURS, seed, bits, DEFAULTS | options) for name, options in VARIANTS.items()]
         samples = [Job(f"{count} samples", OURS, seed, bits, DEFAULTS, count) for count in SAMPLE_COUNTS]
-        samples.append(Job("4096 samples, 800 steps", OURS, seed, bits, {"refine_steps": 800}, 4096))
+        samples.append(Job("4096 samples, 800 steps", OURS, seed, bits, DEFAULTS | {"refine_steps": 800}, 4096))
         jobs += variants[:NUM_FIRST] + samples[:2] + variants[NUM_FIRST:] + samples[2:]
         jobs += [Job(name, OURS, seed, MANY_BITS, DEFAULTS | more) for name, more in MANY_BITS_VARIANTS.items()]
         jobs += [Job(f"residual columns {100 * s:.0f} %", OURS, seed, b, DEFAULTS) for s, b in budgets.items()]

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples"), str(HERE.parent)]
@@ -19,7 +20,7 @@ import torch  # noqa: E402
 from methods import OURS, do, floor_bits  # noqa: E402
 from packages import PACKAGES  # noqa: E402
 from runner import Job, Settings  # noqa: E402
-from tables import BITS_STORED, FULL_PRECISION, SECONDS, Column, add_options  # noqa: E402
+from tables import BITS_STORED, FULL_PRECISION, SECONDS, Column, add_options, add_own_options  # noqa: E402
 
 BASELINE_LABELS = {
     "sign_scale": "sign × scale",
@@ -50,28 +51,24 @@ COLUMNS = (
 )
 
 
-def list_jobs(floor: float, seeds: Sequence[int], refine_steps: int = 400) -> list[Job]:
+def list_jobs(floor: float, seeds: Sequence[int], options: dict[str, Any], name: str = "") -> list[Job]:
     """Return all rows, the more important first: full precision, then seed after seed.
 
     floor: least bits/weight of the model; smaller budgets are raised to it, and equal ones merged
+    options: fields of `SABQuantizationConfig` for the rows of `sab_hf`; name: added to their labels
     """
     budgets, few = (sorted({max(bits, floor) for bits in some}) for some in (BITS, BITS_OF_OTHER_SEEDS))
+    suffix = f", {name}" if name else ""
     jobs = [Job(FULL_PRECISION, FULL_PRECISION)]
     for seed in seeds:
-        jobs += [ours(bits, seed, refine_steps) for bits in (budgets if seed == seeds[0] else few)]
+        own = budgets if seed == seeds[0] else few
+        jobs += [Job(f"sab_hf {bits:.4g}{suffix}", OURS, seed, bits, dict(options)) for bits in own]
         jobs += [Job(label, method, seed) for method, label in BASELINE_LABELS.items()]
-    jobs += [Job(name, name, seeds[0]) for name in PACKAGES]
-    jobs += [ours(max(bits, floor), seeds[0], refine_steps, rest_bits=4) for bits in BITS_OF_REST]
-    return jobs + [ours(bits, seeds[0], 0) for bits in budgets]
-
-
-def ours(bits: float, seed: int, refine_steps: int, rest_bits: int | None = None) -> Job:
-    """Return the row of `sab_hf` at a budget, with or without refinement, and with all else dense or at `rest_bits` planes."""
-    label = f"sab_hf {bits:.4g}" + ("" if refine_steps else ", not refined")
-    if rest_bits is None:
-        return Job(label, OURS, seed, bits, {"refine_steps": refine_steps})
-    options = {"refine_steps": refine_steps, "rest_bits": rest_bits}
-    return Job(f"{label}, all else at {rest_bits} bits", OURS, seed, bits, options)
+    jobs += [Job(package, package, seeds[0]) for package in PACKAGES]
+    for bits in (max(bits, floor) for bits in BITS_OF_REST):
+        label = f"sab_hf {bits:.4g}, all else at 4 bits{suffix}"
+        jobs.append(Job(label, OURS, seeds[0], bits, {**options, "rest_bits": 4}))
+    return jobs
 
 
 def compare(rows: list[dict]) -> list[dict]:
@@ -138,9 +135,9 @@ def run(jobs: list[Job], args: argparse.Namespace) -> list[dict]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     parser = arguments(__doc__)
-    parser.add_argument("--refine-steps", type=int, default=400, help="of `sab_hf`, a block")
+    add_own_options(parser)
     args = parser.parse_args(argv)
-    run(list_jobs(floor_bits(args.model), args.seeds, args.refine_steps), args)
+    run(list_jobs(floor_bits(args.model), args.seeds, args.options, args.name), args)
 
 
 if __name__ == "__main__":

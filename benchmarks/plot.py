@@ -40,7 +40,7 @@ def points(rows: list[dict]) -> dict[str, list[tuple[float, float, float, float]
 def _series(row: dict) -> str:
     if row["method"] != OURS:
         return row["label"]
-    return "sab_hf" if row["options"].get("refine_steps") else "sab_hf, not refined"
+    return OURS + "".join(row["label"].partition(",")[1:])  # the label has bits before the comma
 
 
 def draw(rows: list[dict], title: str) -> plt.Figure:

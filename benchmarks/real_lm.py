@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from fidelity import BASELINE_LABELS  # noqa: E402
 from methods import OURS, compress, floor_bits  # noqa: E402
 from runner import DONE, Job, Settings  # noqa: E402
-from tables import BITS_STORED, FULL_PRECISION, SECONDS, Column, add_options  # noqa: E402
+from tables import BITS_STORED, FULL_PRECISION, SECONDS, Column, add_options, add_own_options  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
@@ -347,10 +347,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a run on a model with real weights."""
     parser.add_argument("model", help="folder of the model")
     add_text_folder(parser)
-    parser.add_argument(
-        "--options", type=json.loads, default={}, help="JSON: fields of SABQuantizationConfig for sab_hf's rows"
-    )
-    parser.add_argument("--name", default="", help="added to the labels of sab_hf's rows, to tell options apart")
+    add_own_options(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to load the model in")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration text")
     parser.add_argument("--window", type=int, default=1024, help="tokens of a stretch of the measured text")

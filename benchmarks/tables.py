@@ -1,6 +1,7 @@
 """Choose rows, run them, and write JSON and a Markdown table after each: what the scripts that compare methods share."""
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -73,6 +74,14 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows that --output holds, run the others")
     parser.add_argument("--list", action="store_true", help="print the rows that would run, and end")
+
+
+def add_own_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the rows of `sab_hf` are to be made with."""
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help="JSON: fields of SABQuantizationConfig for sab_hf's rows"
+    )
+    parser.add_argument("--name", default="", help="added to the labels of sab_hf's rows, to tell options apart")
 
 
 def run(

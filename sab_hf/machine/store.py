@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -43,6 +44,7 @@ class StateStore:
             self.room = {"device": _free_on(device) if device_limit is None else device_limit} | self.room
         self.used = dict.fromkeys([*self.room, "disk"], 0)
         self._folder, self._files = folder, None
+        self._given_up: dict[tuple, list[Tensor]] = defaultdict(list)  # in files, by shape and dtype
 
     def put(self, tensor: Tensor) -> Tensor:
         """Return `tensor` where there is room for it.
@@ -59,16 +61,19 @@ class StateStore:
     def replace(self, old: Tensor, new: Tensor) -> Tensor:
         """Return `new` on the tier of `old`, whose room it takes over."""
         if old.shape != new.shape or old.dtype != new.dtype:
-            self.used[self._tier(old)] -= old.nbytes
+            self.forget(old)
             return self.put(new)
         if self._tier(old) == "disk":
             return old.copy_(new)
         return new.to(old.device)
 
     def forget(self, *values: Any) -> None:
-        """Give up the room of tensors, also nested ones, that `put` returned and nobody reads any more."""
+        """Give up the room of tensors, also nested ones, that `put` returned and nobody reads any more: others may have it."""
         for tensor in tensors_in(values):
-            self.used[self._tier(tensor)] -= tensor.nbytes
+            tier = self._tier(tensor)
+            self.used[tier] -= tensor.nbytes
+            if tier == "disk":
+                self._given_up[tensor.shape, tensor.dtype].append(tensor)
 
     def put_all(self, value: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
         """Put every tensor in nested tuples, lists and dicts; `seen` remembers what comes again, which stays shared."""
@@ -86,6 +91,7 @@ class StateStore:
         if self._files is not None:
             self._files.cleanup()
             self._files = None
+            self._given_up.clear()
 
     def _tier(self, tensor: Tensor) -> str:
         if getattr(tensor, "_in_file", False):
@@ -93,6 +99,8 @@ class StateStore:
         return "device" if tensor.device.type != "cpu" else "ram"
 
     def _map(self, tensor: Tensor) -> Tensor:
+        if given_up := self._given_up[tensor.shape, tensor.dtype]:
+            return given_up.pop().copy_(tensor)
         if self._files is None:
             self._files = tempfile.TemporaryDirectory(prefix="sab_hf_states_", dir=self._folder)
             logger.info("hidden states beyond the limits in memory go to %s", self._files.name)

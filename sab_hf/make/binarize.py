@@ -51,6 +51,9 @@ from .written import OPENED_BUILTIN, write_samples
 logger = logging.getLogger(__name__)
 _MODALITY = "modality of each position"
 
+Seen = tuple[dict[str, SecondMoments], set[str]]
+"""Second moments by Linear, and the Linears that have those of others."""
+
 IN_BLOCKS = "second moments", "fit", "refinement"
 """Stages that a run which goes on does not do again."""
 
@@ -63,7 +66,10 @@ def binarize(
     steps: Steps,
     record: QuantizationRecord,
 ) -> dict[str, list[int]]:
-    """Binarize a model in place, block after block; each sees the outputs of the already binarized blocks before it.
+    """Binarize a model in place, block after block.
+
+    Blocks that are refined, or not trained at all, see the outputs of the already binarized blocks before them. Those that are
+    distilled alone are fitted to what full-precision blocks give, which is as accurate then, and takes fewer passes.
 
     Args:
         model: the model with its weights, in evaluation mode.
@@ -97,7 +103,9 @@ def binarize(
             more = batches[given:] if windows[0].trained else []  # what the model wrote is for distillation only
             written = BlockInputs(model, blocks, more, workspace, later, all_run=False, first_number=given)
         for window in windows:
-            entering = (inputs.fork(), written.fork(dense=True)) if window.trained else ()
+            refine = plan.refine.beside(window.trained)
+            dense = window.trained and not refine.steps  # full-precision blocks give the inputs of the fit
+            entering = (inputs.fork(dense), written.fork(dense=True)) if window.trained else ()
             weights: dict[str, Tensor] = {}
             for index, name in enumerate(window.names, window.first):
                 own, number = plan.linears_of(name), plan.roles.blocks.index(name) + 1
@@ -106,20 +114,35 @@ def binarize(
                     weights |= {key: distributed.own_rows(W) for key, W in iter_weights(model, own)}
                 with workspace.placement.visit(name, lasting=True) as block:
                     split_experts(model, own)
-                    refine = plan.refine.beside(window.trained)
-                    if refine.steps or window.trained:
+                    if written.states or refine.steps:
                         with measure("targets"):
-                            inputs.advance_targets(block, index)
                             written.advance(block, index)
+                            if refine.steps:
+                                inputs.advance_targets(block, index)
+                    seen = None
+                    if dense:
+                        seen = _second_moments(model, block, index, inputs, own, record.stages, advance=True)
                     work = partial(
-                        _binarize_block, model, block, name, index, inputs, own, sensitivity, refine, config, record
+                        _binarize_block,
+                        model,
+                        block,
+                        name,
+                        index,
+                        inputs,
+                        own,
+                        seen,
+                        sensitivity,
+                        refine,
+                        config,
+                        record,
                     )
                     restore = partial(_restore_block, model, name, own, workspace.device)
                     _, done = steps.once(name, work, restore, share=True)
+                    del work, seen  # second moments take as much memory as the block
                     record.note(done)
                     bar.count(IN_BLOCKS, number)
                     bar.note(_refinement_in_words(done["refinement"]))
-                    if index + 1 < len(blocks):
+                    if index + 1 < len(blocks) and not dense:
                         with measure("binarized outputs"):
                             inputs.advance(block, index)
             bar.in_block(0, 0)
@@ -293,13 +316,19 @@ def _binarize_block(
     index: int,
     inputs: BlockInputs,
     modules: dict[str, list[int]],
+    seen: Seen | None,
     sensitivity: Sensitivity,
     refine: RefineSettings,
     config: SABQuantizationConfig,
     record: QuantizationRecord,
 ) -> Left:
-    """Fit, refine and pack one block, number `index`, whose Linears get the sizes `modules`."""
-    planes, fits = _fit_block(model, block, index, inputs, modules, sensitivity, config, record.stages)
+    """Fit, refine and pack one block, number `index`, whose Linears get the sizes `modules`.
+
+    Args:
+        seen: the second moments of their inputs; None: those of `inputs`.
+    """
+    seen = seen or _second_moments(model, block, index, inputs, modules, record.stages)
+    planes, fits = _fit_block(model, inputs.workspace, modules, seen, sensitivity, config, record.stages)
     result = None
     with record.stages.measure("refinement"):
         if refine.steps and planes:
@@ -313,22 +342,34 @@ def _binarize_block(
     return block.state_dict(), {"fits": [asdict(fit) for fit in fits], "refinement": result and result._asdict()}
 
 
-def _fit_block(
+def _second_moments(
     model: nn.Module,
     block: nn.Module,
     index: int,
     inputs: BlockInputs,
     modules: dict[str, list[int]],
+    stages: StageClock,
+    advance: bool = False,
+) -> Seen:
+    """Return the second moments of the inputs of a block's Linears; advance: the inputs become those of the next block."""
+    linears = {name: model.get_submodule(name) for name in modules}
+    for name, linear in linears.items():
+        check_finite(name, linear.weight)  # weights that were offloaded are seen here for the first time
+    with stages.measure("second moments"):
+        return with_fallback(model, inputs.second_moments(block, index, linears, advance), linears)
+
+
+def _fit_block(
+    model: nn.Module,
+    workspace: Workspace,
+    modules: dict[str, list[int]],
+    seen: Seen,
     sensitivity: Sensitivity,
     config: SABQuantizationConfig,
     stages: StageClock,
 ) -> tuple[dict[str, SignPlanes], list[FitRecord]]:
     """Fit the Linears of a block to the second moments of its inputs; returns their planes by module name, and records."""
-    linears = {name: model.get_submodule(name) for name in modules}
-    for name, linear in linears.items():
-        check_finite(name, linear.weight)  # weights that were offloaded are seen here for the first time
-    with stages.measure("second moments"):
-        moments, fallbacks = with_fallback(model, inputs.second_moments(block, index, linears), linears)
+    linears, (moments, fallbacks) = {name: model.get_submodule(name) for name in modules}, seen
     names = _by_input(linears, moments)
     costs = {name: float(linears[name].in_features * sum(linears[name].weight.shape)) for name in names}
     factors: InputFactors | None = None  # of the input at work, whose Linears come one after the other
@@ -346,8 +387,8 @@ def _fit_block(
         fitted.update()
         return planes, fit_record
 
-    with stages.measure("fit"), inputs.workspace.bar.steps(len(linears)) as fitted:
-        results = distributed.divide(costs, fit, inputs.workspace.device)
+    with stages.measure("fit"), workspace.bar.steps(len(linears)) as fitted:
+        results = distributed.divide(costs, fit, workspace.device)
     return {name: results[name][0] for name in linears}, [results[name][1] for name in linears]
 
 

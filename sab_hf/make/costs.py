@@ -215,10 +215,10 @@ def count_work(
     recorded = 2 * a.batches * (1 + more) * BLOCK_CALLS
     count.add("capture", model=towers + 4 * through * a.tokens / a.batches, calls=recorded)
     trained = bool(distil.steps)
-    refined = 1.0 if refine.beside(trained).steps else 1.0 - a.distilled  # part of the blocks
-    if refine.steps or trained:
-        all_seen = 1 + a.distilled * more
-        count.add("targets", model=all_seen * through * a.tokens, calls=all_seen * passes)
+    apart = 0.0 if refine.beside(trained).steps else a.distilled * trained  # blocks that are distilled alone, as a part
+    refined = (1.0 - apart) * bool(refine.steps)
+    if wanted := refined + a.distilled * more:
+        count.add("targets", model=wanted * through * a.tokens, calls=wanted * passes)
     count.add("second moments", model=through * a.tokens, float32=a.seen * a.tokens, calls=2 * passes)
     linears, rounds = [linear for block in a.blocks for linear in block], min(ROUNDS, c.alternations)
     count.add(
@@ -227,7 +227,7 @@ def count_work(
         calls=sum(rounds * m * COLUMN_CALLS[device] + FIT_CALLS[device] for _, m, _, _ in linears),
         bytes=sum(rounds * n * m for n, m, _, _ in linears) * COLUMN_BYTES[device],
     )
-    if refine.steps and refined:
+    if refined:
         tokens = min(refine.samples_per_step, a.samples) * a.tokens / a.samples
         count.add(
             "refinement",
@@ -237,7 +237,8 @@ def count_work(
             bytes=refined * refine.steps * a.weights * REFINE_BYTES[device],
             calls=refined * refine.steps * len(a.blocks) * REFINE_CALLS[device],
         )
-    count.add("binarized outputs", model=through * a.tokens, calls=passes)
+    if apart < 1:
+        count.add("binarized outputs", model=(1 - apart) * through * a.tokens, calls=(1 - apart) * passes)
     if trained:
         tokens = min(distil.samples_per_step, a.samples) * a.tokens / a.samples
         text = a.text * tokens

@@ -155,19 +155,29 @@ class BlockInputs:
     def _advance(self, block: nn.Module, index: int, with_targets: bool) -> None:
         store = self.workspace.store
         for state in self.states:
-            output = state.hidden
-            if state.runs(index):
-                output, left = self._output(block, index, state)
-                state.left = self._merged(state.left, left)
-            injection = state.injections[index + 1] if index + 1 < len(state.injections) else None
-            if injection is not None:
-                output = output + injection.to(output.device)
-                if state.target is not None and with_targets:
-                    state.target = store.replace(state.target, state.target + injection.to(state.target.device))
+            output, left = self._output(block, index, state) if state.runs(index) else (state.hidden, {})
+            state.left = self._merged(state.left, left)
+            output = _entering(state, index + 1, output)
+            if with_targets and state.target is not None:
+                target = _entering(state, index + 1, state.target)
+                state.target = state.target if target is state.target else store.replace(state.target, target)
             if output is not state.hidden:
                 kept = self.keeps or state.shared
                 state.hidden = store.put(output) if kept else store.replace(state.hidden, output)
                 state.shared = False
+
+    def _advance_to(self, outputs: dict[int, tuple[Tensor, Left]], index: int) -> None:
+        """Replace the cached hidden states by what `_own_moments` has put into the store for block number `index`."""
+        store = self.workspace.store
+        for state in self.states:
+            hidden, left = outputs.get(state.number, (state.hidden, {}))
+            if state.number not in outputs and (added := _entering(state, index + 1, hidden)) is not hidden:
+                hidden = store.put(added)
+            state.left = self._merged(state.left, left)
+            if hidden is not state.hidden:
+                if not (self.keeps or state.shared):
+                    store.forget(state.hidden)
+                state.hidden, state.shared = hidden, False
 
     def _output(self, block: nn.Module, index: int, state: BatchState, of_target: bool = False) -> tuple[Tensor, Left]:
         """Run the block on a whole batch, in parts where memory asks for it; returns what it gives and what it leaves."""
@@ -194,7 +204,9 @@ class BlockInputs:
         return merged
 
     @torch.no_grad()
-    def second_moments(self, block: nn.Module, index: int, linears: dict[str, nn.Linear]) -> dict[str, SecondMoments]:
+    def second_moments(
+        self, block: nn.Module, index: int, linears: dict[str, nn.Linear], advance: bool = False
+    ) -> dict[str, SecondMoments]:
         """Collect the second moments of the inputs of all `linears` of a block in one streaming pass.
 
         Linears that get the very same tensor (query, key and value; gate and up) share one accumulator. A Linear that was
@@ -202,13 +214,26 @@ class BlockInputs:
 
         The moments are those of the samples of all processes.
 
+        Args:
+            block: of the model, number `index`.
+            linears: of the block, by module name.
+            advance: the same pass replaces the cached hidden states, as `advance` does.
         Raises:
             ValueError: inputs are not finite, or are not rows whose modality is known.
         """
         largest = max((state.rows for state in self.states), default=1)
-        owner, moments = self.workspace.limit.retry(
-            f"collecting second moments of block {index}", largest, lambda: self._own_moments(block, index, linears)
-        )
+        outputs: dict[int, tuple[Tensor, Left]] = {}
+
+        def run() -> tuple[dict[str, str], dict[str, SecondMoments]]:
+            return self._own_moments(block, index, linears, outputs if advance else None)
+
+        def undo() -> None:
+            self.workspace.store.forget([hidden for hidden, _ in outputs.values()])
+            outputs.clear()
+
+        owner, moments = self.workspace.limit.retry(f"collecting second moments of block {index}", largest, run, undo)
+        if advance:
+            self._advance_to(outputs, index)
         owner = distributed.merge(owner)
         distributed.sum_moments(moments, sorted(set(owner.values())), self.workspace.device)
         for name, moment in moments.items():
@@ -220,9 +245,18 @@ class BlockInputs:
         return {name: moments[first] for name, first in owner.items()}
 
     def _own_moments(
-        self, block: nn.Module, index: int, linears: dict[str, nn.Linear]
+        self,
+        block: nn.Module,
+        index: int,
+        linears: dict[str, nn.Linear],
+        outputs: dict[int, tuple[Tensor, Left]] | None,
     ) -> tuple[dict[str, str], dict[str, SecondMoments]]:
-        """Return the Linear that accumulates for each Linear, and the moments of this process's samples by the former."""
+        """Return the Linear that accumulates for each Linear, and the moments of this process's samples by the former.
+
+        Args:
+            outputs: gets, by number of the batch, what enters the next block, in the store, and what the block leaves; None:
+                that is dropped.
+        """
         owner: dict[str, str] = {}
         moments: dict[str, SecondMoments] = {}
         last_input = last_owner = None
@@ -245,10 +279,21 @@ class BlockInputs:
 
         with observing(linears, observe), labels.watching():
             for state in self.workspace.bar.over(self.running(index)):
+                parts, left = [], []
                 for piece in state.pieces(index):
                     labels.start(piece)
-                    block_output(block, index, piece, piece.hidden)
+                    parts.append(block_output(block, index, piece, piece.hidden))
+                    left.append(piece.left)
+                if outputs is not None:
+                    output, left = join(parts, left)
+                    outputs[state.number] = self.workspace.store.put(_entering(state, index + 1, output)), left
         return owner, moments
+
+
+def _entering(state: BatchState, index: int, output: Tensor) -> Tensor:
+    """Return what enters block number `index`: what the one before it gave, and what the model adds to it."""
+    injection = state.injections[index] if index < len(state.injections) else None
+    return output if injection is None else output + injection.to(output.device)
 
 
 @contextmanager

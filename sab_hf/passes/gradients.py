@@ -118,14 +118,13 @@ def _forward(
             linears = {linear: model.get_submodule(linear) for linear in names}
             for linear, module in linears.items():
                 check_finite(linear, module.weight)  # offloaded weights are seen here for the first time
-            moments = prefix.second_moments(block, index, linears)
+            moments = prefix.second_moments(block, index, linears, advance=True)
             known: dict[int, Variance] = {}  # Linears that share an accumulator share what follows from it
             for linear, moment in moments.items():
                 if id(moment) not in known:
                     known[id(moment)] = _variance(moment, damping)
                 by_modality, counts = known[id(moment)]
                 variances[linear] = {m: v.clone() for m, v in by_modality.items()}, counts
-            prefix.advance(block, index)
         entered.append([state.hidden for state in prefix.states])
     return entered, variances
 

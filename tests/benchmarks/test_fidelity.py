@@ -99,23 +99,21 @@ def test_resume_keeps_what_is_done_and_refuses_other_settings(rows, tmp_path, mo
 
 
 def test_job_list_has_every_method_budget_and_seed():
-    jobs = fidelity.list_jobs(1.0531, seeds=(0, 1))
+    options = {"refine_steps": 3}
+    jobs = fidelity.list_jobs(1.0531, (0, 1), options, "refined")
     assert jobs[0].method == "full precision"
     assert {job.method for job in jobs} >= set(fidelity.BASELINE_LABELS) | set(fidelity.PACKAGES)
-    own = {
-        (seed, steps): [
-            job.bits
-            for job in jobs
-            if job.method == "sab_hf" and (job.seed, job.options) == (seed, {"refine_steps": steps})
-        ]
-        for seed in (0, 1)
-        for steps in (0, 400)
-    }
+    own = {seed: [job for job in jobs if job.method == "sab_hf" and job.seed == seed] for seed in (0, 1)}
     every = [1.0531, 1.1, 1.2, 1.35, 1.6, 2.1, 3.1]
-    assert own == {(0, 400): every, (0, 0): every, (1, 400): [1.1, 1.35, 2.1, 3.1], (1, 0): []}
+    assert [job.bits for job in own[0]] == [*every, 1.1, 2.1]
+    assert [job.bits for job in own[1]] == [1.1, 1.35, 2.1, 3.1]
+    assert [job.options for job in own[0]] == [options] * 7 + [{"refine_steps": 3, "rest_bits": 4}] * 2
+    assert own[0][1].label == "sab_hf 1.1, refined"
+    assert own[0][-1].label == "sab_hf 2.1, all else at 4 bits, refined"
     assert {job.method for job in jobs if job.seed == 1} >= set(fidelity.BASELINE_LABELS)
     assert len({(job.label, job.seed) for job in jobs}) == len(jobs)
-    assert len([job for job in fidelity.list_jobs(1.15, (0,)) if job.method == "sab_hf"]) == 14  # two budgets merge
+    merged = [job for job in fidelity.list_jobs(1.15, (0,), {}) if job.method == "sab_hf"]
+    assert len(merged) == 8  # two budgets merge
 
 
 def test_ablation_names_are_unique_and_unknown_fields_are_named():
