@@ -18,6 +18,7 @@ from sab_hf.anatomy.roles import find_roles
 from sab_hf.anatomy.selection import language_linears
 from sab_hf.calibration import PADDING, CalibrationBatch
 from sab_hf.calibration.modality import token_modality
+from sab_hf.machine.workspace import Workspace
 from sab_hf.make.plan import make_plan
 from sab_hf.packed.linear import replace_module
 from sab_hf.passes.capture import BlockInputs, unpacked
@@ -266,6 +267,23 @@ def moments_of(model, inputs, index=0, names=None):
     if names is not None:
         linears = {n: m for n, m in linears.items() if n.rpartition(".")[2] in names}
     return inputs.second_moments(block, index, linears)
+
+
+def test_one_pass_gives_moments_and_the_next_inputs(model, processor, make_config, tmp_path):
+    """Also where hidden states are in files, whose room is used again."""
+    batches, block = image_batches(model, make_config, processor, batch_size=3), find_roles(model).blocks[0]
+    workspace = Workspace.of(model, make_config(cache_ram_gib=0.0, offload_dir=str(tmp_path)))
+    apart, together = (BlockInputs(model, find_roles(model).blocks, batches, w) for w in (None, workspace))
+    expected = moments_of(model, apart)
+    apart.advance(model.get_submodule(block), 0)
+    linears = {name: model.get_submodule(name) for name in expected}
+    moments = together.second_moments(model.get_submodule(block), 0, linears, advance=True)
+    for name, moment in expected.items():
+        for m, H in moment.matrices().items():
+            torch.testing.assert_close(moments[name].matrices()[m], H)
+    for ours, theirs in zip(together.states, apart.states, strict=True):
+        torch.testing.assert_close(ours.hidden, theirs.hidden, rtol=0, atol=0)
+    workspace.store.close()
 
 
 def test_second_moments_are_those_of_the_real_inputs(model, processor, make_config):
