@@ -34,7 +34,7 @@ def distilled(portable: bool = False, rows: int = 1, **changes) -> tuple[State, 
     """Quantize a small model with batches of so many rows; returns its state and the losses of its distillation."""
     given = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in IDS.split(rows)]
     values = {"num_samples": 24, "batch_size": rows, "fit": "elementwise", "alternations": 1, "refine_steps": 0}
-    values |= {"distil_steps": 12, "distil_batch": 2, "distil_latent_rate": 2e-3, "distil_scale_rate": 1e-3}
+    values |= {"distil_steps": 12, "distil_batch": 2, "distil_latent_rate": 2e-2, "distil_scale_rate": 2e-2}
     values |= {"budget": "uniform", "significance": "paper", "process_timeout": 60}
     model = build_llama(**PORTABLE if portable else {})
     config = SABQuantizationConfig(**values | changes, portable="gguf" if portable else None)
