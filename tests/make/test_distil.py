@@ -137,8 +137,8 @@ def test_compact_training_gives_nearly_the_same(monkeypatch):
     results = []
     for compact in (False, True):
         monkeypatch.setattr(distil, "blocks_at_once", lambda *_, compact=compact: distil.Way(2, compact, False))
-        results += sab_hf.quantize(build_llama(), None, TEXT, config(distil_steps=30)).distillations
-    assert results[0].after < 0.985 * results[0].before
+        results += sab_hf.quantize(build_llama(), None, TEXT, config(distil_steps=40)).distillations
+    assert results[0].after < 0.98 * results[0].before
     assert results[1].after == pytest.approx(results[0].after, rel=2e-3)
 
 
