@@ -153,44 +153,40 @@ class BlockInputs:
             self._advance(block, index, with_targets)
 
     def _advance(self, block: nn.Module, index: int, with_targets: bool) -> None:
-        store = self.workspace.store
         for state in self.states:
             output, left = self._output(block, index, state) if state.runs(index) else (state.hidden, {})
-            state.left = self._merged(state.left, left)
-            output = _entering(state, index + 1, output)
             if with_targets and state.target is not None:
                 target = _entering(state, index + 1, state.target)
-                state.target = state.target if target is state.target else store.replace(state.target, target)
-            if output is not state.hidden:
-                kept = self.keeps or state.shared
-                state.hidden = store.put(output) if kept else store.replace(state.hidden, output)
-                state.shared = False
+                if target is not state.target:
+                    state.target = self.workspace.store.replace(state.target, target)
+            self._replace(state, _entering(state, index + 1, output), left)
 
     def _advance_to(self, outputs: dict[int, tuple[Tensor, Left]], index: int) -> None:
         """Replace the cached hidden states by what `_own_moments` has put into the store for block number `index`."""
-        store = self.workspace.store
         for state in self.states:
-            hidden, left = outputs.get(state.number, (state.hidden, {}))
-            if state.number not in outputs and (added := _entering(state, index + 1, hidden)) is not hidden:
-                hidden = store.put(added)
-            state.left = self._merged(state.left, left)
-            if hidden is not state.hidden:
-                if not (self.keeps or state.shared):
-                    store.forget(state.hidden)
-                state.hidden, state.shared = hidden, False
+            if state.number in outputs:
+                self._replace(state, *outputs[state.number], stored=True)
+            else:
+                self._replace(state, _entering(state, index + 1, state.hidden), {})
+
+    def _replace(self, state: BatchState, hidden: Tensor, left: Left, stored: bool = False) -> None:
+        """Replace a batch's hidden states, and add to what blocks have left; stored: `hidden` is in the store already."""
+        store, kept = self.workspace.store, self.keeps or state.shared
+        state.left = self._merged(state.left, left)
+        if hidden is state.hidden:
+            return
+        if not stored:
+            hidden = store.put(hidden) if kept else store.replace(state.hidden, hidden)
+        elif not kept:
+            store.forget(state.hidden)
+        state.hidden, state.shared = hidden, False
 
     def _output(self, block: nn.Module, index: int, state: BatchState, of_target: bool = False) -> tuple[Tensor, Left]:
-        """Run the block on a whole batch, in parts where memory asks for it; returns what it gives and what it leaves."""
+        """Run the block on a whole batch, again in smaller parts where memory runs out; see `_in_parts`."""
         of_target = of_target and state.target is not None  # what enters the first block is both
-
-        def run() -> tuple[Tensor, Left]:
-            outputs, left = [], []
-            for piece in state.pieces(index, of_target):
-                outputs.append(block_output(block, index, piece, piece.target if of_target else piece.hidden))
-                left.append(piece.left)
-            return join(outputs, left)
-
-        return self.workspace.limit.retry(f"running block {index}", state.rows, run)
+        return self.workspace.limit.retry(
+            f"running block {index}", state.rows, lambda: _in_parts(block, index, state, of_target=of_target)
+        )
 
     def _merged(self, known: Left, new: Left) -> Left:
         """Return what was left before and now, kept in the store."""
@@ -279,15 +275,31 @@ class BlockInputs:
 
         with observing(linears, observe), labels.watching():
             for state in self.workspace.bar.over(self.running(index)):
-                parts, left = [], []
-                for piece in state.pieces(index):
-                    labels.start(piece)
-                    parts.append(block_output(block, index, piece, piece.hidden))
-                    left.append(piece.left)
+                output, left = _in_parts(block, index, state, labels.start)
                 if outputs is not None:
-                    output, left = join(parts, left)
                     outputs[state.number] = self.workspace.store.put(_entering(state, index + 1, output)), left
         return owner, moments
+
+
+def _in_parts(
+    block: nn.Module,
+    index: int,
+    state: BatchState,
+    begin: Callable[[BatchState], None] = lambda part: None,
+    of_target: bool = False,
+) -> tuple[Tensor, Left]:
+    """Run a block on a batch in parts that fit into memory; returns what it gives and what it leaves.
+
+    Args:
+        begin: is called before each part runs.
+        of_target: the block runs on `target`.
+    """
+    outputs, left = [], []
+    for part in state.pieces(index, of_target):
+        begin(part)
+        outputs.append(block_output(block, index, part, part.target if of_target else part.hidden))
+        left.append(part.left)
+    return join(outputs, left)
 
 
 def _entering(state: BatchState, index: int, output: Tensor) -> Tensor:
