@@ -120,14 +120,14 @@ def test_stages_follow_the_settings(without_weights, monkeypatch):
         ).seconds
 
     balanced, fast, best = (stages(preset=name) for name in ("balanced", "fast", "best"))
-    assert {"sensitivity", "capture", "targets", "second moments", "fit", "distillation"} <= balanced.keys()
+    assert {"sensitivity", "capture", "second moments", "fit", "distillation"} <= balanced.keys()
     assert "distillation" not in fast
-    assert "refinement" in stages(distil_steps=0)
-    assert "refinement" not in balanced
+    assert {"targets", "refinement"} <= stages(distil_steps=0).keys()
+    assert not {"targets", "refinement"} & balanced.keys()  # what sums second moments gives the targets too
     assert "towers, embedding, head" in stages(rest_bits=4)
     written = stages(written_samples=64)
-    assert "written samples" in written
-    assert all(written[stage] > balanced[stage] for stage in ("capture", "targets"))
+    assert {"written samples", "targets"} <= written.keys()  # those samples have no second moments
+    assert written["capture"] > balanced["capture"]
     assert sum(fast.values()) < sum(balanced.values()) < sum(best.values())
     assert stages(distil_steps=200)["distillation"] == pytest.approx(
         2 * stages(distil_steps=100)["distillation"], rel=0.05
