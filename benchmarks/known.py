@@ -213,8 +213,10 @@ def _predicted(name: str, run: dict[str, Any]) -> tuple[Estimate, dict[str, Any]
     modality[:, : shape.image_tokens] = IMAGE
     batches = [CalibrationBatch({}, modality)] * (run["samples"] // run["batch_size"])
     calibration = CalibrationSet(batches, run["samples"], 0, {TEXT: 1, IMAGE: 1})
+    # what a run of now leaves to the preset is None; earlier ones had no distillation
     steps = {"refine_steps": run["refine_steps"], "distil_steps": run.get("distil_steps", 0)}
-    config = SABQuantizationConfig(num_samples=run["samples"], **steps)
+    given = {name: value for name, value in steps.items() if value is not None}
+    config = SABQuantizationConfig(preset=run.get("preset"), num_samples=run["samples"], **given)
     return predict(shapes.config(shape, run["layers"]), config, CUDA, calibration), run
 
 

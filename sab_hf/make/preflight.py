@@ -7,7 +7,8 @@ R = 1 with a residual plane, T tokens of the largest forward pass, T_s those on 
 vocabulary, E bytes of an activation):
 
     moments      = 4 z Σ m²                                  over the different inputs of the block; each expert has its own
-    fit          = 4 (z + 4) m² + 11 min((P+R) m, 16384)² + 4 (7 (P+R) + 5) n m     for the largest Linear
+    fit          = max(4 (z + 6) m² + 4 n m, 16 m² + 12 S² + 20 (P + R + 1) n m)     for the largest Linear, whose scale systems
+                   have S unknowns, at most 16384; the first while the factors of its inputs are found
     distillation = Σ 20 n m (compact: 8) + max(4 T Σ (n + 2 m) + min(24 T V, 4 GiB), (28 + 4 (P + R)) n m)
                    over the blocks of a window, as many as fit; the last for the largest Linear; less their dense weights on the
                    device. N processes: Σ (12 / N + 8) n m, or block by block Σ 14 n m / N (compact: 8 / N) + 8 max Σ n m
@@ -16,8 +17,8 @@ vocabulary, E bytes of an activation):
     sensitivity  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
     device       = block's dense weights, if they come from RAM, + max(capture, sensitivity + further states, moments + fit,
                    refinement, distillation) + states, both as far as they are kept there + the model's weights that are there
-    RAM          = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a
-                   fifth of it for what the allocator keeps)
+    RAM          = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and three
+                   tenths of it for what the allocator keeps)
     states       = hidden_size E (T_all (3 with distillation, 2 with refinement, else 1) + 2 T_written) + masks and positions
     further      = hidden_size E T_s (blocks + 1) + masks and positions − states, if more: while sensitivity is measured
 
@@ -60,7 +61,7 @@ from .rest import is_tied
 
 logger = logging.getLogger(__name__)
 
-KEPT_BY_ALLOCATOR = 1.2
+KEPT_BY_ALLOCATOR = 1.3
 """Resident memory over what is in use, on a CPU: freed pieces that the system's allocator has not given back (measured)."""
 
 _START_BYTES = 28
@@ -537,8 +538,10 @@ def _backward(block: _Block, data: _Data) -> float:
 def _fit(block: _Block, data: _Data) -> float:
     def one(n: int, m: int, planes: int, significant: int) -> float:
         terms = planes + bool(significant)
-        system = min(terms * m, MAX_SYSTEM)
-        return 4 * (data.modalities + 4) * m * m + 11 * system**2 + 4 * (7 * terms + 5) * n * m
+        at_once = min(m, MAX_SYSTEM // terms)  # columns
+        unknowns = planes * at_once + min(significant, at_once)
+        factors = 4 * (data.modalities + 6) * m * m + 4 * n * m
+        return max(factors, 16 * m * m + 12 * unknowns**2 + 20 * (terms + 1) * n * m)
 
     return max((one(*linear) for linear in block.linears), default=0.0)
 
