@@ -34,6 +34,7 @@ def estimate(
     config: SABQuantizationConfig | None = None,
     *,
     dtype: str | torch.dtype = "auto",
+    device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
     processes: int | None = None,
     trust_remote_code: bool = False,
@@ -47,6 +48,7 @@ def estimate(
         model: a model, with weights or on the meta device; its config; or a Hub id or folder.
         processor, samples, config: as in `quantize`; without samples, a data set of the Hub that `config` names is not read.
         dtype: of the weights as they will be loaded, as in `from_pretrained`; "auto": that of the config.
+        device_map: where they will be loaded, as in `from_pretrained`; None: in RAM. A model that is given stays where it is.
         revision: of the Hub repository.
         processes: that share the run, each on a device like this one's; memory is then that of one of them. None: as many as
             `torchrun` or `accelerate launch` has started.
@@ -71,6 +73,7 @@ def estimate(
     if not isinstance(model, nn.Module):
         source = source or (None if isinstance(model, PretrainedConfig) else model)
         model = without_weights(model, dtype, revision, **code)
+        model.hf_device_map = _device_map_of(model, device_map)
     given = samples if samples is not None else config.calibration
     tokens_from = None
     if isinstance(given, (str, os.PathLike)):
@@ -109,6 +112,22 @@ def without_weights(
     require_dense(config, name)
     model = empty_model(config, name, **code)
     return model if dtype == "auto" else model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def _device_map_of(model: nn.Module, device_map: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Return part of the model → device, as `from_pretrained` would load it on this machine."""
+    if device_map is None or isinstance(device_map, dict):
+        return device_map or {}
+    if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return {"": torch.device(device_map)}
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = {"dtype": model.dtype, "no_split_module_classes": list(getattr(model, "_no_split_modules", None) or ())}
+    memory = None
+    if device_map != "sequential":
+        memory = get_balanced_memory(model, low_zero=device_map == "balanced_low_0", **whole)
+    return dict(infer_auto_device_map(model, max_memory=memory, **whole))
 
 
 def _read_processor(source: Any, revision: str | None, **code: bool) -> Any:

@@ -173,6 +173,7 @@ def _dry_run(args: argparse.Namespace) -> tuple[Any, str]:
         args.model,
         config=quantization_config(args),
         dtype=args.dtype,
+        device_map=device_map(args),
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
     )

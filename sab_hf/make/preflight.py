@@ -17,8 +17,8 @@ vocabulary, E bytes of an activation):
     sensitivity  = max(moments + 24 max m², 2 E T Σ (n + m), everything beside the blocks + min(20 T V, 4 GiB))
     device       = block's dense weights, if they come from RAM, + max(capture, sensitivity + further states, moments + fit,
                    refinement, distillation) + states, both as far as they are kept there + the model's weights that are there
-    RAM          = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and three
-                   tenths of it for what the allocator keeps)
+    RAM          = weights in RAM + hidden states kept there + packed result (+ the line above, where the CPU computes, and a
+                   fifth of it, for the fit half of it, for what the allocator keeps)
     states       = hidden_size E (T_all (3 with distillation, 2 with refinement, else 1) + 2 T_written) + masks and positions
     further      = hidden_size E T_s (blocks + 1) + masks and positions − states, if more: while sensitivity is measured
 
@@ -61,7 +61,7 @@ from .rest import is_tied
 
 logger = logging.getLogger(__name__)
 
-KEPT_BY_ALLOCATOR = 1.3
+KEPT_BY_ALLOCATOR, KEPT_IN_FIT = 1.2, 1.5
 """Resident memory over what is in use, on a CPU: freed pieces that the system's allocator has not given back (measured)."""
 
 _START_BYTES = 28
@@ -166,7 +166,7 @@ class Estimate:
         return {
             stage: (
                 size + self.states.get("device", 0.0) + self.on_device,
-                own + (KEPT_BY_ALLOCATOR * size if on_cpu else 0.0),
+                own + ((KEPT_IN_FIT if stage == "fit" else KEPT_BY_ALLOCATOR) * size if on_cpu else 0.0),
             )
             for stage, size in self.working.items()
         }
@@ -264,7 +264,7 @@ def estimate_run(
     """Predict what a run will need on this machine, whose rates are measured for it.
 
     Args:
-        model: with its weights, or on the meta device: then in RAM, as `from_pretrained` puts it without a `device_map`.
+        model: with its weights, or on the meta device, which will be loaded to where its `hf_device_map` says, else to RAM.
         plan, config, workspace: of the run.
         tokens_from: how the tokens are known, if not from the calibration set itself.
         processes: that share the run; None: those that there are.
@@ -307,9 +307,10 @@ def estimate_on(
     first = config.sensitivity_samples if measured else 0
     data = _Data.of(calibration, model, dtype, len(block_names), copies, first, plan.distil.written)
     share = _share_of_an_expert(model, modules)
-    blocks = [_Block.of(model, name, shapes, modules, machine.device, dtype, share) for name in block_names]
+    places = weight_places(model)
+    blocks = [_Block.of(model, name, shapes, modules, machine.device, places, dtype, share) for name in block_names]
     dearest = max(blocks, key=lambda block: block.weights)
-    beside = _beside_blocks(model, block_names, machine.device)
+    beside = _beside_blocks(model, block_names, machine.device, places)
     working = {}
     if measured:
         through = dearest.moved + max(_measure(dearest, data), _backward(dearest, data))
@@ -328,8 +329,8 @@ def estimate_on(
     amounts = _amounts(model, plan, blocks, data, machine, config, measured, dtype)
     work = count_work(amounts, config, plan.refine, plan.distil, machine.device.type)
     per_place, widened = {"cpu": 0.0, "gpu": 0.0}, 0.0
-    for p in model.parameters():
-        per_place["cpu" if _place(p) == "cpu" else "gpu"] += p.nbytes
+    for p, place in places.items():
+        per_place["cpu" if place == "cpu" else "gpu"] += p.nbytes
         widened += _held_bytes(p, model.dtype, dtype) - p.nbytes
     packed = sum(block.packed for block in blocks)
     return Estimate(
@@ -495,6 +496,7 @@ class _Block:
         shapes: dict[str, tuple[int, int]],
         modules: dict[str, list[int]],
         device: torch.device,
+        places: dict[nn.Parameter, str],
         dtype: torch.dtype,
         share: float = 1.0,
     ) -> _Block:
@@ -510,9 +512,9 @@ class _Block:
         shared = [(width, names[0]) for (_, width), names in beside.items()]
         seen = sum(2.0 * width**2 * (share if _is_expert(first) else 1.0) for width, first in shared)
         own = list(model.get_submodule(name).parameters())
-        held = (_held_bytes(p, model.dtype, dtype) for p in own if p.ndim > 1 and _is_there(p, device))
+        held = (_held_bytes(p, model.dtype, dtype) for p in own if p.ndim > 1 and places[p] == device.type)
         given_up = sum(held)
-        return cls(linears, inputs, _moved(own, device), given_up, active, seen)
+        return cls(linears, inputs, _moved(own, device, places), given_up, active, seen)
 
     @property
     def weights(self) -> int:
@@ -575,23 +577,34 @@ def _activations(block: _Block, data: _Data) -> float:
     return data.activation_bytes * data.largest * 3 * max((n + m for n, m, _, _ in block.linears), default=0)
 
 
-def _beside_blocks(model: nn.Module, block_names: tuple[str, ...], device: torch.device) -> float:
+def _beside_blocks(
+    model: nn.Module, block_names: tuple[str, ...], device: torch.device, places: dict[nn.Parameter, str]
+) -> float:
     inside = tuple(f"{name}." for name in block_names)
-    return _moved((p for name, p in model.named_parameters() if not name.startswith(inside)), device)
+    outside = (p for name, p in model.named_parameters() if not name.startswith(inside))
+    return _moved(outside, device, places)
 
 
-def _moved(parameters: Iterable[nn.Parameter], device: torch.device) -> int:
+def _moved(parameters: Iterable[nn.Parameter], device: torch.device, places: dict[nn.Parameter, str]) -> int:
     """Return the bytes of weights that come to a device; what is there, or on the CPU for the CPU, needs no second place."""
-    return 0 if device.type == "cpu" else sum(p.nbytes for p in parameters if not _is_there(p, device))
+    return 0 if device.type == "cpu" else sum(p.nbytes for p in parameters if places[p] != device.type)
 
 
-def _is_there(p: nn.Parameter, device: torch.device) -> bool:
-    return _place(p) == device.type
+def weight_places(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Return weight → the kind of device that it is on.
+
+    Those on the meta device are offloaded or still to be loaded: they are where the model's device map says, else in RAM.
+    """
+    device_map = getattr(model, "hf_device_map", None) or {}
+    return {p: _mapped_place(name, device_map) if p.is_meta else p.device.type for name, p in model.named_parameters()}
 
 
-def _place(p: nn.Parameter) -> str:
-    """Return the kind of device that a weight is on: RAM if it is on the meta device, to be loaded or offloaded."""
-    return "cpu" if p.is_meta else p.device.type
+def _mapped_place(name: str, device_map: dict[str, Any]) -> str:
+    """Return the kind of device that a weight's longest entry in a device map names; RAM if there is none, or for the disk."""
+    while name not in device_map and name:
+        name = name.rpartition(".")[0]
+    place = device_map.get(name, "cpu")
+    return "cpu" if place == "disk" else torch.device(place).type
 
 
 def _held_bytes(p: nn.Parameter, own: torch.dtype, dtype: torch.dtype) -> int:

@@ -101,6 +101,20 @@ def test_folder_needs_no_weights_and_no_samples(without_weights, vlm_dir):
     assert (half.weights - half.widened) * 2 == found.weights
 
 
+def test_weights_are_counted_where_they_will_be_loaded(without_weights):
+    def found(device_map):
+        config = SABQuantizationConfig(**QUICK)
+        return sab_hf.estimate(without_weights, config=config, dtype=torch.float32, device_map=device_map)
+
+    in_ram = found(None)
+    assert in_ram.on_device == 0
+    for where in ("cpu", "auto", "sequential"):  # this machine is all that there is
+        assert (found(where).weights, found(where).on_device) == (in_ram.weights, 0)
+    assert found("cuda").on_device == in_ram.weights
+    norm = {"": "cuda", "lm_head": "disk", "model": "cpu", "model.language_model.norm": "cuda:1"}
+    assert found(norm).on_device == 4 * AutoConfig.from_pretrained(without_weights).text_config.hidden_size
+
+
 def test_config_alone_has_assumed_tokens(nameless):
     found = sab_hf.estimate(nameless, config=SABQuantizationConfig(**QUICK))
     assert "assumed" in found.tokens_from
@@ -164,6 +178,15 @@ def test_dry_run_prints_a_table_or_json_and_writes_nothing(capsys, without_weigh
     assert found["stages"]["fit"]["seconds"] > 0
     assert found["fits"] is True
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_loads_to_where_the_run_does(monkeypatch, capsys, without_weights, tmp_path):
+    given = []
+    monkeypatch.setattr("sab_hf.prediction._device_map_of", lambda model, where: given.append(where) or {})
+    options = ("--preset", "fast", "--num-samples", "8")
+    for where in ((), ("--device-map", "cpu")):
+        assert dry_run(capsys, without_weights, *options, *where)[0] == 0
+    assert given == ["auto" if torch.cuda.is_available() else None, "cpu"]
 
 
 def test_dry_run_reads_a_repository_without_its_weights(capsys, without_weights, hub, tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ def test_weights_on_the_device_are_counted_once(monkeypatch):
     plan = make_plan(model, options, None, given)
     machine = Machine(torch.device("cuda:0"), "a GPU", 8 * GIB, 8 * GIB, {"device": 0.0, "ram": 8 * GIB})
     from_ram = estimate_on(machine, model, plan, options).working
-    monkeypatch.setattr(preflight, "_is_there", lambda p, device: True)
+    monkeypatch.setattr(preflight, "weight_places", lambda model: dict.fromkeys(model.parameters(), "cuda"))
     on_device = estimate_on(machine, model, plan, options).working
     block = model.get_submodule(plan.roles.blocks[0])
     inside = sum(p.nbytes for name in plan.roles.blocks for p in model.get_submodule(name).parameters())
@@ -270,12 +270,13 @@ def test_experts_have_moments_of_their_own():
 
     from sab_hf.anatomy.roles import find_roles
     from sab_hf.anatomy.selection import language_linears
-    from sab_hf.make.preflight import _Block
+    from sab_hf.make.preflight import _Block, weight_places
 
     model = FAMILIES["qwen3_vl_moe"]().model
     roles = find_roles(model)
     shapes_ = {n: (m.out_features, m.in_features) for n, m in language_linears(model, roles, []).items()}
-    block = _Block.of(model, roles.blocks[0], shapes_, {n: [1, 0] for n in shapes_}, torch.device("cpu"), model.dtype)
+    device, modules, places = torch.device("cpu"), {n: [1, 0] for n in shapes_}, weight_places(model)
+    block = _Block.of(model, roles.blocks[0], shapes_, modules, device, places, model.dtype)
     experts = [n for n in shapes_ if n.startswith(roles.blocks[0]) and "experts" in n]
     attention = [n for n in shapes_ if n.startswith(roles.blocks[0]) and "self_attn" in n]
     assert len(experts) == 8
