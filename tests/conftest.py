@@ -73,7 +73,7 @@ def make_config(samples):
     """Return a config that is calibrated in a moment; keyword arguments change it."""
 
     def make(**changes) -> SABQuantizationConfig:
-        values = {"calibration": samples, "num_samples": 4, "alternations": 2, "refine_steps": 0, "distil_steps": 0}
+        values = {"calibration": samples, "num_samples": 4, "alternations": 1, "refine_steps": 0, "distil_steps": 0}
         values |= {"budget": "uniform"}  # so that every module has a residual plane
         return SABQuantizationConfig(**values | changes)
 
@@ -147,6 +147,7 @@ def hub(monkeypatch):
             huggingface_hub.file_download,
         ):  # old versions of the client have a copy
             monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # else the client of another hub
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", "hf_loopback")
         yield running

@@ -90,7 +90,7 @@ def check(name: str, folder: Path, rest_bits: int = DENSE) -> Outcome:
         num_samples=8,
         refine_steps=1,
         distil_steps=1,
-        alternations=2,
+        alternations=1,
         rest_bits=rest_bits,
         **family.settings,
     )

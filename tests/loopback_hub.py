@@ -54,7 +54,7 @@ class LoopbackHub:
 @contextlib.contextmanager
 def running_hub() -> Iterator[LoopbackHub]:
     hub = LoopbackHub()
-    thread = threading.Thread(target=hub.server.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield hub

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import sab_hf.make.binarize
 from sab_hf import SABQuantizationConfig, quantize
 
-NUM_BLOCKS = 4
+NUM_BLOCKS = 3
 UNMEASURED = {"significance": "paper", "budget": "uniform"}
 """A config without the pass that measures sensitivity, so that the blocks are the only stages."""
 MEASURED = {"significance": "gradient", "budget": "sensitivity", "refine_loss": "gradient"}
@@ -32,7 +32,7 @@ def build_config(**changes) -> SABQuantizationConfig:
     values = {
         "num_samples": 5,
         "batch_size": 2,
-        "alternations": 2,
+        "alternations": 1,
         "refine_steps": 2,
         "refine_batch": 3,
         "distil_steps": 0,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -53,15 +55,20 @@ RUNNING = set(ROOMS) - MAKING - {"evaluate"}
 HEAVY = {"datasets", "PIL"}
 
 
+def source(module: str) -> str:
+    return MODULES[module].read_text(encoding="utf-8")
+
+
 def room_of(module: str) -> str:
     first = module.partition(".")[0]
     return "ground" if first in GROUND else first if first in ROOMS else "doors"
 
 
+@functools.cache
 def imports(module: str) -> tuple[set[str], set[str]]:
     """Return what `module` imports when it is imported: modules of the package, and top-level names of others."""
     own, others = set(), set()
-    for node in _module_level(ast.parse(MODULES[module].read_text())):
+    for node in _module_level(ast.parse(source(module))):
         if isinstance(node, ast.Import):
             others |= {alias.name.split(".")[0] for alias in node.names}
         elif node.level == 0:
@@ -87,6 +94,7 @@ def _module_level(node):
             yield from _module_level(child)
 
 
+@functools.cache
 def reached(module: str) -> set[str]:
     """Return the modules of the package that importing `module` imports, itself included."""
     found, todo = set(), [module]
@@ -115,6 +123,14 @@ def test_what_runs_a_packed_model_imports_nothing_that_makes_one(module):
     found = reached(module)
     assert {name for name in found if room_of(name) in MAKING} == set()
     assert {name for inner in found for name in imports(inner)[1]} & HEAVY == set()
+
+
+@pytest.mark.parametrize("place", ["kernels", "method", "calibration.builtin"])
+def test_what_is_tested_on_one_version_of_transformers_imports_none(place):
+    """The list is in `.ci/run`."""
+    inside = [module for module in MODULES if f"{module}.".startswith(f"{place}.")]
+    assert inside
+    assert [module for module in inside if re.search(r"^\s*(from|import) transformers", source(module), re.M)] == []
 
 
 def test_nothing_imports_the_package_by_its_absolute_name():

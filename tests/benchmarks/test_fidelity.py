@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import fidelity  # noqa: E402
 import runner  # noqa: E402
 import tables  # noqa: E402
 from methods import do, floor_bits  # noqa: E402
+from planted_jobs import fail_or_wait  # noqa: E402
 from runner import Job, Settings, circumstances, do_job, write_json  # noqa: E402
 
 CHECKPOINT = str(ROOT / "examples" / "tiny_vlm" / "checkpoint")
@@ -24,10 +24,11 @@ SETTINGS = Settings(CHECKPOINT, "cpu", questions=11, samples=11, batch_size=4, e
 
 @pytest.fixture(scope="module")
 def rows():
+    quick = {"significance": "paper", "budget": "uniform", "alternations": 1, "refine_steps": 0, "distil_steps": 0}
     jobs = [
         Job("full precision", "full precision"),
         Job("sign × scale", "sign_scale"),
-        Job("sab_hf", "sab_hf", bits=1.2, options={"refine_steps": 2, "distil_steps": 0, "alternations": 1}),
+        Job("sab_hf", "sab_hf", bits=1.2, options=quick),
     ]
     return [do_job(job, SETTINGS, do) for job in jobs]
 
@@ -132,18 +133,10 @@ def test_table_gives_mean_and_spread_over_seeds_and_names_what_did_not_run(rows)
     assert "HQQ 1-bit (seed 0): not run: `hqq` does not import" in table
 
 
-def _pause(job, settings):
-    if job.label == "fails":
-        raise RuntimeError("planted")
-    if job.label == "long":
-        time.sleep(600)
-    return {"bits": 1.0, "nll": 1.0, "visual": 1.0, "text": 1.0}
-
-
 def _run(labels, budget):
     reports = []
     jobs = [Job(label, "full precision") for label in labels]
-    rows = runner.run_jobs(jobs, SETTINGS, _pause, num_workers=1, budget=budget, report=reports.append)
+    rows = runner.run_jobs(jobs, SETTINGS, fail_or_wait, num_workers=1, budget=budget, report=reports.append)
     return rows, len(reports)
 
 

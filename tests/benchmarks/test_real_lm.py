@@ -45,7 +45,7 @@ def settings(folder):
 
 @pytest.fixture(scope="module")
 def rows(settings):
-    tiny = {"refine_steps": 0, "alternations": 1, "budget": "uniform", "significance": "none"}
+    tiny = {"refine_steps": 0, "distil_steps": 0, "alternations": 1, "budget": "uniform", "significance": "none"}
     jobs = [Job("full precision", "full precision"), Job("sab_hf 4", "sab_hf", bits=4.0, options=tiny)]
     jobs += [Job(real_lm.LABELS[method], method) for method in real_lm.BASELINES]
     with pytest.MonkeyPatch.context() as patch:  # fewer candidates in the searches

@@ -44,7 +44,7 @@ def server(tmp_path):
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     running.daemon_threads = True
     running.asked, running.dripped, running.content = [], 0, (tmp_path / "a.png").read_bytes()
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     yield running
     running.shutdown()
     running.server_close()

@@ -17,6 +17,7 @@ from processes import as_main, forked
 from transformers import AutoModelForImageTextToText
 
 import sab_hf
+import sab_hf_command
 from sab_hf.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -222,10 +223,12 @@ def test_command_as_a_process(packed_dir, tmp_path):
     assert json.loads(done.stdout)["name"] == str(packed_dir)
 
 
-def test_installed_command_is_this_one(packed_dir, tmp_path):
-    done = process(
-        ["-c", "import sab_hf_command, sys; sys.exit(sab_hf_command.main())", "inspect", str(packed_dir)], tmp_path
-    )
+def test_installed_command_is_this_one(packed_dir):
+    def installed() -> None:
+        sys.argv = ["sab-hf", "inspect", str(packed_dir)]
+        sys.exit(sab_hf_command.main())
+
+    done = forked(installed)
     assert done.returncode == 0, done.stderr
     assert str(packed_dir) in done.stdout
 

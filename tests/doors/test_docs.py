@@ -112,6 +112,7 @@ def add_for_recipes(folder: Path, hub, monkeypatch) -> None:
     table.to_parquet(folder / "train.parquet")
     hub.repos["datasets/me/questions"] = [{"train.parquet": (folder / "train.parquet").read_bytes(), "README.md": b""}]
     monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # s after each streamed set
     (folder / "passages.jsonl").write_text("".join(f'"Passage {i} is about the number {i * i}."\n' for i in range(8)))
     for name, text_model in (("text", build_llama()), ("mixture", build_mixture())):
         text_model.save_pretrained(folder / name)

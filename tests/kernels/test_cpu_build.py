@@ -88,10 +88,15 @@ def test_the_faster_look_ups_of_two_instruction_sets_are_taken(tmp_path):
     assert subprocess.run([program], check=False).returncode == 0
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The library, built into a folder that was not there."""
+    return build.build(tmp_path_factory.mktemp("built") / "folder" / "kernels.so")
+
+
 @needs_compiler
-def test_build_writes_a_library_that_loads(tmp_path):
-    loaded = library.open_library(build.build(tmp_path / "folder" / "kernels.so"))
-    assert loaded.sab_cpu_isa().decode() in library.NAMES
+def test_build_writes_a_library_that_loads(built):
+    assert library.open_library(built).sab_cpu_isa().decode() in library.NAMES
 
 
 def test_versions_of_header_and_package_agree():
@@ -149,11 +154,10 @@ def test_other_libraries_are_not_used(monkeypatch, tmp_path, caplog, fresh_load,
 
 
 @needs_compiler
-def test_a_library_of_other_sources_is_not_used(monkeypatch, tmp_path):
+def test_a_library_of_other_sources_is_not_used(monkeypatch, tmp_path, built):
     here = tmp_path / "kernels"
     shutil.copytree(build.HERE / "csrc", here / "csrc")
     monkeypatch.setattr(build, "HERE", here)
-    built = build.build(here / "kernels.so")
     library.open_library(built)
     (here / "csrc" / "linear.c").open("a").write("/* edited */\n")
     with pytest.raises(library.UnusableLibraryError, match=r"kernels\.so is stale"):

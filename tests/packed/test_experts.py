@@ -50,7 +50,7 @@ def split(model: nn.Module) -> list[str]:
 
 
 def config(batches, **changes) -> SABQuantizationConfig:
-    values = {"calibration": batches, "num_samples": 8, "refine_steps": 0, "distil_steps": 0, "alternations": 2}
+    values = {"calibration": batches, "num_samples": 8, "refine_steps": 0, "distil_steps": 0, "alternations": 1}
     return SABQuantizationConfig(**values | changes)
 
 

@@ -16,7 +16,13 @@ from sab_hf.packed.linear import SABModule
 from sab_hf.packed.names import tied
 from sab_hf.publish.inspect import inspect
 
-FAST = {"calibration": ["some text", "more"] * 4, "num_samples": 4, "refine_steps": 0, "alternations": 1}
+FAST = {
+    "calibration": ["some text", "more"] * 4,
+    "num_samples": 4,
+    "alternations": 1,
+    "refine_steps": 0,
+    "distil_steps": 0,
+}
 FAST |= {"sensitivity_samples": 2, "allow_text_only": True}
 
 

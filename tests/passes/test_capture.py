@@ -444,7 +444,7 @@ def test_linear_with_more_rows_than_tokens_is_refused():
 @pytest.mark.parametrize("fails", [False, True])
 def test_block_is_unpacked_for_a_while(model, processor, make_config, fails):
     """As the GPU does for all batches; the CPU's own product gives the same outputs."""
-    sab_hf.quantize(model, processor, None, make_config(bits=2.2))
+    sab_hf.quantize(model, processor, None, make_config(bits=2.2, alternations=2))
     block = model.get_submodule(find_roles(model).blocks[0])
     packed = dict(block.named_modules())
     mlp = packed["mlp"]

@@ -198,7 +198,7 @@ def test_shared_keys_and_values_take_the_dtype_of_refinement():
     family = FAMILIES["gemma4"]()
     family.model.to(torch.bfloat16)
     config = SABQuantizationConfig(
-        calibration=family.batches, num_samples=8, refine_steps=1, distil_steps=0, alternations=2
+        calibration=family.batches, num_samples=8, refine_steps=1, distil_steps=0, alternations=1
     )
     record = sab_hf.quantize(family.model, None, None, config)
     assert len(record.refinements) == 4
@@ -208,7 +208,7 @@ def test_three_modalities_are_told_apart():
     """Text, image and sound in one calibration set: the map has z = 3."""
     family = FAMILIES["qwen2_5_omni_thinker"]()
     config = SABQuantizationConfig(
-        calibration=family.batches, num_samples=8, refine_steps=0, distil_steps=0, alternations=2
+        calibration=family.batches, num_samples=8, refine_steps=0, distil_steps=0, alternations=1
     )
     record = sab_hf.quantize(family.model, None, None, config)
     assert all(fit.tokens.keys() == {"text", "image", "audio"} for fit in record.fits)
@@ -219,7 +219,7 @@ def test_three_modalities_are_told_apart():
 def test_video_is_a_modality_of_its_own():
     family = FAMILIES["qwen2_5_vl"]()
     config = SABQuantizationConfig(
-        calibration=family.batches, num_samples=8, refine_steps=1, distil_steps=0, alternations=2
+        calibration=family.batches, num_samples=8, refine_steps=1, distil_steps=0, alternations=1
     )
     record = sab_hf.quantize(family.model, None, None, config)
     assert {"text", "image", "video"} == set(record.fits[0].tokens)
@@ -231,7 +231,7 @@ def test_given_modality_goes_before_placeholders_and_never_to_the_model():
     for inputs in family.batches:
         inputs["modality"] = torch.full_like(inputs["input_ids"], IMAGE)
     config = SABQuantizationConfig(
-        calibration=family.batches, num_samples=8, refine_steps=0, distil_steps=0, alternations=2
+        calibration=family.batches, num_samples=8, refine_steps=0, distil_steps=0, alternations=1
     )
     record = sab_hf.quantize(family.model, None, None, config)
     assert record.fits[0].tokens.keys() == {"image"}

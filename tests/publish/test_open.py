@@ -11,7 +11,6 @@ from helpers import build_llama, build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
 import sab_hf
-from sab_hf import SABQuantizationConfig
 from sab_hf.publish.open import opening_class
 
 CODE = """
@@ -55,9 +54,8 @@ def own_dir(tmp_path, monkeypatch):
     return path
 
 
-def test_model_with_code_of_its_own_is_saved_and_loaded_with_it(own_dir, tmp_path):
-    config = SABQuantizationConfig(calibration=["some text", "more"] * 4, num_samples=4, refine_steps=0, alternations=1)
-    config.allow_text_only, config.sensitivity_samples, config.processor = True, 2, build_tokenizer()
+def test_model_with_code_of_its_own_is_saved_and_loaded_with_it(own_dir, make_config, tmp_path):
+    config = make_config(calibration=["some text", "more"] * 4, allow_text_only=True, processor=build_tokenizer())
     model = AutoModelForCausalLM.from_pretrained(own_dir, quantization_config=config, trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
     sab_hf.save(model, build_tokenizer(), tmp_path / "packed")
