@@ -51,14 +51,13 @@ COLUMNS = (
 )
 
 
-def list_jobs(floor: float, seeds: Sequence[int], options: dict[str, Any], name: str = "") -> list[Job]:
+def list_jobs(floor: float, seeds: Sequence[int], options: dict[str, Any], suffix: str = "") -> list[Job]:
     """Return all rows, the more important first: full precision, then seed after seed.
 
     floor: least bits/weight of the model; smaller budgets are raised to it, and equal ones merged
-    options: fields of `SABQuantizationConfig` for the rows of `sab_hf`; name: added to their labels
+    options: fields of `SABQuantizationConfig` for the rows of `sab_hf`; suffix: added to their labels
     """
     budgets, few = (sorted({max(bits, floor) for bits in some}) for some in (BITS, BITS_OF_OTHER_SEEDS))
-    suffix = f", {name}" if name else ""
     jobs = [Job(FULL_PRECISION, FULL_PRECISION)]
     for seed in seeds:
         own = budgets if seed == seeds[0] else few

@@ -293,15 +293,14 @@ def do(job: Job, settings: TextSettings) -> dict[str, Any]:
 
 
 def list_jobs(
-    floor: float, seeds: Sequence[int], options: dict[str, Any], name: str = "", variants: bool = False
+    floor: float, seeds: Sequence[int], options: dict[str, Any], suffix: str = "", variants: bool = False
 ) -> list[Job]:
     """Return all rows, the more important first.
 
     floor: least bits/weight of the model; smaller budgets are raised to it, and equal ones merged
-    options: fields of `SABQuantizationConfig` for the rows of `sab_hf`; name: added to their labels
+    options: fields of `SABQuantizationConfig` for the rows of `sab_hf`; suffix: added to their labels
     variants: those of `VARIANTS` in place of all budgets and methods
     """
-    suffix = f", {name}" if name else ""
     if variants:
         cells = itertools.product(seeds, VARIANT_BITS, VARIANTS.items())
         return [

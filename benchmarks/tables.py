@@ -81,7 +81,9 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options", type=json.loads, default={}, help="JSON: fields of SABQuantizationConfig for sab_hf's rows"
     )
-    parser.add_argument("--name", default="", help="added to the labels of sab_hf's rows, to tell options apart")
+    parser.add_argument(
+        "--name", type=", {}".format, default="", help="added to the labels of sab_hf's rows, to tell options apart"
+    )
 
 
 def run(

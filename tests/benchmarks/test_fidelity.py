@@ -101,7 +101,7 @@ def test_resume_keeps_what_is_done_and_refuses_other_settings(rows, tmp_path, mo
 
 def test_job_list_has_every_method_budget_and_seed():
     options = {"refine_steps": 3}
-    jobs = fidelity.list_jobs(1.0531, (0, 1), options, "refined")
+    jobs = fidelity.list_jobs(1.0531, (0, 1), options, ", refined")
     assert jobs[0].method == "full precision"
     assert {job.method for job in jobs} >= set(fidelity.BASELINE_LABELS) | set(fidelity.PACKAGES)
     own = {seed: [job for job in jobs if job.method == "sab_hf" and job.seed == seed] for seed in (0, 1)}

@@ -116,7 +116,7 @@ def test_prompts_stand_on_the_right_and_answers_end_at_the_end_token():
 
 
 def test_rows_lead_with_the_first_seed_and_small_budgets_merge():
-    jobs = real_lm.list_jobs(1.06, (0, 1), {"refine_steps": 3}, "short")
+    jobs = real_lm.list_jobs(1.06, (0, 1), {"refine_steps": 3}, ", short")
     assert jobs[0].method == "full precision"
     own = [job for job in jobs if job.method == "sab_hf"]
     assert [job.bits for job in own if job.seed == 0] == [1.1, 1.06, 1.25, 1.35, 1.6, 2.1, 3.1]
@@ -128,7 +128,7 @@ def test_rows_lead_with_the_first_seed_and_small_budgets_merge():
 
 
 def test_variants_differ_from_the_given_options():
-    jobs = real_lm.list_jobs(1.2, (0,), {"distil_steps": 5, "budget": "uniform"}, "short", variants=True)
+    jobs = real_lm.list_jobs(1.2, (0,), {"distil_steps": 5, "budget": "uniform"}, ", short", variants=True)
     assert len({job.label for job in jobs}) == len(jobs) == 2 * len(real_lm.VARIANTS)
     assert {job.bits for job in jobs} == {1.2, 2.1}
     chosen = next(job for job in jobs if job.label == "2.1 bits, budget by sensitivity, short")
