@@ -28,14 +28,15 @@ class BatchState:
         modality: [batch, length] int8 of the positions of `hidden`, see `calibration/modality.py`.
         given: [batch, length] int8 of the batch's own tokens: the same, but for a decoder that reads an encoder's output.
         foreign: the modality of what blocks read beside them (image features through cross-attention).
-        hidden: [..., batch, length, hidden_size], the input of the next block, from the binarized blocks before it. Some
-            models have several streams of hidden states, on a first axis. None if the model ran no block for the batch.
+        hidden: [..., batch, length, hidden_size], the input of the next block, from the blocks before it: binarized ones, or
+            full-precision ones where these give the inputs of the fit. Some models have several streams of hidden states, on a
+            first axis. None if the model ran no block for the batch.
         target: hidden states from the full-precision blocks, like `hidden`; None where that is both, or it is not needed.
         calls: for each block, the other arguments that the model gives it (masks, rotary positions, …); None for a block
             that the model leaves out for this batch (cross-attention without an image).
         injections: for each block, what the model adds to the hidden states before it (as deep visual features), or None.
         others: what blocks return beside the hidden states; None if they return a bare tensor.
-        left, target_left: what the binarized and the full-precision blocks so far have left for later ones.
+        left, target_left: what the blocks that gave `hidden` and `target` have left for later ones.
         shared: whether another state reads the tensor `hidden`.
     """
 
