@@ -74,7 +74,7 @@ EFFICIENCY: dict[str, dict[str, Efficiency]] = {
     # Models of 1 to 6 million weights on a CPU core, 2026-11-29; benchmarks/results/known_cpu.json.
     "cpu": {
         "written samples": Efficiency(0.5),
-        "towers, embedding, head": Efficiency(0.40),
+        "towers, embedding, head": Efficiency(0.50),
         "sensitivity": Efficiency(0.38, 0.3),
         "capture": Efficiency(0.75, 0.1),
         "targets": Efficiency(0.76),
