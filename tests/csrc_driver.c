@@ -83,11 +83,11 @@ static uint8_t *mask_of(int64_t columns, int64_t significant) {
     return mask;
 }
 
-/* Nine matrices of one input, one more than share a parallel region: the given one, and its first rows, of which some have none.
+/* Ten matrices of one input, more than share a parallel region: the given one, and its first rows, of which some have none.
  * All give `alone`, what the given one gives by itself. */
 static void run_several(const sab_matrix *matrix, const char *x, int64_t stride, int dtype, int64_t tokens,
                         const unsigned char *alone, int exact, int threads) {
-    enum { COUNT = 9 };
+    enum { COUNT = 10 };
     const size_t size = dtype == SAB_FLOAT32 ? 4 : 2;
     sab_matrix matrices[COUNT];
     void *y[COUNT];
@@ -126,8 +126,7 @@ static double run(const sab_matrix *matrix, int64_t tokens, int64_t stride, int 
             for (size_t i = 0; i < size * (size_t)(tokens * matrix->rows); i++) sum += y[i];
             if (dtype == SAB_FLOAT32 && marked && threads == 1 && tokens <= 5)
                 compare(matrix, (float *)x, stride, tokens, (float *)y, exact);
-            if (dtype == SAB_FLOAT32 || tokens < 20) /* how tokens are cut does not depend on the dtype */
-                run_several(matrix, x, stride, dtype, tokens, y, exact, threads);
+            run_several(matrix, x, stride, dtype, tokens, y, exact, threads);
             free(y);
         }
     free(x);
@@ -231,7 +230,7 @@ static void start_team(void (*function)(void *), void *argument, unsigned thread
 int main(int count, char **arguments) {
     most_tokens = count > 1 ? atoi(arguments[1]) : 67;
     const int64_t sizes[][4] = {{1, 1, 1, 0},   {1, 1, 1, 1},    {3, 7, 2, 7},      {63, 9, 1, 8},    {64, 128, 1, 0},
-                                {65, 129, 3, 1}, {130, 255, 4, 9}, {257, 400, 2, 120}, {700, 33, 1, 17}, {5, 2049, 1, 1}};
+                                {65, 129, 3, 1}, {130, 255, 4, 9}, {257, 1000, 2, 300}, {700, 33, 1, 17}, {5, 2049, 1, 1}};
     const char *names[] = {"portable", "avx2", "avx512", "neon"};
     for (size_t run = 0; run < 2 * sizeof names / sizeof *names; run++) {
         if (sab_cpu_select(names[run / 2]) != 0) continue;

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import sab_hf.make.binarize
 from sab_hf import SABQuantizationConfig, quantize
 
-NUM_BLOCKS = 3
+NUM_BLOCKS = 4
 UNMEASURED = {"significance": "paper", "budget": "uniform"}
 """A config without the pass that measures sensitivity, so that the blocks are the only stages."""
 MEASURED = {"significance": "gradient", "budget": "sensitivity", "refine_loss": "gradient"}

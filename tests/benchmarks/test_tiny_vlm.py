@@ -142,7 +142,7 @@ def test_shipped_tokenizer_holds_no_padding_or_truncation(processor):
 
 
 def test_shipped_checkpoint_answers(model, processor):
-    result = score.evaluate(model, processor, world.samples(55, "test"))
+    result = score.evaluate(model, processor, world.samples(110, "test"))
     assert result.visual >= 0.85, f"\n{result}"
     assert result.text >= 0.9, f"\n{result}"
     assert result.mean_nll < 0.2, f"\n{result}"

@@ -29,10 +29,10 @@ def test_builtin_samples_are_a_function_of_seed_and_index():
     assert fingerprint(builtin_sample(4, 17)) != first[17]
 
 
-@pytest.mark.parametrize(("count", "with_images"), [(512, True), (1024, False)])
-def test_builtin_samples_are_all_different(count, with_images):
-    samples = builtin_samples(count, 0, with_images=with_images)
-    assert len({fingerprint(sample) for sample in samples}) == count
+@pytest.mark.parametrize("with_images", [True, False])
+def test_builtin_samples_are_all_different(with_images):
+    samples = builtin_samples(1024, 0, with_images=with_images)
+    assert len({fingerprint(sample) for sample in samples}) == 1024
 
 
 def test_builtin_samples_have_images_in_three_of_four():

@@ -298,7 +298,7 @@ def test_warps_that_share_rows_make_every_row(tiles):
     from sab_hf.kernels.cuda.tiles import BitsTiles
 
     planes, W = problem((37, 1200, 2, 520), "cpu")
-    x = inputs(1, 1200)
+    x = inputs(2, 1200)
     hold_bits(kernels().bits_product(x, planes, BitsTiles(*tiles)), x, W, planes)
 
 
@@ -308,7 +308,7 @@ def test_programs_of_several_tiles_make_every_row(tiles):
     from sab_hf.kernels.cuda.tiles import Int8Tiles
 
     planes, W = problem((37, 300, 1, 33), "cpu")
-    x = inputs(1, 300)
+    x = inputs(2, 300)
     hold_int8(kernels().int8_product(x, planes, Int8Tiles(*tiles)), x, W, planes)
 
 

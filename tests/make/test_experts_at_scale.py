@@ -81,11 +81,11 @@ def test_two_processes_give_the_experts_of_one(tmp_path):
 
 def test_process_for_whose_samples_a_block_never_runs_works_with_the_others(tmp_path):
     """The first sample is text, so the process that has it alone runs no cross-attention."""
-    changes = {"family": "mllama", "num_samples": 2, "batch_size": 1, "refine_steps": 1, "bits": 2.2} | MEASURED
-    assert launch(2, tmp_path / "RANK.safetensors", tmp_path, **changes) == [0] * 2, [
+    changes = {"family": "mllama", "num_samples": 4, "batch_size": 1, "refine_steps": 1, "bits": 2.2} | MEASURED
+    assert launch(4, tmp_path / "RANK.safetensors", tmp_path, **changes) == [0] * 4, [
         file.read_text() for file in tmp_path.glob("error *")
     ]
-    states = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    states = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(4)]
     assert all(same(states[0], state) for state in states[1:])
 
 

@@ -55,7 +55,7 @@ def _measure(sender) -> None:
     torch.set_num_threads(1)
     model, given = small_model(64, 160)
     sab_hf.quantize(model, None, None, config(given))  # what is imported and allocated once
-    for hidden, intermediate in ((256, 704), (384, 1024)):
+    for hidden, intermediate in ((256, 704), (448, 1216)):
         model, given = small_model(hidden, intermediate)
         predicted = sab_hf.estimate(model, None, None, config(given)).peak_ram
         weights = sum(p.nbytes for p in model.parameters())

@@ -243,13 +243,13 @@ def test_tied_embeddings_take_one_number(make_config):
 
 def test_tied_matrix_stays_dense_by_either_of_its_names(make_config):
     for kept in ({"head_bits": 16}, {"embedding_bits": 16}, {"modules_to_not_convert": ["lm_head"]}):
-        model = quantized(make_config, tied=True, rest_bits=1, **kept)
+        model = quantized(make_config, tied=True, rest_bits=4, **kept)
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert sab_hf.report(model).roles["projector"].num_quantized > 0
 
 
 @pytest.mark.skipif(not V5, reason="transformers 4.57 ties what the config says, whatever the file holds")
-@pytest.mark.parametrize("bits", [{"rest_bits": 2}, {"embedding_bits": 2}])
+@pytest.mark.parametrize("bits", [{"rest_bits": 8}, {"embedding_bits": 8}])
 def test_head_of_its_own_is_kept_though_the_config_says_tied(vlm_dir, make_config, inputs, tmp_path, bits):
     dense = tmp_path / "dense"
     shutil.copytree(vlm_dir, dense)
